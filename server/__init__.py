@@ -1,0 +1,3 @@
+"""A self-hosted VAE decode server."""
+
+__version__ = "0.1.0"

@@ -2,17 +2,163 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import StrEnum
+from math import prod
+from typing import Literal
+
+Kind = Literal["image", "video"]
+
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 
 
 class Layout(StrEnum):
     """What a decode leaves on the device, before it is rendered to bytes.
 
     SAMPLE: what `vae.decode` returns, about [-1, 1], in the model's dtype, `[B, C, H, W]` or `[B, C, F, H, W]`.
-    UNIT: denormalized to [0, 1] and clamped, same axes, model's dtype.
-    PIXELS: `round(255 x)` of UNIT computed in float32, uint8, channels last: `[B, H, W, C]` or `[B, F, H, W, C]`.
+    UNIT: denormalized to [0, 1] and clamped, `[N, C, H, W]`; float32 of a float32 model, else float16, which keeps
+        more of [0, 1] than bfloat16 does. N counts the pictures of a batch, or the frames of a clip.
+    PIXELS: `round(255 x)` of the denormalized sample in float32, uint8, channels last: `[N, H, W, C]`.
     """
 
     SAMPLE = "sample"
     UNIT = "unit"
     PIXELS = "pixels"
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor as bytes: C order, little endian. `len(data) == prod(shape) * itemsize`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    data: bytes | bytearray | memoryview
+
+    @staticmethod
+    def bytes_needed(shape: tuple[int, ...], dtype: str) -> int:
+        """How many bytes a tensor of this shape and dtype has."""
+        return prod(shape) * ITEM_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How to unscale: with `factor` and `shift` as sent, else with the model's own statistics, else not at all."""
+
+    factor: float | None = None
+    shift: float | None = None
+    from_model: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest request a model takes. `max_pixels` counts one picture or one frame."""
+
+    max_pixels: int = 16_777_216
+    max_frames: int = 257
+    max_batch: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """What a VAE's config.json says of its latents; the statistics are those of `pipeline.vae.config`."""
+
+    family: str
+    kind: Kind
+    channels: int
+    vae_scale_factor: int
+    temporal_compression_ratio: int = 1
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool | None = None
+    is_usually_packed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """One request's sizes: the latents as the VAE takes them, and what comes out.
+
+    `latent_shape` is `[B, C, H, W]` or `[B, C, F, H, W]`; `height` and `width` are in pixels.
+    """
+
+    latent_shape: tuple[int, ...]
+    is_packed: bool
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def batch(self) -> int:
+        return self.latent_shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What `GET /models` tells of one model, and what a request is checked against."""
+
+    name: str
+    repo: str
+    subfolder: str | None
+    revision: str | None
+    aliases: tuple[str, ...]
+    latents: LatentSpec
+    limits: Limits
+    class_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedInfo:
+    """What is known of a model only once its weights are on a device."""
+
+    device: str
+    dtype: str
+    decoder: str
+    note: str | None
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """What an engine needs to decode."""
+
+    model: str
+    tensor: RawTensor
+    geometry: Geometry
+    scaling: Scaling
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What an engine gives back; `decode_ms` is the device's time, from the bytes in to the bytes out."""
+
+    tensor: RawTensor
+    decode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class RenderOptions:
+    """How to render. `quality` is the format's own scale: 1 to 100 for a JPEG, 1 to 10 for an MP4."""
+
+    fps: float
+    quality: float | None
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """An answer's body and the headers that describe it."""
+
+    body: bytes | memoryview
+    media_type: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """One request, wholly understood: nobody behind the wire sees a client's flag again."""
+
+    job: DecodeJob
+    format: str
+    render: RenderOptions

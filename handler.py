@@ -1,0 +1,75 @@
+"""The entry point of Hugging Face Inference Endpoints: `EndpointHandler`, over the same engine and the same parsing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from server.config import ModelEntry, load_settings
+from server.direct import DirectDecoder
+from server.errors import BadRequest
+from server.http.wire import read_base64
+from server.outputs.tensor import as_json
+from server.types import RawTensor
+
+
+class EndpointHandler:
+    """Built once with the model folder, called for every request.
+
+    path: a folder. With a config.json in it, that VAE is served; with a models.yaml, the default of that; else the
+    default of the models.yaml beside this file. VAE_SERVER_* settings apply.
+    """
+
+    def __init__(self, path: str = "") -> None:
+        folder = Path(path or ".").resolve()
+        if (folder / "config.json").is_file():
+            settings = load_settings()
+            entry = ModelEntry(repo=str(folder))
+            settings = settings.model_copy(update={"models": {"model": entry}, "default": "model"})
+        else:
+            own = folder / "models.yaml"
+            settings = load_settings(config=own if own.is_file() else None)
+        self.direct = DirectDecoder(settings)
+        self.direct.engine.load(settings.default)
+
+    def __call__(self, data: dict[str, Any]) -> Image.Image | dict[str, object]:
+        """Decode one request.
+
+        data: `{"inputs": base64 text, the tensor's bytes, or a torch tensor, "parameters": {…}}` with the parameters of
+        the HTTP contract; a torch tensor brings its own shape and dtype. `parameters.accept` stands for the header.
+
+        Returns a PIL image for a picture, else `{"inputs": base64, "parameters": {…}}`: a tensor's shape and dtype, or
+        an MP4's content_type. Raises ServerError with the sentence that the HTTP server would send.
+        """
+        parameters = dict(data.get("parameters") or {})
+        content = _bytes(data.get("inputs"), parameters)
+        name = self.direct.settings.name_of(str(parameters.get("model") or self.direct.settings.default))
+        if name is None:
+            raise BadRequest(f"no such model; known: {', '.join(self.direct.settings.models)}")
+        request = self.direct.parse(name, parameters, content, str(parameters.pop("accept", "*/*")))
+        decoded = self.direct.decode(request)
+        rendered = self.direct.render(request, decoded)
+        if rendered.media_type.startswith("image/"):
+            return Image.open(io.BytesIO(rendered.body))
+        if rendered.media_type in ("video/mp4", "text/plain"):
+            video = as_json(RawTensor((len(rendered.body),), "uint8", rendered.body))
+            return {**video, "parameters": {"content_type": "video/mp4"}}
+        return as_json(decoded.tensor)
+
+
+def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes:
+    """The tensor's bytes; a torch tensor also fills `shape` and `dtype`."""
+    if isinstance(inputs, str):
+        return read_base64(inputs)
+    if isinstance(inputs, bytes | bytearray | memoryview):
+        return bytes(inputs)
+    if hasattr(inputs, "numpy") and hasattr(inputs, "dtype"):
+        from server.engine.pipeline import to_host
+
+        raw = to_host(inputs)
+        parameters |= {"shape": list(raw.shape), "dtype": raw.dtype}
+        return bytes(raw.data)
+    raise BadRequest("'inputs' must be the latents: base64 text, the tensor's bytes, or a torch tensor")

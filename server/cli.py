@@ -1,0 +1,237 @@
+"""`python -m server`: serve, models, check, download, decode. Torch is imported only by the commands that compute."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from server import __version__
+from server.config import ServerOptions, Settings, load_settings
+from server.errors import ConfigError, ModelUnavailable, ServerError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SERVE_ONLY = frozenset(
+    {"host", "port", "max_queue", "max_body_mb", "request_timeout_s", "render_threads", "api_key_file"}
+)
+
+
+def options(*names: str) -> Callable[[Command], Command]:
+    """Flags made from ServerOptions' fields, so that each is described once; pydantic checks the values."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names or [name for name in ServerOptions.model_fields if name != "api_key"]):
+            field = ServerOptions.model_fields[name]
+            default = "" if field.default is None else f"  [default: {field.default}]"
+            text = f"{field.description}{default}  [env: VAE_SERVER_{name.upper()}]"
+            command = click.option(f"--{name.replace('_', '-')}", name, metavar=name.upper(), help=text)(command)
+        return command
+
+    return add
+
+
+class OneSentence(click.Group):
+    """Every failure that a user can cause ends in one plain sentence and a non-zero exit, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            fail(str(error), 2)
+        except ModelUnavailable as error:
+            fail(error.detail, 1)
+        except ServerError as error:
+            fail(str(error), 1)
+
+
+def fail(sentence: str, status: int) -> NoReturn:
+    click.echo(f"error: {sentence}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__)
+def main() -> None:
+    """A self-hosted VAE decode server. Point diffusers' remote_decode at it."""
+
+
+@main.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@options()
+def serve(models: tuple[str, ...], **flags: Any) -> None:
+    """Serve the models of models.yaml, or just the named ones: the first then answers at /."""
+    settings = load_settings(models, **flags)
+    listener = bind(settings.options.host, settings.options.port)
+    logging.basicConfig(
+        level=settings.options.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    run_server(settings, listener)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket before anything slow happens. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from None
+    return listener
+
+
+def run_server(settings: Settings, listener: socket.socket) -> None:
+    """Serve until a signal. Raises ModelUnavailable when a model that must be there does not load."""
+    import uvicorn
+
+    from server.engine.local import LocalEngine, check_device
+    from server.http.app import create_app
+    from server.metrics import Metrics
+    from server.service import Service, State
+
+    check_device(settings)
+    service = Service(settings, LocalEngine(settings), Metrics())
+
+    def on_started() -> None:
+        if service.state is State.FAILED:
+            server.should_exit = True
+        elif service.state is State.READY:
+            announce(settings, listener)
+
+    app = create_app(service, on_started)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, server_header=False, date_header=False)
+    )
+    server.run(sockets=[listener])
+    if service.failure:
+        raise service.failure
+
+
+def announce(settings: Settings, listener: socket.socket) -> None:
+    """What to paste into a client."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    others = [name for name in settings.models if name != settings.default]
+    click.echo(f"ready: {url} decodes with '{settings.default}'", err=True)
+    if others:
+        click.echo(f"       {url}NAME decodes with {', '.join(others)}", err=True)
+    if not settings.api_keys and host not in ("127.0.0.1", "::1"):
+        click.echo("       anyone who reaches this address may decode: set --api-key-file", err=True)
+
+
+@main.command()
+@options("config")
+def models(config: str | None) -> None:
+    """List the models of models.yaml and whether their weights are here."""
+    from server.inspect import list_models
+
+    for line in list_models(load_settings(config=config)):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[MODEL]...")
+@options("config", "device")
+def check(names: tuple[str, ...], config: str | None, device: str | None) -> None:
+    """Validate configuration, device, weights and codecs; say what to do about what is wrong."""
+    from server.inspect import check_all
+
+    problems = 0
+    for finding in check_all(load_settings(names, config=config, device=device)):
+        problems += finding.is_problem
+        click.echo(str(finding))
+    if problems:
+        fail(f"{problems} problem{'s' if problems > 1 else ''} found", 1)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[MODEL]...")
+@options("config")
+def download(names: tuple[str, ...], config: str | None) -> None:
+    """Download weights ahead of serving, with a progress bar; all models of models.yaml unless some are named."""
+    from server.engine import loader
+
+    settings = load_settings(names, config=config)
+    for name in settings.models:
+        source = loader.source_of(settings, name)
+        loader.read_info(source)
+        click.echo(f"{name}: {source.folder()}")
+
+
+@main.command()
+@click.argument("latents", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--server", metavar="URL", help="decode there; default: in this process")
+@click.option("--model", help="name or alias in models.yaml; default: its default")
+@click.option("--key", help="the tensor's name in the file; default: 'latents', or the only one")
+@click.option("--height", type=int, help="the picture's height in pixels, for packed latents")
+@click.option("--width", type=int, help="the picture's width in pixels, for packed latents")
+@click.option(
+    "--scaled/--unscaled",
+    default=True,
+    help="the latents are as a pipeline emits them (default) or as vae.decode takes them",
+)
+@click.option("--quality", type=float, help="JPEG 1 to 100, MP4 1 to 10")
+@options("config", "device", "fps")
+def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled: bool, **given: Any) -> None:
+    """Decode LATENTS (a .safetensors file) to OUT (.png, .jpg or .mp4)."""
+    from server.files import output_of, read_latents
+
+    flags = {name: given.pop(name) for name in ("config", "device")}
+    tensor = read_latents(latents, key)
+    accept, output_type = output_of(out)
+    parameters = {
+        **{name: value for name, value in given.items() if value is not None},
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "do_scaling": scaled,
+        "output_type": output_type,
+    }
+    if server:
+        body = _decode_there(server, parameters, bytes(tensor.data), accept)
+    else:
+        body = _decode_here(load_settings(**flags), given["model"], parameters, bytes(tensor.data), accept)
+    try:
+        out.write_bytes(body)
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror}") from None
+    click.echo(f"{out}: {len(body)} bytes")
+
+
+def _decode_there(server: str, parameters: dict[str, Any], data: bytes, accept: str) -> bytes:
+    import requests
+
+    headers = {"Content-Type": "tensor/binary", "Accept": accept}
+    try:
+        response = requests.post(server, params=parameters, data=data, headers=headers, timeout=(10, None))
+    except requests.RequestException as error:
+        raise ConfigError(f"{server}: no answer ({type(error).__name__}); is the server running?") from None
+    if not response.ok:
+        try:
+            sentence = response.json()["error"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            sentence = f"status {response.status_code}; is this a VAE decode server?"
+        raise ConfigError(f"{server}: {sentence}")
+    return response.content
+
+
+def _decode_here(settings: Settings, model: str | None, parameters: dict[str, Any], data: bytes, accept: str) -> bytes:
+    from server.direct import DirectDecoder
+
+    name = settings.name_of(model) if model else settings.default
+    if name is None:
+        raise ConfigError(f"no model '{model}' in {settings.source}; known: {', '.join(settings.models)}")
+    direct = DirectDecoder(settings)
+    request = direct.parse(name, parameters, data, accept)
+    return bytes(direct.render(request, direct.decode(request)).body)

@@ -1,0 +1,258 @@
+"""models.yaml, VAE_SERVER_* and flags to one frozen Settings; a mistake is one ConfigError with file, line and key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from server.errors import ConfigError
+from server.types import Limits
+
+SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent / "models.yaml"
+ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json"})
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+KeyPath = tuple[str | int, ...]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LimitsEntry(_Strict):
+    """The `limits` of a model."""
+
+    max_pixels: int = Field(Limits.max_pixels, ge=64)
+    max_frames: int = Field(Limits.max_frames, ge=1)
+    max_batch: int = Field(Limits.max_batch, ge=1)
+
+
+class ModelEntry(_Strict):
+    """One entry under `models`."""
+
+    repo: str = Field(min_length=1)
+    subfolder: str | None = None
+    revision: str | None = None
+    family: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str | None = Field(None, pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    decoder: Literal["auto", "diffusers"] = "auto"
+    preload: bool = False
+    aliases: tuple[str, ...] = ()
+    limits: LimitsEntry = LimitsEntry()
+    warmup: tuple[tuple[int, int], ...] = ()
+
+    def local_folder(self, base: Path) -> Path | None:
+        """The folder that `repo` names, relative to models.yaml; None for a hub id.
+
+        A hub id is `owner/name`; what starts with `.`, `/` or `~`, or exists beside models.yaml, is a folder.
+        """
+        folder = (base / Path(self.repo).expanduser()).resolve()
+        return folder if self.repo.startswith((".", "/", "~")) or folder.is_dir() else None
+
+
+class _ModelsFile(_Strict):
+    default: str | None = None
+    models: dict[str, ModelEntry] = Field(min_length=1)
+
+    @field_validator("models")
+    @classmethod
+    def _names_can_be_routes(cls, models: dict[str, ModelEntry]) -> dict[str, ModelEntry]:
+        seen: dict[str, str] = {}
+        for name, entry in models.items():
+            for word in (name, *entry.aliases):
+                check_name(word)
+                if seen.setdefault(word, name) != name or (word == name and word in entry.aliases):
+                    raise ValueError(f"the name '{word}' is used twice, by '{seen[word]}' and '{name}'")
+        return models
+
+
+def check_name(word: str) -> None:
+    """Raise ValueError unless `word` can be a model's name in a URL."""
+    if not re.match(NAME_PATTERN, word):
+        raise ValueError(f"'{word}' cannot be a model's name: use a-z, 0-9, '.', '_' and '-', at most 64")
+    if word in ROUTE_WORDS:
+        raise ValueError(f"'{word}' cannot be a model's name: it is a route of the server")
+
+
+class ServerOptions(BaseSettings):
+    """Every flag of `serve`; the environment variable is VAE_SERVER_ and the name in capitals. A flag wins."""
+
+    model_config = SettingsConfigDict(env_prefix="VAE_SERVER_", frozen=True, extra="ignore")
+
+    config: Path | None = Field(None, description="models.yaml; default: the one in this folder, else the shipped one")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, cuda:N or mps, for models whose entry names none",
+    )
+    max_queue: int = Field(32, ge=1, description="requests that may wait or run; one more is answered 429")
+    max_body_mb: int = Field(64, ge=1, description="largest request body, in MiB")
+    request_timeout_s: float = Field(300, gt=0, description="deadline of one request, in seconds; past it: 504")
+    jpeg_quality: int = Field(75, ge=1, le=100, description="JPEG quality unless the request says one")
+    video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
+    fps: float = Field(10, gt=0, le=240, description="MP4 frames per second unless the request says them")
+    render_threads: int = Field(2, ge=1, description="threads that render JPEG, PNG and MP4")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+    api_key_file: Path | None = Field(None, description="file of accepted keys, one a line; default: no key needed")
+    api_key: SecretStr | None = Field(
+        None, description="accepted key; by environment only, so that no process list shows it"
+    )
+
+
+class Settings(_Strict):
+    """The whole configuration, checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    options: ServerOptions
+    source: Path
+    default: str
+    models: dict[str, ModelEntry]
+    api_keys: tuple[SecretStr, ...] = ()
+
+    def name_of(self, word: str) -> str | None:
+        """The model that a name or an alias means, whatever its case."""
+        word = word.lower()
+        return next((name for name, entry in self.models.items() if word in (name, *entry.aliases)), None)
+
+    def folder_of(self, name: str) -> Path | None:
+        return self.models[name].local_folder(self.source.parent)
+
+
+def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
+    """Flags over environment over models.yaml over defaults.
+
+    only: names or aliases to keep; the first becomes the default. Raises ConfigError.
+    """
+    options = _options({key: value for key, value in flags.items() if value is not None})
+    source = _models_yaml(options.config)
+    file = _parse_models(source)
+    names = list(file.models)
+    default = file.default or names[0]
+    settings = Settings(
+        options=options, source=source, default=default, models=file.models, api_keys=_api_keys(options)
+    )
+    known = settings.name_of(default)
+    if known is None:
+        raise ConfigError(
+            f"{source}: default: no model '{default}'{_nearest(default, names)}; known: {', '.join(names)}"
+        )
+    if not only:
+        return settings.model_copy(update={"default": known})
+    kept = []
+    for word in only:
+        name = settings.name_of(word)
+        if name is None:
+            raise ConfigError(f"no model '{word}' in {source}{_nearest(word, names)}; known: {', '.join(names)}")
+        kept.append(name)
+    return settings.model_copy(update={"default": kept[0], "models": {name: file.models[name] for name in kept}})
+
+
+def _options(flags: Mapping[str, Any]) -> ServerOptions:
+    try:
+        return ServerOptions(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        place = f"--{key.replace('_', '-')}" if key in flags else f"VAE_SERVER_{key.upper()}"
+        raise ConfigError(f"{place}: {_expected(first)}, got {first['input']!r}") from None
+
+
+def _models_yaml(chosen: Path | None) -> Path:
+    if chosen is None:
+        here = Path("models.yaml").resolve()
+        return here if here.is_file() else SHIPPED_MODELS_YAML
+    if not chosen.is_file():
+        raise ConfigError(f"{chosen}: no such file; --config names a models.yaml")
+    return chosen.resolve()
+
+
+def _api_keys(options: ServerOptions) -> tuple[SecretStr, ...]:
+    keys = [options.api_key] if options.api_key else []
+    if options.api_key_file:
+        try:
+            lines = options.api_key_file.read_text().splitlines()
+        except OSError as error:
+            raise ConfigError(f"--api-key-file {options.api_key_file}: {error.strerror}") from None
+        keys += [SecretStr(line.strip()) for line in lines if line.strip()]
+        if not keys:
+            raise ConfigError(f"--api-key-file {options.api_key_file}: holds no key; put one on each line")
+    return tuple(keys)
+
+
+def _parse_models(source: Path) -> _ModelsFile:
+    try:
+        node = yaml.compose(source.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        data = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: cannot be read: {error}") from None
+    lines = _lines(node, source)
+    try:
+        return _ModelsFile.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, source, lines)) from None
+
+
+def _lines(node: yaml.Node | None, source: Path, path: KeyPath = ()) -> dict[KeyPath, int]:
+    """The line of every key. Raises ConfigError for a key that stands twice."""
+    lines = {path: node.start_mark.line + 1} if node else {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            place = (*path, str(key.value))
+            if place in lines:
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}: {_dotted(place)}: this key stands twice")
+            lines |= _lines(value, source, place) | {place: key.start_mark.line + 1}
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines |= _lines(value, source, (*path, index))
+    return lines
+
+
+def _sentence(error: ValidationError, source: Path, lines: Mapping[KeyPath, int]) -> str:
+    first = error.errors()[0]
+    place = tuple(first["loc"])
+    line = next((lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
+    where = f"{source}:{line}: {_dotted(place) or 'the file'}"
+    if first["type"] == "extra_forbidden":
+        known = list(_known_keys(place))
+        return f"{where}: unknown key{_nearest(str(place[-1]), known)}; known: {', '.join(known)}"
+    if first["type"] == "missing":
+        return f"{where}: this key is required"
+    if first["type"] == "value_error":
+        return f"{where}: {first['ctx']['error']}"
+    return f"{where}: {_expected(first)}, got {first['input']!r}"
+
+
+def _known_keys(place: KeyPath) -> Mapping[str, Any]:
+    if len(place) == 1:
+        return _ModelsFile.model_fields
+    return LimitsEntry.model_fields if "limits" in place[2:-1] else ModelEntry.model_fields
+
+
+def _expected(problem: Any) -> str:
+    """pydantic's `Input should be a valid integer` as `expected a valid integer`."""
+    message = str(problem["msg"])
+    return "expected " + message.removeprefix("Input should be ") if message.startswith("Input") else message
+
+
+def _dotted(place: KeyPath) -> str:
+    return ".".join(map(str, place))
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f", did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,33 @@
+"""One request without HTTP, with the same parsing: what handler.py and `python -m server decode` run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from server.config import Settings
+from server.engine.local import SyncEngine
+from server.http import wire
+from server.outputs import format_named
+from server.types import Decoded, DecodeRequest, Rendered
+
+
+class DirectDecoder:
+    """Parse, decode, render; callable from any thread. Every method raises the ServerError a client would get."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = SyncEngine(settings)
+        options = settings.options
+        self._defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
+
+    def parse(self, model: str, parameters: Mapping[str, Any], data: bytes, accept: str) -> DecodeRequest:
+        """parameters: as the query of a request would hold them. data: the tensor's bytes."""
+        prepared = wire.prepare(wire.Parameters([], parameters), accept, self.engine.describe(model), self._defaults)
+        return prepared.with_data(data)
+
+    def decode(self, request: DecodeRequest) -> Decoded:
+        return self.engine.decode(request.job)
+
+    def render(self, request: DecodeRequest, decoded: Decoded) -> Rendered:
+        return format_named(request.format).render(decoded.tensor, request.render)

@@ -1,0 +1,247 @@
+"""A models.yaml entry to a VAE on its device: find the folder, read config.json, load safetensors. Never a pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import errors as hub
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
+
+from server.config import ModelEntry, Settings
+from server.errors import ModelUnavailable
+from server.families import FAMILIES, Family, family_of_class
+from server.types import LatentSpec, Limits, ModelInfo
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SAFE_ONLY = "only safetensors weights are ever loaded, because a pickle file can run code"
+
+
+class Source:
+    """Where one model's files are: a local folder, or a hub repository and this machine's cache of it.
+
+    Every failure is a ModelUnavailable whose `detail` is one sentence for the operator.
+    """
+
+    def __init__(self, name: str, entry: ModelEntry, folder: Path | None) -> None:
+        self.name = name
+        self.entry = entry
+        self.local = folder / (entry.subfolder or "") if folder else None
+        self.label = f"{entry.repo}" + (f", subfolder {entry.subfolder}" if entry.subfolder else "")
+
+    def config(self, *, is_local_only: bool = False) -> dict[str, Any]:
+        """config.json, without the weights; from this machine's files alone when told so."""
+        path = self.local / CONFIG if self.local else self._hub_config(is_local_only)
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise self._fail(self._missing_config()) from None
+        except (OSError, ValueError) as error:
+            raise self._fail(f"its {CONFIG} cannot be read ({error}); download or save the model again") from None
+        if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+            raise self._fail(f"its {CONFIG} names no _class_name; is this the folder of a diffusers VAE?")
+        return config
+
+    def folder(self, *, is_local_only: bool = False) -> Path:
+        """The folder with config.json and the weights, downloaded where it must be and may."""
+        found = self.local or self._hub_snapshot(is_local_only)
+        if not any(any(found.glob(pattern)) for pattern in WEIGHTS[:2]):
+            names = [path.name for path in found.glob("*")] if self.local else self._hub_files()
+            raise self._fail(_no_weights(names))
+        return found
+
+    def is_here(self) -> bool:
+        """Whether the weights are on this machine."""
+        try:
+            self.folder(is_local_only=True)
+        except ModelUnavailable:
+            return False
+        return True
+
+    def _missing_config(self) -> str:
+        assert self.local is not None
+        if not self.local.is_dir():
+            return "there is no such folder; check repo and subfolder in models.yaml"
+        inside = sorted(path.parent.name for path in self.local.glob(f"*/{CONFIG}"))
+        hint = (
+            f"it has the subfolder {' and '.join(inside)}; set subfolder"
+            if inside
+            else "is it a diffusers VAE's folder?"
+        )
+        return f"the folder has no {CONFIG}; {hint}"
+
+    def _in_repo(self, file: str) -> str:
+        return f"{self.entry.subfolder}/{file}" if self.entry.subfolder else file
+
+    def _hub_config(self, is_local_only: bool = False) -> Path:
+        file = self._in_repo(CONFIG)
+        try:
+            found = hf_hub_download(self.entry.repo, file, revision=self.entry.revision, local_files_only=is_local_only)
+            return Path(found)
+        except Exception as error:  # huggingface_hub, requests and the file system raise alike here
+            raise self._fail(self._hub_sentence(error)) from error
+
+    def _hub_snapshot(self, is_local_only: bool) -> Path:
+        patterns = [self._in_repo(file) for file in (CONFIG, *WEIGHTS)]
+        try:
+            snapshot = snapshot_download(
+                self.entry.repo,
+                revision=self.entry.revision,
+                allow_patterns=patterns,
+                local_files_only=is_local_only,
+            )
+        except Exception as error:  # as above
+            raise self._fail(self._hub_sentence(error)) from error
+        return Path(snapshot) / (self.entry.subfolder or "")
+
+    def _hub_files(self) -> list[str]:
+        """The files beside config.json in the repository, as far as this machine can tell."""
+        config = self._hub_config()
+        try:
+            names = list_repo_files(self.entry.repo, revision=self.entry.revision)
+        except Exception:  # noqa: BLE001  # offline: the cache is all that can be known
+            return [path.name for path in config.parent.glob("*")]
+        return [Path(name).name for name in names if str(Path(name).parent) == (self.entry.subfolder or ".")]
+
+    def _hub_sentence(self, error: Exception) -> str:
+        """The hub's errors, most specific first: several are subclasses of the next."""
+        repo = self.entry.repo
+        match error:
+            case hub.GatedRepoError():
+                return f"the repository is gated: accept its licence at the hub's page of {repo}, then set HF_TOKEN"
+            case hub.RevisionNotFoundError():
+                return f"the repository has no revision '{self.entry.revision}'; check revision in models.yaml"
+            case hub.RepositoryNotFoundError():
+                return "the hub has no such repository, or it is private: check the name, or set HF_TOKEN"
+            case hub.HFValidationError():
+                return f"'{repo}' is neither a folder here nor a hub id of the form owner/name"
+            case hub.LocalEntryNotFoundError() if HF_HUB_OFFLINE:
+                return (
+                    "it is not in this machine's cache and HF_HUB_OFFLINE is set; "
+                    f"run `python -m server download {self.name}` where the hub can be reached, and bring the cache"
+                )
+            case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
+                return "it is not in this machine's cache and the hub cannot be reached; check the network"
+            case hub.EntryNotFoundError():
+                return f"the repository has no {self._in_repo(CONFIG)}; check subfolder in models.yaml"
+            case OSError() if error.errno is not None:
+                return f"its files cannot be stored ({os.strerror(error.errno)}); check the disk and HF_HOME"
+            case _:
+                return f"the download failed ({type(error).__name__}); check the network and try again"
+
+    def _fail(self, sentence: str) -> ModelUnavailable:
+        return ModelUnavailable(self.name, f"{self.name} ({self.label}): {sentence}")
+
+
+def _no_weights(names: list[str]) -> str:
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if pickles:
+        return f"it has only pickle weights ({', '.join(pickles[:3])}) and {SAFE_ONLY}; convert it with save_pretrained"
+    return f"it has no {WEIGHTS[0]}; {SAFE_ONLY}"
+
+
+def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
+    """What config.json and models.yaml say, before any weight is read. Raises ModelUnavailable."""
+    name, entry, config = source.name, source.entry, source.config(is_local_only=is_local_only)
+    class_name = config["_class_name"]
+    family = _family(name, entry, class_name)
+    try:
+        spec: LatentSpec = family.describe(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelUnavailable(
+            name, f"{name} ({source.label}): its {CONFIG} is not one of {class_name}: {error!r}"
+        ) from None
+    return ModelInfo(
+        name=name,
+        repo=entry.repo,
+        subfolder=entry.subfolder,
+        revision=entry.revision,
+        aliases=entry.aliases,
+        latents=spec,
+        limits=Limits(**entry.limits.model_dump()),
+        class_name=class_name,
+    )
+
+
+def _family(name: str, entry: ModelEntry, class_name: str) -> Family:
+    implied = family_of_class(class_name)
+    if implied is None:
+        known = sorted({known for family in FAMILIES.values() for known in family.class_names})
+        raise ModelUnavailable(
+            name, f"{name} ({entry.repo}): no family here decodes a {class_name}; known classes: {', '.join(known)}"
+        )
+    if entry.family is None:
+        return implied
+    chosen = FAMILIES.get(entry.family)
+    if chosen is None:
+        raise ModelUnavailable(name, f"{name}: unknown family '{entry.family}'; known: {', '.join(FAMILIES)}")
+    if class_name not in chosen.class_names:
+        raise ModelUnavailable(name, f"{name}: family '{entry.family}' does not fit a {class_name}; leave family out")
+    return chosen
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` is the first CUDA device, then Apple's, then the CPU. Raises ValueError with a sentence."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {wanted}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {wanted}: there are only {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps: not an Apple GPU; use --device cpu")
+    return device
+
+
+def choose_dtype(wanted: str, spec: LatentSpec, device: torch.device) -> torch.dtype:
+    """The dtype to compute in.
+
+    `auto`: float32 on a CPU; on a GPU float16, or bfloat16 where the config asks to upcast (its activations overflow
+    float16). An explicit float16 is upcast to float32 then, as `StableDiffusionXLPipeline` does.
+    """
+    if wanted == "float16" and spec.force_upcast:
+        return torch.float32
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    if not spec.force_upcast:
+        return torch.float16
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+
+
+def load_vae(info: ModelInfo, source: Source, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The real diffusers module, in evaluation mode. Raises ModelUnavailable."""
+    folder = source.folder()
+    model_class = getattr(diffusers, info.class_name)
+    try:
+        vae: torch.nn.Module = model_class.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelUnavailable(
+            info.name, f"{info.name} ({source.label}): the weights do not load ({reason}); download the model again"
+        ) from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def source_of(settings: Settings, name: str) -> Source:
+    return Source(name, settings.models[name], settings.folder_of(name))

@@ -1,0 +1,101 @@
+"""AutoencoderKL in all its uses (SD1, SD2, SDXL, SD3 …): `[B, C, H, W]`, or packed `[B, S, 4C]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from server.errors import BadRequest, WrongShape
+from server.families.base import Family, PixelSize, times, wrong_channels
+from server.types import Geometry, LatentSpec
+
+if TYPE_CHECKING:
+    import torch
+
+PATCH = 2  # packed latents hold 2x2 patches of latent pixels
+
+
+class KL(Family):
+    """One picture from one latent. Statistics as `StableDiffusionXLPipeline.__call__` and `FluxPipeline` use them."""
+
+    name = "kl"
+    kind = "image"
+    class_names = ("AutoencoderKL",)
+    config_defaults = {
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "shift_factor": None,
+        "block_out_channels": (64,),
+    }
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return 2 ** (len(config["block_out_channels"]) - 1), 1
+
+    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], size: PixelSize) -> Geometry:
+        if len(shape) == 4:
+            return self._unpacked(spec, shape)
+        if len(shape) == 3:
+            return self._three_axes(spec, shape, size)
+        raise WrongShape(
+            f"shape {times(shape)} has {len(shape)} dimensions; this model takes latents [B, {spec.channels}, H, W], "
+            f"one latent [{spec.channels}, H, W], or packed latents [B, S, {4 * spec.channels}]"
+        )
+
+    def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        """Match `FluxPipeline._unpack_latents`."""
+        if not geometry.is_packed:
+            return super().unpack(latents, geometry)
+        b, c, h, w = geometry.latent_shape
+        patches = latents.reshape(b, h // PATCH, w // PATCH, c, PATCH, PATCH)  # [B, S, 4C] -> [B, h/2, w/2, C, 2, 2]
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)  # -> [B, C, h, w]
+
+    def _unpacked(self, spec: LatentSpec, shape: tuple[int, ...]) -> Geometry:
+        if shape[1] != spec.channels:
+            raise wrong_channels(spec, shape[1], f"[B, {spec.channels}, H, W]")
+        height, width = (n * spec.vae_scale_factor for n in shape[2:])
+        return Geometry(shape, is_packed=False, num_frames=1, height=height, width=width)
+
+    def _three_axes(self, spec: LatentSpec, shape: tuple[int, ...], size: PixelSize) -> Geometry:
+        """Packed if the last axis is 4C and the tokens fit the size, else one latent without its batch axis."""
+        batch, tokens, depth = shape
+        looks_packed = depth == PATCH * PATCH * spec.channels
+        is_one_latent = shape[0] == spec.channels
+        if looks_packed:
+            sent = None
+            try:
+                sent = size()
+            except BadRequest:
+                if not is_one_latent:
+                    raise
+            if sent is not None:
+                rows, columns = (pixels // (spec.vae_scale_factor * PATCH) for pixels in sent)
+                if rows * columns == tokens:
+                    return self._packed(spec, batch, rows * PATCH, columns * PATCH)
+            if not is_one_latent:
+                raise _unfitting_tokens(spec, tokens, sent)
+        if is_one_latent:
+            return self._unpacked(spec, (1, *shape))
+        raise WrongShape(
+            f"shape {times(shape)} is neither one latent [{spec.channels}, H, W] nor packed latents "
+            f"[B, S, {PATCH * PATCH * spec.channels}] of this model"
+        )
+
+    def _packed(self, spec: LatentSpec, batch: int, h: int, w: int) -> Geometry:
+        return Geometry(
+            (batch, spec.channels, h, w),
+            is_packed=True,
+            num_frames=1,
+            height=h * spec.vae_scale_factor,
+            width=w * spec.vae_scale_factor,
+        )
+
+
+def _unfitting_tokens(spec: LatentSpec, tokens: int, sent: tuple[int, int] | None) -> WrongShape:
+    side = spec.vae_scale_factor * PATCH
+    if sent is None:
+        return WrongShape("packed latents need height and width, the picture's size in pixels; send both")
+    height, width = sent
+    return WrongShape(
+        f"{tokens} tokens do not fit {height}x{width}: packed latents of that size have "
+        f"({height}/{side}) x ({width}/{side}) = {(height // side) * (width // side)} tokens; check height and width"
+    )

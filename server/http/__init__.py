@@ -1,0 +1,1 @@
+"""The Starlette application: routes, the wire format, JSON errors."""

@@ -1,0 +1,42 @@
+"""The Starlette application for one Service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from server.errors import ServerError
+from server.http.auth import RequireKey
+from server.http.failures import on_http_exception, on_server_error
+from server.http.frame import Frame
+from server.http.routes import routes
+from server.service import Service
+
+
+def create_app(service: Service, on_started: Callable[[], None] | None = None) -> Starlette:
+    """The whole server. `on_started` is called once the service is READY or FAILED; until then /health is 503."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        starting = asyncio.create_task(service.start())
+        if on_started:
+            starting.add_done_callback(lambda _: on_started())
+        yield
+        service.drain()
+        starting.cancel()
+        service.close()
+
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Frame), Middleware(RequireKey, keys=service.settings.api_keys)],
+        exception_handlers={ServerError: on_server_error, HTTPException: on_http_exception},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app

@@ -1,0 +1,53 @@
+"""API keys: `Authorization: Bearer`, `X-API-Key`, or Basic with the key as the password (`http://user:KEY@host/`)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+from collections.abc import Sequence
+
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import Unauthorized
+from server.http.failures import failure
+
+PUBLIC_PATHS = frozenset({"/health", "/health/live"})
+
+
+class RequireKey:
+    """Everything but health is closed when keys are configured."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
+        self.app = app
+        self._keys = [key.get_secret_value().encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._keys or scope["path"] in PUBLIC_PATHS or self._knows(sent_key(scope)):
+            await self.app(scope, receive, send)
+            return
+        sentence = "a key is required: send Authorization: Bearer KEY, X-API-Key: KEY, or http://user:KEY@host/"
+        await failure(Request(scope), Unauthorized(sentence))(scope, receive, send)
+
+    def _knows(self, key: bytes) -> bool:
+        # Every key is compared, each in constant time, so that timing tells neither the key nor its place.
+        return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
+
+
+def sent_key(scope: Scope) -> bytes:
+    """The key of a request, empty when it sent none that can be read."""
+    headers = Headers(scope=scope)
+    if key := headers.get("x-api-key"):
+        return key.encode("latin-1")
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""

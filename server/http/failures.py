@@ -1,0 +1,42 @@
+"""Every failure as the one JSON object that clients parse: `error`, `code`, `request_id`."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.errors import MethodNotAllowed, NotFound, ServerError
+
+OUR_FAULT = "the server failed on this request; its log has the reason under this request_id, tell its operator"
+
+
+def failure(request: Request, error: ServerError, sentence: str | None = None) -> JSONResponse:
+    """The response of an error; `sentence` replaces the error's own text."""
+    request.app.state.service.metrics.rejected.labels(error.code).inc()
+    body = {"error": sentence or str(error), "code": error.code, "request_id": request.state.request_id}
+    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer, Basic realm="vae"'
+    return JSONResponse(body, error.status, headers)
+
+
+async def on_server_error(request: Request, error: Exception) -> Response:
+    """What this server raises itself."""
+    assert isinstance(error, ServerError)
+    return failure(request, error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """What Starlette raises: 404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "POST")
+        response = failure(request, MethodNotAllowed(f"this route takes {allowed} only; see /openapi.json"))
+        response.headers["Allow"] = allowed
+        return response
+    if error.status_code == 404:
+        return failure(request, NotFound("no such route; POST / or /{model} decodes, GET /models lists models"))
+    other = ServerError(str(error.detail))
+    other.status, other.code = error.status_code, f"http_{error.status_code}"
+    return failure(request, other)

@@ -1,0 +1,66 @@
+"""Around every request: an id, no slash at the path's end, one log line, one count, and a JSON answer even to a bug."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ServerError
+from server.http.failures import OUR_FAULT, failure
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+CLIENT_LEFT = 499  # nginx's number; no HTTP answer carries it
+PROBES = frozenset({"health", "live", "prometheus"})
+
+
+class Frame:
+    """The outermost middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        sent_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        status = CLIENT_LEFT
+
+        async def send_framed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_framed)
+        except ClientDisconnect:
+            log.debug("%s the client left while it was sending", request_id)
+        except Exception:  # the border of a request: whatever went wrong inside, its client gets an answer
+            log.exception("%s failed", request_id)
+            if status == CLIENT_LEFT:
+                await failure(Request(scope), ServerError(), OUR_FAULT)(scope, receive, send_framed)
+        finally:
+            _account(scope, status, time.perf_counter() - started)
+
+
+def _account(scope: Scope, status: int, seconds: float) -> None:
+    metrics, state = scope["app"].state.service.metrics, scope["state"]
+    route, model = getattr(scope.get("endpoint"), "__name__", "none"), state.get("model", "none")
+    metrics.requests.labels(route, model, str(status)).inc()
+    metrics.duration_s.labels(route).observe(seconds)
+    level = logging.DEBUG if route in PROBES else logging.INFO
+    log.log(level, "%s %s %s %d %.0f ms", state["request_id"], route, model, status, seconds * 1e3)

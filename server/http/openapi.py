@@ -1,0 +1,10 @@
+"""The OpenAPI description, hand-written in openapi.yaml beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DESCRIPTION: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("openapi.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,110 @@
+"""What `python -m server check` and `models` find out: configuration, device, weights, codecs, one real decode."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import imageio_ffmpeg
+from PIL import features
+
+from server.config import Settings
+from server.direct import DirectDecoder
+from server.engine import loader
+from server.errors import ConfigError, ModelUnavailable, ServerError
+from server.types import RawTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `check`."""
+
+    is_problem: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'PROBLEM' if self.is_problem else 'ok     '}  {self.text}"
+
+
+def ok(text: str) -> Finding:
+    return Finding(False, text)
+
+
+def problem(text: str) -> Finding:
+    return Finding(True, text)
+
+
+def list_models(settings: Settings) -> Iterator[str]:
+    """One line a model."""
+    for name, entry in settings.models.items():
+        source = loader.source_of(settings, name)
+        here = "weights here" if source.is_here() else "not downloaded"
+        mark = "*" if name == settings.default else " "
+        also = f" (also {', '.join(entry.aliases)})" if entry.aliases else ""
+        yield f"{mark} {name:<16} {source.label}: {here}{also}"
+
+
+def check_all(settings: Settings) -> Iterator[Finding]:
+    """Everything that can be known without the network, in the order in which a start needs it."""
+    yield ok(f"configuration: {settings.source}, {len(settings.models)} models, default '{settings.default}'")
+    yield _device(settings)
+    yield from _codecs()
+    for name in settings.models:
+        yield _weights(settings, name)
+    if loader.source_of(settings, settings.default).is_here():
+        yield _decodes(settings)
+
+
+def _device(settings: Settings) -> Finding:
+    try:
+        return ok(f"device: {loader.choose_device(settings.options.device)}")
+    except ValueError as error:
+        return problem(str(error))
+
+
+def _codecs() -> Iterator[Finding]:
+    for codec in ("jpg", "zlib"):
+        found = features.check_codec(codec)
+        yield (
+            ok(f"codec: Pillow has {codec}")
+            if found
+            else problem(f"Pillow lacks {codec}: pip install --force-reinstall pillow")
+        )
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-encoders"]
+        has_x264 = "libx264" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (RuntimeError, OSError, subprocess.CalledProcessError):
+        yield problem("no ffmpeg runs: pip install --force-reinstall imageio-ffmpeg")
+        return
+    yield ok("codec: ffmpeg has libx264") if has_x264 else problem("ffmpeg lacks libx264: unset IMAGEIO_FFMPEG_EXE")
+
+
+def _weights(settings: Settings, name: str) -> Finding:
+    source = loader.source_of(settings, name)
+    is_needed = name == settings.default or settings.models[name].preload
+    if source.local is None and not source.is_here() and not is_needed:
+        return ok(f"{name}: not downloaded yet; the first request will, or run `python -m server download {name}`")
+    try:
+        info = loader.read_info(source, is_local_only=True)
+        source.folder(is_local_only=True)
+    except ModelUnavailable as error:
+        return problem(error.detail)
+    return ok(
+        f"{name}: weights here, {info.class_name}, family {info.latents.family}, {info.latents.channels} channels"
+    )
+
+
+def _decodes(settings: Settings) -> Finding:
+    """The smallest latent through the whole path."""
+    direct, name = DirectDecoder(settings), settings.default
+    try:
+        spec = direct.engine.describe(name).latents
+        shape = (1, spec.channels, *[1] * (spec.kind == "video"), 8, 8)
+        parameters = {"shape": list(shape), "dtype": "float32", "output_type": "pil" if spec.kind == "image" else "mp4"}
+        request = direct.parse(name, parameters, bytes(RawTensor.bytes_needed(shape, "float32")), "*/*")
+        decoded = direct.decode(request)
+        body = direct.render(request, decoded).body
+    except (ServerError, ConfigError) as error:
+        return problem(f"'{name}' does not decode: {getattr(error, 'detail', error)}")
+    return ok(f"'{name}' decodes: {decoded.decode_ms:.0f} ms to {len(body)} bytes")

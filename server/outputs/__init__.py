@@ -1,0 +1,58 @@
+"""Pixels and tensors to bytes. A new output is one render function and one line in `FORMATS`.
+
+Which representation answers a request is read off that table; nothing else in the server names a format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.outputs.image import render_jpeg, render_png
+from server.outputs.tensor import render_base64, render_binary
+from server.outputs.video import render_mp4
+from server.types import Kind, RawTensor, Rendered, RenderOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One representation.
+
+    names: what `image_format` calls it. media_types: what `Accept` calls it, the usual one first.
+    output_types: the values of `output_type` it answers when `Accept` leaves the choice (`*/*`).
+    when_named: those it answers only when `Accept` names it.
+    is_encoded: made of uint8 pixels, one picture or clip a response.
+    quality_range: of the query's `quality`, None where it has none.
+    """
+
+    names: tuple[str, ...]
+    media_types: tuple[str, ...]
+    kinds: frozenset[Kind]
+    output_types: frozenset[str]
+    render: Callable[[RawTensor, RenderOptions], Rendered]
+    when_named: frozenset[str] = frozenset()
+    is_encoded: bool = True
+    quality_range: tuple[float, float] | None = None
+
+
+IMAGE: frozenset[Kind] = frozenset({"image"})
+VIDEO: frozenset[Kind] = frozenset({"video"})
+PIL, PT, MP4 = frozenset({"pil"}), frozenset({"pt"}), frozenset({"mp4"})
+
+FORMATS: list[Format] = [
+    Format(("jpg", "jpeg"), ("image/jpeg",), IMAGE, PIL, render_jpeg, quality_range=(1, 100)),
+    Format(("png",), ("image/png",), IMAGE, PIL, render_png),
+    Format(("mp4",), ("video/mp4", "text/plain"), VIDEO, MP4, render_mp4, quality_range=(1, 10)),
+    Format(("binary",), ("tensor/binary", "application/octet-stream"), IMAGE | VIDEO, PT, render_binary, PIL, False),
+    Format(("base64",), ("tensor/base64", "application/json"), IMAGE | VIDEO, PT, render_base64, PIL, False),
+]
+
+OUTPUT_TYPES = ("pil", "pt", "mp4")
+
+
+def format_named(name: str) -> Format:
+    """The format that a job carries by name."""
+    return next(entry for entry in FORMATS if name in entry.names)
+
+
+__all__ = ["FORMATS", "OUTPUT_TYPES", "Format", "format_named"]

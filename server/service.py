@@ -1,0 +1,205 @@
+"""Sole owner of running state: what is served, what waits, whether the server is ready. Knows no HTTP and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from server.config import Settings
+from server.errors import DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
+from server.metrics import Metrics
+from server.outputs import format_named
+from server.types import Decoded, DecodeJob, DecodeRequest, LoadedInfo, ModelInfo, Rendered
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """Whatever owns the device: this process, a worker process, a Ray replica."""
+
+    async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
+        """Read config.json, not the weights; without the network on demand. Raises ModelUnavailable."""
+        ...
+
+    async def load(self, model: str) -> None:
+        """Bring the weights to the device. Raises ModelUnavailable."""
+        ...
+
+    def loaded(self, model: str) -> LoadedInfo | None:
+        """None until the weights are on a device."""
+        ...
+
+    async def decode(self, job: DecodeJob) -> Decoded:
+        """Decode, loading first if it must. Raises ModelUnavailable, NonFiniteInput, TooLargeForDevice."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and the device."""
+        ...
+
+
+class State(StrEnum):
+    """STARTING -> READY -> DRAINING, or FAILED when a model that must be there at the start does not load."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A rendered picture and where its time went."""
+
+    rendered: Rendered
+    queue_ms: float
+    decode_ms: float
+    render_ms: float
+
+
+class Service:
+    """Admits, decodes, renders."""
+
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.metrics = metrics
+        self.state = State.STARTING
+        self.failure: ModelUnavailable | None = None
+        self.infos: dict[str, ModelInfo] = {}
+        self._failed: set[str] = set()
+        self._waiting = 0
+        self._last_decode_s = 1.0
+        self._render_pool = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
+
+    async def start(self) -> None:
+        """Load what must be there before the first request; READY, or FAILED with `failure` set."""
+        for name in self.settings.models:
+            with suppress(ModelUnavailable):
+                self.infos[name] = await self.engine.describe(name, is_local_only=True)
+        try:
+            await self.describe(self.settings.default)
+            for name, entry in self.settings.models.items():
+                if entry.preload or entry.warmup:
+                    await self.engine.load(name)
+                    self.metrics.model_loaded.labels(name).set(1)
+        except ModelUnavailable as error:
+            self.state, self.failure = State.FAILED, error
+        else:
+            self.state = State.READY
+
+    def drain(self) -> None:
+        """Refuse what comes; what was accepted goes on."""
+        self.state = State.DRAINING
+
+    def close(self) -> None:
+        self._render_pool.shutdown()
+        self.engine.close()
+
+    def resolve(self, word: str | None) -> str:
+        """The model that a request names, the default when it names none. Raises UnknownModel."""
+        if word is None:
+            return self.settings.default
+        name = self.settings.name_of(word)
+        if name is None:
+            known = ", ".join(sorted({*self.settings.models, *self._aliases()}))
+            raise UnknownModel(f"no such model here; known models: {known}")
+        return name
+
+    async def describe(self, name: str) -> ModelInfo:
+        """What is known of a model before it is loaded. Raises ModelUnavailable."""
+        if name not in self.infos:
+            with self._noting_failure(name):
+                self.infos[name] = await self.engine.describe(name)
+        return self.infos[name]
+
+    def model_state(self, name: str) -> str:
+        """`loaded`, `not loaded` or `failed`."""
+        if self.engine.loaded(name):
+            return "loaded"
+        return "failed" if name in self._failed else "not loaded"
+
+    @contextmanager
+    def _noting_failure(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ModelUnavailable as error:
+            self._failed.add(name)
+            log.error("%s", error.detail)
+            raise
+        self._failed.discard(name)
+
+    def check_ready(self) -> None:
+        """Raises Unavailable unless requests are taken."""
+        match self.state:
+            case State.STARTING:
+                raise Unavailable("the server is still loading its models; try again in a few seconds")
+            case State.DRAINING:
+                raise Unavailable("the server is shutting down and takes no new requests; try again later")
+            case State.FAILED:
+                raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
+
+    def admit(self) -> None:
+        """Refuse before the body is read. Raises Unavailable, QueueFull."""
+        self.check_ready()
+        if self._waiting >= self.settings.options.max_queue:
+            wait_s = max(1, math.ceil(self._waiting * self._last_decode_s))
+            raise QueueFull(f"{self._waiting} requests wait already; try again in {wait_s} s", wait_s)
+
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """The one deadline of a request, over receive, queue, decode and render. Raises DeadlinePassed."""
+        seconds = self.settings.options.request_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"not done after {seconds:g} s, the deadline of a request; send fewer or smaller latents, or try later"
+            ) from None
+
+    async def decode(self, request: DecodeRequest) -> Answer:
+        """Queue, decode, render. Raises what `admit` and the engine raise."""
+        self.admit()
+        arrived = time.perf_counter()
+        self._waiting += 1
+        self.metrics.queue_depth.set(self._waiting)
+        try:
+            with self._noting_failure(request.job.model):
+                decoded = await self.engine.decode(request.job)
+        finally:
+            self._waiting -= 1
+            self.metrics.queue_depth.set(self._waiting)
+        done = time.perf_counter()
+        rendered = await asyncio.get_running_loop().run_in_executor(
+            self._render_pool, format_named(request.format).render, decoded.tensor, request.render
+        )
+        return self._account(request, rendered, decoded, done - arrived, time.perf_counter() - done)
+
+    def _account(
+        self, request: DecodeRequest, rendered: Rendered, decoded: Decoded, engine_s: float, render_s: float
+    ) -> Answer:
+        job, metrics = request.job, self.metrics
+        decode_s = decoded.decode_ms / 1e3
+        queue_s = max(0.0, engine_s - decode_s)
+        self._last_decode_s = decode_s
+        metrics.model_loaded.labels(job.model).set(1)
+        metrics.queue_wait_s.observe(queue_s)
+        metrics.decode_s.labels(job.model).observe(decode_s)
+        metrics.render_s.labels(request.format).observe(render_s)
+        metrics.request_bytes.observe(len(job.tensor.data))
+        metrics.response_bytes.observe(len(rendered.body))
+        g = job.geometry
+        metrics.output_pixels.labels(job.model).inc(g.batch * g.num_frames * g.height * g.width)
+        return Answer(rendered, queue_s * 1e3, decoded.decode_ms, render_s * 1e3)
+
+    def _aliases(self) -> set[str]:
+        return {alias for entry in self.settings.models.values() for alias in entry.aliases}
