@@ -1,0 +1,86 @@
+"""CPU kernels: oneDNN convolutions on prepacked weights, and norms as one pass of torch's vectorised batch norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.engine.decoders.exact.kernels import Kernels, one_part
+from server.engine.decoders.exact.moments import Affine, Moments
+
+_STRIDE = _DILATION = [1, 1]
+_PADDING = [0, 1]
+# The shape a weight is packed for. oneDNN packs a channels_last weight alike for every picture size we tried.
+_BAND_ROWS, _BAND_COLUMNS = 18, 256
+
+
+def preferred_cpu_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and slower than float32."""
+    if _has_onednn() and (_has("amx_tile") or _has("avx512_bf16")):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _has(feature: str) -> bool:
+    probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return bool(probe and probe())
+
+
+class CpuKernels(Kernels):
+    """One image at a time: batch norm's statistics are over the batch."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        operators = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
+        self.prepacks = (
+            _has_onednn()
+            and dtype in (torch.float32, preferred_cpu_dtype())
+            and all(hasattr(torch.ops.mkldnn, operator) for operator in operators)
+        )
+
+    def pack(self, weight: Tensor) -> Tensor:  # [O, I, k, k]
+        if not self.prepacks:
+            return super().pack(weight)
+        shape = [1, weight.shape[1], _BAND_ROWS, _BAND_COLUMNS]
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, _STRIDE, _DILATION, 1, shape)
+        return packed
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [1, n + 2, W, I] -> [1, n, W, O]
+        if not self.prepacks:
+            return super().conv(x, weight, bias)
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x.permute(0, 3, 1, 2), weight, bias, _PADDING, _STRIDE, _DILATION, 1, "none", [], ""
+        )  # [1, O, n, W]
+        return y.permute(0, 2, 3, 1).contiguous()  # [1, n, W, O], already in this order
+
+    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Moments:
+        if not self.prepacks:
+            return super().add_conv_(total, x, weight, bias)
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            total.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, bias,
+            _PADDING, _STRIDE, _DILATION, 1, "add", 1.0, None, [], None,
+        )  # fmt: skip
+        return self.moments(total)
+
+    def moments(self, x: Tensor) -> Moments:  # [1, n, W, C]
+        running = torch.zeros(2, x.shape[3])  # [2, C], asks for float32 results
+        mean, variance = torch.batch_norm_update_stats(x.permute(0, 3, 1, 2), running[0], running[1], 0.0)  # [C]
+        return one_part(x.shape[1] * x.shape[2], mean[None], variance[None])
+
+    def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
+        # Batch norm with mean 0, variance 1 and eps 0 is the affine map, one pass, float32 inside whatever the dtype.
+        zeros, ones = torch.zeros_like(affine.scale[0]), torch.ones_like(affine.scale[0])  # [C]
+        unused = x.new_empty(0, dtype=torch.float32)
+        torch.native_batch_norm(
+            x.permute(0, 3, 1, 2), affine.scale[0], affine.shift[0], zeros, ones, False, 0.0, 0.0,
+            out=(out.permute(0, 3, 1, 2), unused, unused),
+        )  # fmt: skip
+        if silu:
+            F.silu(out, inplace=True)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [1, t, C], [1, N, C] twice -> [1, t, C]
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [1, t, C]

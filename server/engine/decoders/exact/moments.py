@@ -1,0 +1,60 @@
+"""GroupNorm of a picture that is never in one piece: statistics per part, merged, as one scale and shift per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per-channel moments of K disjoint parts of a picture, float32. `m2` is the sum of squared deviations."""
+
+    count: Tensor  # [K] pixels in each part
+    mean: Tensor  # [K, B, C]
+    m2: Tensor  # [K, B, C]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = scale * x + shift, which is all that is left of a normalisation once its statistics are known."""
+
+    scale: Tensor  # [B, C] float32
+    shift: Tensor  # [B, C] float32
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    groups: int
+    eps: float
+    weight: Tensor  # [C] float32
+    bias: Tensor  # [C] float32
+
+    def affine(self, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
+        """The norm of x + offset, as an affine map of x. `offset` [C] is a convolution's bias that was left out of x.
+
+        Merging with n, mean and M2 (Chan, Golub, LeVeque 1979) never subtracts two large sums, as E[x²] - E[x]² would.
+        """
+        count = torch.cat([part.count for part in parts])  # [K]
+        mean = torch.cat([part.mean for part in parts])  # [K, B, C]
+        m2 = torch.cat([part.m2 for part in parts])  # [K, B, C]
+        if offset is not None:
+            mean = mean + offset  # [K, B, C]
+
+        grouped = (*mean.shape[:2], self.groups, -1)
+        n = count.view(-1, 1, 1, 1)  # [K, 1, 1, 1]
+        mean, m2 = mean.view(grouped), m2.view(grouped)  # [K, B, G, C/G]
+        total = count.sum() * mean.shape[-1]  # pixels times channels of a group
+        centre = (n * mean).sum((0, 3), keepdim=True) / total  # [1, B, G, 1]
+        variance = (m2 + n * (mean - centre).square()).sum((0, 3), keepdim=True) / total  # [1, B, G, 1]
+        rstd = torch.rsqrt(variance + self.eps)  # [1, B, G, 1]
+
+        weight = self.weight.view(self.groups, -1)  # [G, C/G]
+        scale = (weight * rstd[0]).flatten(1)  # [B, C]
+        shift = self.bias - (weight * (rstd * centre)[0]).flatten(1)  # [B, C]
+        if offset is not None:
+            shift = shift + scale * offset  # [B, C]
+        return Affine(scale, shift)

@@ -1,0 +1,166 @@
+"""The decoder's weights as a flat list of steps. Taking them empties the diffusers modules, so that they exist once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.engine.decoders.exact.kernels import Kernels
+from server.engine.decoders.exact.moments import GroupNorm
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: Tensor  # [O, I]
+    bias: Tensor | None  # [O]
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 3x3 convolution (2x2 for the folded upsample), its weight as the kernels want it."""
+
+    weight: Tensor
+    bias: Tensor  # [O]
+    out_channels: int
+
+
+@dataclass(frozen=True)
+class Resnet:
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), the x through `shortcut` where the channels change."""
+
+    norm1: GroupNorm
+    conv1: Conv
+    norm2: GroupNorm
+    conv2: Conv
+    shortcut: Linear | None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """x + softmax(q kᵀ / √C) v over all positions, with the output projection already inside v."""
+
+    norm: GroupNorm
+    query: Linear
+    key: Linear
+    value: Linear
+    bias: Tensor  # [C]
+
+
+@dataclass(frozen=True)
+class Upsample:
+    """Nearest 2x and the 3x3 convolution after it, as one 2x2 convolution to four phases."""
+
+    conv: Conv
+
+
+Step = Resnet | Attention | Upsample
+
+
+@dataclass(frozen=True)
+class Network:
+    post_quant: Linear | None
+    conv_in: Conv
+    steps: tuple[Step, ...]
+    norm_out: GroupNorm
+    conv_out: Conv
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def upsampling(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** sum(isinstance(step, Upsample) for step in self.steps))
+
+    @classmethod
+    def take(cls, vae: Any, kernels: Kernels) -> Network:
+        """Move the weights out of an AutoencoderKL whose structure is known. Its own decode no longer works after."""
+        decoder = vae.decoder
+        dtype, device = decoder.conv_in.weight.dtype, decoder.conv_in.weight.device
+        return cls(
+            post_quant=None if vae.post_quant_conv is None else _take_linear(vae.post_quant_conv),
+            conv_in=_take_conv(decoder.conv_in, kernels),
+            steps=tuple(_take_steps(decoder, kernels)),
+            norm_out=_take_norm(decoder.conv_norm_out),
+            conv_out=_take_conv(decoder.conv_out, kernels),
+            dtype=dtype,
+            device=device,
+        )
+
+
+def _take_steps(decoder: Any, kernels: Kernels) -> Iterator[Step]:
+    first, *rest = decoder.mid_block.resnets
+    yield _take_resnet(first, kernels)
+    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
+        if attention is not None:
+            yield _take_attention(attention)
+        yield _take_resnet(resnet, kernels)
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            yield _take_resnet(resnet, kernels)
+        for upsampler in block.upsamplers or ():
+            weight, bias = _take(upsampler.conv)  # [O, I, 3, 3]
+            yield Upsample(Conv(kernels.pack(fold_upsample(weight)), bias, len(bias)))
+
+
+def fold_upsample(weight: Tensor) -> Tensor:  # [O, I, 3, 3] -> [4 O, I, 2, 2]
+    """Taps of the 3x3 kernel that fall on the same pixel before the nearest-2x upsample are summed: 9 taps become 4.
+
+    Phase 0 (even rows) sees rows i-1, i as taps 0, 1+2; phase 1 (odd rows) sees i, i+1 as taps 0+1, 2; columns alike.
+    """
+    fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device)
+    phases = torch.einsum("pak,qbl,oikl->pqoiab", fold, fold, weight.float())  # [2, 2, O, I, 2, 2]
+    return phases.flatten(0, 2).to(weight.dtype)  # [4 O, I, 2, 2]
+
+
+def _take_resnet(resnet: Any, kernels: Kernels) -> Resnet:
+    conv1, conv2 = _take_conv(resnet.conv1, kernels), _take_conv(resnet.conv2, kernels)
+    shortcut = None if resnet.conv_shortcut is None else _take_linear(resnet.conv_shortcut)
+    return Resnet(_take_norm(resnet.norm1), conv1, _take_norm(resnet.norm2), conv2, shortcut)
+
+
+def _take_attention(attention: Any) -> Attention:
+    """Two exact identities of softmax: the key's bias adds the same to every score of a row, so it is dropped; rows sum
+    to one, so W_o(P v) + b_o = P(W_o W_v h) + (W_o b_v + b_o)."""
+    query, key, value = _take_linear(attention.to_q), _take_linear(attention.to_k), _take_linear(attention.to_v)
+    out = _take_linear(attention.to_out[0])
+    dtype = query.weight.dtype
+    weight = out.weight.double() @ value.weight.double()  # [C, C]
+    bias = torch.zeros_like(weight[0]) if out.bias is None else out.bias.double()  # [C]
+    if value.bias is not None:
+        bias = bias + out.weight.double() @ value.bias.double()  # [C]
+    folded = Linear(weight.to(dtype), None)
+    return Attention(_take_norm(attention.group_norm), query, Linear(key.weight, None), folded, bias.to(dtype))
+
+
+def _take_conv(conv: Any, kernels: Kernels) -> Conv:
+    weight, bias = _take(conv)  # [O, I, 3, 3]
+    return Conv(kernels.pack(weight), bias, weight.shape[0])
+
+
+def _take_linear(layer: Any) -> Linear:
+    weight, bias = layer.weight.detach(), layer.bias  # [O, I] or [O, I, 1, 1]
+    linear = Linear(weight.flatten(1).contiguous(), None if bias is None else bias.detach())
+    _empty(layer)
+    return linear
+
+
+def _take_norm(norm: Any) -> GroupNorm:
+    taken = GroupNorm(norm.num_groups, norm.eps, norm.weight.detach().float(), norm.bias.detach().float())
+    _empty(norm)
+    return taken
+
+
+def _take(conv: Any) -> tuple[Tensor, Tensor]:
+    weight = conv.weight.detach()  # [O, I, k, k]
+    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach()  # [O]
+    _empty(conv)
+    return weight, bias
+
+
+def _empty(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.new_empty(0)

@@ -1,0 +1,38 @@
+"""The decoder's last bands, written straight into the layout asked for; no float copy of the whole picture is made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from server.engine.decoders.exact.network import Network
+from server.types import Layout
+
+
+class Output:
+    def __init__(self, layout: Layout, network: Network, batch: int, height: int, width: int) -> None:
+        self.layout = layout
+        channels, device = network.conv_out.out_channels, network.device
+        if layout is Layout.PIXELS:
+            self.tensor = torch.empty(batch, height, width, channels, dtype=torch.uint8, device=device)  # [B, H, W, C]
+        else:
+            self.tensor = torch.empty(
+                batch, channels, height, width, dtype=network.dtype, device=device
+            )  # [B, C, H, W]
+
+    def write(self, image: int, top: int, sample: Tensor) -> None:  # [b, n, W, C]
+        images, rows = slice(image, image + sample.shape[0]), slice(top, top + sample.shape[1])
+        match self.layout:
+            case Layout.SAMPLE:
+                self.tensor[images, :, rows] = sample.permute(0, 3, 1, 2)  # [b, C, n, W]
+            case Layout.UNIT:
+                self.tensor[images, :, rows] = denormalize(sample).permute(0, 3, 1, 2)  # [b, C, n, W]
+            case Layout.PIXELS:
+                self.tensor[images, rows] = (
+                    denormalize(sample.float()).mul_(255).round_().to(torch.uint8)
+                )  # [b, n, W, C]
+
+
+def denormalize(sample: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], clamped: `VaeImageProcessor.denormalize`."""
+    return (sample / 2 + 0.5).clamp_(0, 1)

@@ -1,0 +1,138 @@
+"""The decoder, layer by layer, each layer a pass over row bands. Nothing here is approximate.
+
+A 3x3 convolution needs one row of its input above and below the band, so bands advance together through one layer, and
+a layer starts when the one before is complete: GroupNorm needs the whole picture's statistics anyway. What is stored is
+the layer's input, freed row by row as it is consumed, and its output: two pictures at most, never an expanded one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.engine.decoders.exact.kernels import Kernels
+from server.engine.decoders.exact.moments import Affine, GroupNorm
+from server.engine.decoders.exact.network import Attention, Conv, Network, Resnet, Step, Upsample
+from server.engine.decoders.exact.picture import Picture, spans
+from server.engine.decoders.exact.plan import Plan
+
+Emit = Callable[[int, Tensor], None]
+
+
+def decode(network: Network, kernels: Kernels, plan: Plan, latents: Tensor, emit: Emit) -> None:  # [B, C, h, w]
+    """Run the decoder; `emit(top, sample [B, n, W, 3])` receives the picture from top to bottom."""
+    picture = first(network, kernels, plan, latents)
+    for step in network.steps:
+        picture = advance(step, kernels, plan, picture)
+    last(network.norm_out, network.conv_out, kernels, picture, emit)
+
+
+def advance(step: Step, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
+    match step:
+        case Resnet():
+            return resnet(step, kernels, x)
+        case Attention():
+            return attention(step, kernels, plan, x)
+        case Upsample():
+            return upsample(step.conv, kernels, plan, x)
+
+
+def first(network: Network, kernels: Kernels, plan: Plan, latents: Tensor) -> Picture:  # [B, C, h, w]
+    x = latents.permute(0, 2, 3, 1).contiguous()  # [B, h, w, C]
+    if network.post_quant is not None:
+        x = F.linear(x, network.post_quant.weight, network.post_quant.bias)  # [B, h, w, C]
+    latent = Picture()
+    latent.append(x)
+    picture = Picture()
+    for top, bottom in spans(x.shape[1], plan.rows(x.shape[2], network.conv_in.out_channels)):
+        band = kernels.conv(with_halo(kernels, latent, top, bottom), network.conv_in.weight, network.conv_in.bias)
+        picture.append(band, kernels.moments(band))  # [B, n, w, C']
+    return picture
+
+
+def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
+    residual, hidden = x, Picture()
+    if block.shortcut is not None:
+        residual = Picture()
+
+    norm1 = block.norm1.affine(x.moments)
+    for top, bottom in x.spans:
+        y = with_halo(kernels, x, top, bottom, norm1)  # [B, n + 2, W, C]
+        # conv1's bias is left out: a constant per channel only moves the mean that norm2 takes away again.
+        y = kernels.conv(y, block.conv1.weight, None)  # [B, n, W, C']
+        hidden.append(y, kernels.moments(y))
+        if block.shortcut is not None:
+            (band,) = x.rows(top, bottom)  # [B, n, W, C]
+            residual.append(F.linear(band, block.shortcut.weight, block.shortcut.bias))  # [B, n, W, C']
+            del band
+            x.release_above(bottom - 1)
+
+    norm2 = block.norm2.affine(hidden.moments, offset=block.conv1.bias.float())
+    residual.moments = []
+    for index, (top, bottom) in enumerate(residual.spans):
+        y = with_halo(kernels, hidden, top, bottom, norm2)  # [B, n + 2, W, C']
+        band = residual.band(index)  # [B, n, W, C']
+        residual.moments.append(kernels.add_conv_(band, y, block.conv2.weight, block.conv2.bias))
+        hidden.release_above(bottom - 1)
+    return residual
+
+
+def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
+    picture = Picture()
+    width = x.band(0).shape[2]
+    for top, bottom in spans(x.height, max(1, plan.rows(2 * width, conv.out_channels) // 2)):
+        y = with_halo(kernels, x, top, bottom)  # [B, n + 2, W, C]
+        phases = kernels.conv(y, conv.weight, None)  # [B, n + 1, W + 1, 4 C']
+        x.release_above(bottom - 1)
+        picture.append(*kernels.interleave(phases, conv.bias))  # [B, 2 n, 2 W, C']
+    return picture
+
+
+def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
+    """Every position attends to all positions; only the queries are taken in chunks."""
+    affine = block.norm.affine(x.moments)
+    whole = x.whole()  # [B, h, w, C]
+    x.moments = []
+    tokens = torch.empty_like(whole)  # [B, h, w, C]
+    kernels.normalize(whole, affine, tokens, silu=False)
+    tokens = tokens.flatten(1, 2)  # [B, N, C]
+    key = F.linear(tokens, block.key.weight)  # [B, N, C]
+    value = F.linear(tokens, block.value.weight)  # [B, N, C]
+    residual = whole.flatten(1, 2)[:, :, None]  # [B, N, 1, C]
+    for start, stop in spans(tokens.shape[1], plan.query_rows(tokens.shape[1])):
+        query = F.linear(tokens[:, start:stop], block.query.weight, block.query.bias)  # [B, t, C]
+        attended = kernels.attend(query, key, value)  # [B, t, C]
+        x.moments.append(kernels.add_(residual[:, start:stop], attended[:, :, None], block.bias))
+    return x
+
+
+def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Picture, emit: Emit) -> None:
+    affine = norm.affine(x.moments)
+    for top, bottom in x.spans:
+        y = with_halo(kernels, x, top, bottom, affine)  # [B, n + 2, W, C]
+        x.release_above(bottom - 1)
+        emit(top, kernels.conv(y, conv.weight, conv.bias))  # [B, n, W, 3]
+
+
+def with_halo(kernels: Kernels, x: Picture, top: int, bottom: int, affine: Affine | None = None) -> Tensor:
+    """Rows [top - 1, bottom + 1) of x, of silu(affine(x)) if given; rows outside the picture are the zero padding."""
+    pieces = list(x.rows(top - 1, bottom + 1))  # each [B, some rows, W, C]
+    batch, _, width, channels = pieces[0].shape
+    y = pieces[0].new_empty(batch, bottom - top + 2, width, channels)  # [B, n + 2, W, C]
+    row = 0
+    if top == 0:
+        y[:, 0] = 0
+        row = 1
+    if bottom == x.height:
+        y[:, -1] = 0
+    for piece in pieces:
+        part = y[:, row : row + piece.shape[1]]  # [B, some rows, W, C]
+        if affine is None:
+            part.copy_(piece)
+        else:
+            kernels.normalize(piece, affine, part, silu=True)
+        row += piece.shape[1]
+    return y

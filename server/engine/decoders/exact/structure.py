@@ -1,0 +1,152 @@
+"""Does this VAE have exactly the decoder that the exact passes compute? Judged by structure; anything unknown is a reason to decline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+
+def unsupported_reason(vae: nn.Module) -> str | None:
+    return next(_reasons(vae), None)
+
+
+def _reasons(vae: Any) -> Iterator[str]:
+    if type(vae) is not AutoencoderKL:
+        yield f"{type(vae).__name__} is not an AutoencoderKL."
+        return
+    decoder = vae.decoder
+    if type(decoder) is not Decoder:
+        yield f"Its decoder is a {type(decoder).__name__}."
+        return
+    if vae.post_quant_conv is not None:
+        yield from _conv("post_quant_conv", vae.post_quant_conv, 1)
+    yield from _children(
+        "decoder", decoder, {"conv_in", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"}
+    )
+    yield from _conv("conv_in", decoder.conv_in, 3)
+    yield from _conv("conv_out", decoder.conv_out, 3)
+    yield from _norm("conv_norm_out", decoder.conv_norm_out)
+    yield from _silu("conv_act", decoder.conv_act)
+    yield from _mid_block(decoder.mid_block)
+    for index, block in enumerate(decoder.up_blocks):
+        yield from _up_block(f"up_blocks.{index}", block)
+
+    parameters = [*decoder.parameters(), *(vae.post_quant_conv.parameters() if vae.post_quant_conv is not None else ())]
+    if len({(parameter.dtype, parameter.device) for parameter in parameters}) != 1:
+        yield "Its decoder's weights are in more than one dtype or on more than one device."
+    elif parameters[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        yield f"Its weights are {parameters[0].dtype}."
+
+
+def _mid_block(block: Any) -> Iterator[str]:
+    if type(block) is not UNetMidBlock2D:
+        yield f"mid_block is a {type(block).__name__}."
+        return
+    if len(block.resnets) != len(block.attentions) + 1:
+        yield "mid_block does not alternate resnets and attentions."
+    for index, resnet in enumerate(block.resnets):
+        yield from _resnet(f"mid_block.resnets.{index}", resnet)
+    for index, attention in enumerate(block.attentions):
+        if attention is not None:
+            yield from _attention(f"mid_block.attentions.{index}", attention)
+
+
+def _up_block(name: str, block: Any) -> Iterator[str]:
+    if type(block) is not UpDecoderBlock2D:
+        yield f"{name} is a {type(block).__name__}."
+        return
+    for index, resnet in enumerate(block.resnets):
+        yield from _resnet(f"{name}.resnets.{index}", resnet)
+    for upsampler in block.upsamplers or ():
+        if type(upsampler) is not Upsample2D:
+            yield f"{name} has a {type(upsampler).__name__}."
+        elif not (upsampler.use_conv and upsampler.interpolate and upsampler.name == "conv" and upsampler.norm is None):
+            yield f"{name} upsamples in an unknown way."
+        else:
+            yield from _conv(f"{name}.upsampler", upsampler.conv, 3)
+    if len(block.upsamplers or ()) > 1:
+        yield f"{name} upsamples more than once."
+
+
+def _resnet(name: str, resnet: Any) -> Iterator[str]:
+    if type(resnet) is not ResnetBlock2D:
+        yield f"{name} is a {type(resnet).__name__}."
+        return
+    plain = (
+        resnet.time_emb_proj is None
+        and resnet.upsample is None
+        and resnet.downsample is None
+        and resnet.time_embedding_norm in ("default", "group")  # the same without a time embedding
+        and resnet.output_scale_factor == 1
+        and (resnet.dropout.p == 0 or not resnet.training)
+    )
+    if not plain:
+        yield f"{name} has a time embedding, resampling, an output scale or dropout."
+    yield from _norm(f"{name}.norm1", resnet.norm1)
+    yield from _norm(f"{name}.norm2", resnet.norm2)
+    yield from _silu(f"{name}.nonlinearity", resnet.nonlinearity)
+    yield from _conv(f"{name}.conv1", resnet.conv1, 3)
+    yield from _conv(f"{name}.conv2", resnet.conv2, 3)
+    if resnet.conv_shortcut is not None:
+        yield from _conv(f"{name}.conv_shortcut", resnet.conv_shortcut, 1)
+
+
+def _attention(name: str, attention: Any) -> Iterator[str]:
+    if type(attention) is not Attention or type(attention.processor) not in (AttnProcessor, AttnProcessor2_0):
+        yield f"{name} is not diffusers' plain attention."
+        return
+    plain = (
+        attention.heads == 1
+        and attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and attention.spatial_norm is None
+        and attention.norm_q is None
+        and attention.norm_k is None
+        and attention.added_kv_proj_dim is None
+        and not attention.is_causal
+        and attention.scale == attention.inner_dim**-0.5
+    )
+    if not plain:
+        yield f"{name} is not single-head residual self-attention."
+    yield from _norm(f"{name}.group_norm", attention.group_norm)
+    for part in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+        if type(part) is not nn.Linear:
+            yield f"{name} projects with a {type(part).__name__}."
+
+
+def _conv(name: str, conv: Any, kernel: int) -> Iterator[str]:
+    known = (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (kernel, kernel)
+        and conv.padding == (kernel // 2, kernel // 2)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+    if not known:
+        yield f"{name} is not a plain {kernel}x{kernel} convolution."
+
+
+def _norm(name: str, norm: Any) -> Iterator[str]:
+    if type(norm) is not nn.GroupNorm or not norm.affine:
+        yield f"{name} is not an affine GroupNorm."
+
+
+def _silu(name: str, activation: Any) -> Iterator[str]:
+    if type(activation) is not nn.SiLU:
+        yield f"{name} is a {type(activation).__name__}, not SiLU."
+
+
+def _children(name: str, module: Any, known: set[str]) -> Iterator[str]:
+    unknown = {child for child, _ in module.named_children()} - known
+    if unknown:
+        yield f"{name} has unknown parts: {', '.join(sorted(unknown))}."

@@ -1,0 +1,123 @@
+"""Triton kernels for NHWC GroupNorm in two passes: moments where a tensor is written, scale, shift and SiLU where it is read.
+
+A tensor `[B, n, W, C]` is seen as P = n W pixels of C channels. Every kernel works in float32 and runs unchanged under
+TRITON_INTERPRET=1 on a CPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _store_moments(s1, s2, reference, pixels, mean_ptr, m2_ptr, offset, mask):
+    # s1, s2: sums of (x - reference) and its square. The reference is a pixel of the chunk, so nothing large cancels.
+    s1 = tl.sum(s1, 0)  # [C']
+    s2 = tl.sum(s2, 0)  # [C']
+    tl.store(mean_ptr + offset, reference + s1 / pixels, mask=mask)
+    tl.store(m2_ptr + offset, tl.maximum(s2 - s1 * s1 / pixels, 0.0), mask=mask)
+
+
+@triton.jit
+def moments_kernel(
+    x_ptr, add_ptr, bias_ptr, mean_ptr, m2_ptr, pixels, channels, x_stride, add_stride,
+    ADD: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Moments of one chunk of pixels; with ADD, x += add + bias first, in place. Grid: [K, C / BLOCK_C, B]."""
+    k, c, b = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
+    known = c < channels  # [C']
+    x_ptr += b.to(tl.int64) * x_stride
+    add_ptr += b.to(tl.int64) * add_stride
+    first = k.to(tl.int64) * TILES * BLOCK_P
+    last = tl.minimum(first + TILES * BLOCK_P, pixels)
+    reference = tl.load(x_ptr + first * channels + c, mask=known, other=0.0).to(tl.float32)  # [C']
+    if ADD:
+        bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)  # [C']
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for tile in range(TILES):
+        p = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
+        mask = (p < last)[:, None] & known[None, :]  # [P', C']
+        at = p[:, None] * channels + c[None, :]  # [P', C']
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [P', C']
+        if ADD:
+            x += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+            tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
+        d = tl.where(mask, x - reference[None, :], 0.0)  # [P', C']
+        s1 += d
+        s2 += d * d
+    offset = (k * tl.num_programs(2) + b) * channels + c
+    _store_moments(s1, s2, reference, (last - first).to(tl.float32), mean_ptr, m2_ptr, offset, known)
+
+
+@triton.jit
+def interleave_kernel(
+    phases_ptr, bias_ptr, out_ptr, mean_ptr, m2_ptr, height, width, channels,
+    TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Four phases [n + 1, W + 1, 4 C] to one picture [2 n, 2 W, C], plus bias, with its moments. Grid: [K, C / BLOCK_C, B]."""
+    k, c, b = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
+    known = c < channels  # [C']
+    pixels = 4 * height * width
+    out_ptr += b.to(tl.int64) * pixels * channels
+    phases_ptr += b.to(tl.int64) * (height + 1) * (width + 1) * 4 * channels
+    first = k.to(tl.int64) * TILES * BLOCK_P
+    last = tl.minimum(first + TILES * BLOCK_P, pixels)
+    bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)  # [C']
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for tile in range(TILES):
+        pixel = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
+        mask = (pixel < last)[:, None] & known[None, :]  # [P', C']
+        y, x = pixel // (2 * width), pixel % (2 * width)  # [P']
+        p, q = y % 2, x % 2  # [P'] the phase
+        source = ((y // 2 + p) * (width + 1) + x // 2 + q) * 4 + 2 * p + q  # [P']
+        value = tl.load(phases_ptr + source[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        d = tl.where(mask, value, 0.0)  # [P', C'], about the bias: the reference of these moments
+        s1 += d
+        s2 += d * d
+        value = (value + bias[None, :]).to(out_ptr.dtype.element_ty)  # [P', C']
+        tl.store(out_ptr + pixel[:, None] * channels + c[None, :], value, mask=mask)
+    offset = (k * tl.num_programs(2) + b) * channels + c
+    _store_moments(s1, s2, bias, (last - first).to(tl.float32), mean_ptr, m2_ptr, offset, known)
+
+
+@triton.jit
+def normalize_kernel(
+    x_ptr, scale_ptr, shift_ptr, out_ptr, pixels, channels, x_stride, out_stride,
+    SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out = scale x + shift, through SiLU. Grid: [P / BLOCK_P, C / BLOCK_C, B]."""
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
+    c, b = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
+    mask = (p < pixels)[:, None] & (c < channels)[None, :]  # [P', C']
+    at = p[:, None] * channels + c[None, :]  # [P', C']
+    scale = tl.load(scale_ptr + b * channels + c, mask=c < channels, other=0.0)  # [C']
+    shift = tl.load(shift_ptr + b * channels + c, mask=c < channels, other=0.0)  # [C']
+    x = tl.load(x_ptr + b.to(tl.int64) * x_stride + at, mask=mask, other=0.0).to(tl.float32)  # [P', C']
+    y = x * scale[None, :] + shift[None, :]  # [P', C']
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(out_ptr + b.to(tl.int64) * out_stride + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_kernel(scores_ptr, columns, scale, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """softmax(scale * row) in place, the running maximum and sum in one read. Grid: [rows]."""
+    row_ptr = scores_ptr + tl.program_id(0).to(tl.int64) * columns
+    peak = tl.full([BLOCK], -1e30, tl.float32)  # finite: a lane past the end stays at zero instead of at inf - inf
+    total = tl.zeros([BLOCK], tl.float32)
+    for tile in range(TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']
+        s = tl.load(row_ptr + at, mask=at < columns, other=float("-inf")).to(tl.float32)  # [N']
+        higher = tl.maximum(peak, s * scale)  # [N']
+        total = total * tl.exp(peak - higher) + tl.exp(s * scale - higher)  # [N']
+        peak = higher
+    highest = tl.max(peak, 0)
+    rsum = 1.0 / tl.sum(total * tl.exp(peak - highest), 0)
+    for tile in range(TILES):
+        at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']
+        s = tl.load(row_ptr + at, mask=at < columns, other=0.0).to(tl.float32)  # [N']
+        p = tl.exp(s * scale - highest) * rsum  # [N']
+        tl.store(row_ptr + at, p.to(scores_ptr.dtype.element_ty), mask=at < columns)
