@@ -18,7 +18,7 @@ class Recording:
 
 
 class Graphs:
-    """One pool of memory serves every graph: they run one after another, and each output is copied out before the next."""
+    """One pool of memory serves all graphs: they run one after another, each output copied out before the next."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -37,7 +37,7 @@ class Graphs:
         return recording.output.clone()
 
     def _record(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Recording:
-        stream = torch.cuda.Stream(x.device)
+        stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):  # the first run picks algorithms and compiles kernels, which a recording cannot
             function(x)

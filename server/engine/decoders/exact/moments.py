@@ -1,4 +1,4 @@
-"""GroupNorm of a picture that is never in one piece: statistics per part, merged, as one scale and shift per channel."""
+"""GroupNorm of a picture that is never in one piece: merged statistics, as one scale and shift per channel."""
 
 from __future__ import annotations
 

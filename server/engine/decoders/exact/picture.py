@@ -1,4 +1,4 @@
-"""A whole picture's activation kept as row bands, so that memory is returned row by row as the next layer consumes it."""
+"""A whole activation kept as row bands, so that its memory is returned as the next layer consumes it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def footprint(network: Network, height: int, width: int) -> Footprint:
 def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
     """The wanted plan, with fewer images together and then lower bands until its peak is within the budget.
 
-    If even the lowest bands are over it they are returned all the same: the decode may still fit, and is the best there is.
+    If even the lowest bands are over it they are returned all the same: the decode may still fit, and none needs less.
     """
     plan = wanted
     while plan.images > 1 and need.peak(plan) > budget_bytes:

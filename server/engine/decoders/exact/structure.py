@@ -1,4 +1,4 @@
-"""Does this VAE have exactly the decoder that the exact passes compute? Judged by structure; anything unknown is a reason to decline."""
+"""Has this VAE exactly the decoder that the passes compute? Judged by structure; anything unknown is a reason."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Triton kernels for NHWC GroupNorm in two passes: moments where a tensor is written, scale, shift and SiLU where it is read.
+"""Triton kernels for NHWC GroupNorm in two passes: moments where a tensor is written, the norm where it is read.
 
 A tensor `[B, n, W, C]` is seen as P = n W pixels of C channels. Every kernel works in float32 and runs unchanged under
 TRITON_INTERPRET=1 on a CPU.
 """
 
+# Triton compiles these from their source: its decorator and its pointers have no types.
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
 import triton
@@ -56,7 +58,7 @@ def interleave_kernel(
     phases_ptr, bias_ptr, out_ptr, mean_ptr, m2_ptr, height, width, channels,
     TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Four phases [n + 1, W + 1, 4 C] to one picture [2 n, 2 W, C], plus bias, with its moments. Grid: [K, C / BLOCK_C, B]."""
+    """Phases [n + 1, W + 1, 4 C] to a picture [2 n, 2 W, C], plus bias, and its moments. Grid: [K, C / BLOCK_C, B]."""
     k, c, b = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
     known = c < channels  # [C']
     pixels = 4 * height * width
