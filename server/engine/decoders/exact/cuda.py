@@ -3,6 +3,7 @@
 # mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from server.engine.decoders.exact import triton_kernels
 from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, Moments
+from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
 
 # One program reduces BLOCK_P x BLOCK_C values at a time; about two thousand programs fill the largest GPU.
 BLOCK_P, BLOCK_C = 32, 128
 PROGRAMS = 2048
+BLOCK_K = 128  # parts merged at a time
 SOFTMAX_BLOCK = 4096
 
 
@@ -39,12 +41,26 @@ class TritonKernels(Kernels):
         )  # fmt: skip
         return moments
 
+    def affine(self, norm: GroupNorm, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
+        count = torch.cat([part.count for part in parts]) if len(parts) > 1 else parts[0].count  # [K]
+        mean = torch.cat([part.mean for part in parts]) if len(parts) > 1 else parts[0].mean  # [K, B, C]
+        m2 = torch.cat([part.m2 for part in parts]) if len(parts) > 1 else parts[0].m2  # [K, B, C]
+        k, batch, channels = mean.shape
+        scale, shift = torch.empty_like(mean[0]), torch.empty_like(mean[0])  # [B, C]
+        group = channels // norm.groups
+        triton_kernels.affine_kernel[(norm.groups, batch)](
+            count, mean, m2, norm.weight if offset is None else offset, norm.weight, norm.bias, scale, shift,
+            k, channels, group, norm.eps, OFFSET=offset is not None,
+            TILES=triton.cdiv(k, BLOCK_K), BLOCK_K=BLOCK_K, BLOCK_C=triton.next_power_of_2(group),
+        )  # fmt: skip
+        return Affine(scale, shift)
+
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
         batch, pixels, channels = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
         block_c = min(BLOCK_C, triton.next_power_of_2(channels))
         grid = (triton.cdiv(pixels, BLOCK_P), triton.cdiv(channels, block_c), batch)
         triton_kernels.normalize_kernel[grid](
-            x, affine.scale.contiguous(), affine.shift.contiguous(), out, pixels, channels, x.stride(0), out.stride(0),
+            x, affine.scale, affine.shift, out, pixels, channels, x.stride(0), out.stride(0),
             SILU=silu, BLOCK_P=BLOCK_P, BLOCK_C=block_c,
         )  # fmt: skip
 

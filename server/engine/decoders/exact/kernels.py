@@ -6,11 +6,13 @@ columns' zero padding is the convolution's own. `cpu.py` and `cuda.py` override 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.decoders.exact.moments import Affine, Moments
+from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
 
 
 class Kernels:
@@ -34,6 +36,9 @@ class Kernels:
     def moments(self, x: Tensor) -> Moments:  # [B, n, W, C]
         variance, mean = torch.var_mean(x.float(), (1, 2), correction=0)  # [B, C]
         return one_part(x.shape[1] * x.shape[2], mean, variance)
+
+    def affine(self, norm: GroupNorm, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
+        return norm.affine(parts, offset)
 
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
         """out [B, n, W, C] = scale x + shift, through SiLU if asked; computed in float32."""

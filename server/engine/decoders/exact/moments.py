@@ -42,6 +42,7 @@ class GroupNorm:
         mean = torch.cat([part.mean for part in parts])  # [K, B, C]
         m2 = torch.cat([part.m2 for part in parts])  # [K, B, C]
         if offset is not None:
+            offset = offset.float()  # [C]
             mean = mean + offset  # [K, B, C]
 
         grouped = (*mean.shape[:2], self.groups, -1)

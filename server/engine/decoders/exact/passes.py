@@ -58,7 +58,7 @@ def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
     if block.shortcut is not None:
         residual = Picture()
 
-    norm1 = block.norm1.affine(x.moments)
+    norm1 = kernels.affine(block.norm1, x.moments)
     for top, bottom in x.spans:
         y = with_halo(kernels, x, top, bottom, norm1)  # [B, n + 2, W, C]
         # conv1's bias is left out: a constant per channel only moves the mean that norm2 takes away again.
@@ -70,7 +70,7 @@ def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
             del band
             x.release_above(bottom - 1)
 
-    norm2 = block.norm2.affine(hidden.moments, offset=block.conv1.bias.float())
+    norm2 = kernels.affine(block.norm2, hidden.moments, offset=block.conv1.bias)
     residual.moments = []
     for index, (top, bottom) in enumerate(residual.spans):
         y = with_halo(kernels, hidden, top, bottom, norm2)  # [B, n + 2, W, C']
@@ -93,7 +93,7 @@ def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
 
 def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
     """Every position attends to all positions; only the queries are taken in chunks."""
-    affine = block.norm.affine(x.moments)
+    affine = kernels.affine(block.norm, x.moments)
     whole = x.whole()  # [B, h, w, C]
     x.moments = []
     tokens = torch.empty_like(whole)  # [B, h, w, C]
@@ -110,7 +110,7 @@ def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Pic
 
 
 def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Picture, emit: Emit) -> None:
-    affine = norm.affine(x.moments)
+    affine = kernels.affine(norm, x.moments)
     for top, bottom in x.spans:
         y = with_halo(kernels, x, top, bottom, affine)  # [B, n + 2, W, C]
         x.release_above(bottom - 1)

@@ -86,6 +86,43 @@ def interleave_kernel(
 
 
 @triton.jit
+def affine_kernel(
+    count_ptr, mean_ptr, m2_ptr, offset_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, parts, channels, group, eps,
+    OFFSET: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`GroupNorm.affine` for one group of one image. Grid: [G, B]."""
+    b, c = tl.program_id(1), tl.program_id(0) * group + tl.arange(0, BLOCK_C)  # [C']
+    known = tl.arange(0, BLOCK_C) < group  # [C']
+    offset = tl.zeros([BLOCK_C], tl.float32)
+    if OFFSET:
+        offset += tl.load(offset_ptr + c, mask=known, other=0.0).to(tl.float32)
+    pixels = tl.zeros([BLOCK_K], tl.float32)
+    s = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+    for tile in range(TILES):
+        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)  # [K']
+        n = tl.load(count_ptr + k, mask=k < parts, other=0.0)  # [K']
+        at = (k[:, None] * tl.num_programs(1) + b) * channels + c[None, :]  # [K', C']
+        mean = tl.load(mean_ptr + at, mask=(k < parts)[:, None] & known[None, :], other=0.0)  # [K', C']
+        pixels += n
+        s += tl.where(known[None, :], n[:, None] * (mean + offset[None, :]), 0.0)
+    total = tl.sum(pixels, 0) * group
+    centre = tl.sum(tl.sum(s, 0), 0) / total
+    s = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+    for tile in range(TILES):
+        k = tile * BLOCK_K + tl.arange(0, BLOCK_K)  # [K']
+        n = tl.load(count_ptr + k, mask=k < parts, other=0.0)  # [K']
+        at = (k[:, None] * tl.num_programs(1) + b) * channels + c[None, :]  # [K', C']
+        mask = (k < parts)[:, None] & known[None, :]  # [K', C']
+        d = tl.load(mean_ptr + at, mask=mask, other=0.0) + offset[None, :] - centre  # [K', C']
+        s += tl.where(mask, tl.load(m2_ptr + at, mask=mask, other=0.0) + n[:, None] * d * d, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(s, 0), 0) / total + eps)
+    scale = tl.load(weight_ptr + c, mask=known, other=0.0) * rstd  # [C']
+    shift = tl.load(bias_ptr + c, mask=known, other=0.0) + scale * (offset - centre)  # [C']
+    tl.store(scale_ptr + b * channels + c, scale, mask=known)
+    tl.store(shift_ptr + b * channels + c, shift, mask=known)
+
+
+@triton.jit
 def normalize_kernel(
     x_ptr, scale_ptr, shift_ptr, out_ptr, pixels, channels, x_stride, out_stride,
     SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
