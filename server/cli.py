@@ -78,12 +78,13 @@ def serve(models: tuple[str, ...], **flags: Any) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket before anything slow happens. Raises ConfigError."""
+    """A listening socket before anything slow happens: who connects early waits. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"

@@ -1,0 +1,85 @@
+"""Fixtures: the small VAEs, and the server they are served by, a real uvicorn on a free port."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+import yaml
+
+from server.cli import bind
+from server.config import Settings, load_settings
+from server.engine.local import LocalEngine
+from server.http.app import create_app
+from server.metrics import Metrics
+from server.service import Service
+from tests.vaes import MODELS, LocalVae, build
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalVae]:
+    folder = tmp_path_factory.mktemp("vaes")
+    return {name: build(name, folder / name) for name in MODELS}
+
+
+def write_models_yaml(path: Path, models: dict[str, Any], default: str) -> Path:
+    path.write_text(yaml.safe_dump({"default": default, "models": models}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def models_yaml(vaes: dict[str, LocalVae], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models: dict[str, Any] = {name: {"repo": str(vae.folder), "dtype": "float32"} for name, vae in vaes.items()}
+    models["sd"] |= {"aliases": ["sd-v1"], "limits": {"max_pixels": 128 * 1024, "max_batch": 4}, "preload": True}
+    models["flux"] |= {"family": "flux"}
+    models["hunyuan"] |= {"limits": {"max_frames": 17, "max_batch": 2}}
+    models["sdxl-half"] = {"repo": str(vaes["sdxl"].folder), "dtype": "float16"}
+    models["sd-bf16"] = {"repo": str(vaes["sd"].folder), "dtype": "bfloat16"}
+    return write_models_yaml(tmp_path_factory.mktemp("config") / "models.yaml", models, default="sd")
+
+
+@contextmanager
+def running(settings: Settings, engine: Any = None, until_started: bool = True) -> Iterator[str]:
+    """The server's URL, while it runs in a thread of this process."""
+    started = threading.Event()
+    listener = bind("127.0.0.1", 0)
+    service = Service(settings, engine or LocalEngine(settings), Metrics())
+    server = uvicorn.Server(uvicorn.Config(create_app(service, started.set), log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert not until_started or started.wait(60), "the server did not start"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def url(models_yaml: Path) -> Iterator[str]:
+    with running(load_settings(config=models_yaml)) as address:
+        yield address
+
+
+Serve = Callable[..., str]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Serve other models or settings, for one test."""
+    with ExitStack() as stack:
+
+        def start(models: dict[str, Any], engine: Any = None, until_started: bool = True, **flags: Any) -> str:
+            config = write_models_yaml(tmp_path / "models.yaml", models, next(iter(models)))
+            settings = load_settings(config=config, **flags)
+            return stack.enter_context(running(settings, engine and engine(settings), until_started))
+
+        yield start
