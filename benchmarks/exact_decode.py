@@ -39,6 +39,7 @@ def full_size_vae() -> AutoencoderKL:
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
         latent_channels=4,
+        sample_size=512,  # what diffusers takes its tile size from
         up_block_types=("UpDecoderBlock2D",) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
     )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels, one_part
+from server.engine.decoders.exact.kernels import Kernels
 from server.engine.decoders.exact.moments import Affine, Moments
 
 _STRIDE = _DILATION = [1, 1]
@@ -57,19 +57,23 @@ class CpuKernels(Kernels):
         )  # [1, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [1, n, W, O], already in this order
 
-    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Moments:
+    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
         if not self.prepacks:
-            return super().add_conv_(total, x, weight, bias)
+            return super().add_conv_(total, x, weight, bias, unit)
         torch.ops.mkldnn._convolution_pointwise_.binary(
             total.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, bias,
             _PADDING, _STRIDE, _DILATION, 1, "add", 1.0, None, [], None,
         )  # fmt: skip
-        return self.moments(total)
+        return self.moments(total, unit)
 
-    def moments(self, x: Tensor) -> Moments:  # [1, n, W, C]
+    def moments(self, x: Tensor, unit: int) -> Moments:  # [1, n, W, C]
         running = torch.zeros(2, x.shape[3])  # [2, C], asks for float32 results
-        mean, variance = torch.batch_norm_update_stats(x.permute(0, 3, 1, 2), running[0], running[1], 0.0)  # [C]
-        return one_part(x.shape[1] * x.shape[2], mean[None], variance[None])
+        parts = torch.split(x.permute(0, 3, 1, 2), unit, dim=2)  # each [1, C, unit, W]
+        statistics = [torch.batch_norm_update_stats(part, running[0], running[1], 0.0) for part in parts]  # [C] twice
+        count = torch.tensor([part.shape[2] * part.shape[3] for part in parts], dtype=torch.float32)  # [K]
+        mean = torch.stack([mean for mean, _ in statistics])[:, None]  # [K, 1, C]
+        variance = torch.stack([variance for _, variance in statistics])[:, None]  # [K, 1, C]
+        return Moments(count, mean, variance * count[:, None, None])
 
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
         # Batch norm with mean 0, variance 1 and eps 0 is the affine map, one pass, float32 inside whatever the dtype.

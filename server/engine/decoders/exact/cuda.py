@@ -14,21 +14,18 @@ from server.engine.decoders.exact import triton_kernels
 from server.engine.decoders.exact.kernels import Kernels
 from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
 
-# One program reduces BLOCK_P x BLOCK_C values at a time; about two thousand programs fill the largest GPU.
+# One program reduces BLOCK_P x BLOCK_C values at a time; a thousand programs fill the largest GPU.
 BLOCK_P, BLOCK_C = 32, 128
-PROGRAMS = 2048
+PROGRAMS = 1024
 BLOCK_K = 128  # parts merged at a time
 SOFTMAX_BLOCK = 4096
 
 
 class TritonKernels(Kernels):
-    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Moments:
+    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
         return self._moments(total, self.conv(x, weight, None), bias)
 
-    def add_(self, total: Tensor, x: Tensor, bias: Tensor) -> Moments:
-        return self._moments(total, x, bias)
-
-    def moments(self, x: Tensor) -> Moments:  # [B, n, W, C]
+    def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
         return self._moments(x, None, None)
 
     def _moments(self, x: Tensor, add: Tensor | None, bias: Tensor | None) -> Moments:  # [B, n, W, C] twice, [C]
@@ -64,7 +61,7 @@ class TritonKernels(Kernels):
             SILU=silu, BLOCK_P=BLOCK_P, BLOCK_C=block_c,
         )  # fmt: skip
 
-    def interleave(self, phases: Tensor, bias: Tensor) -> tuple[Tensor, Moments]:  # [B, n + 1, W + 1, 4 C]
+    def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:  # [B, n + 1, W + 1, 4 C]
         batch, n, width, channels = (phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1, phases.shape[3] // 4)
         out = phases.new_empty(batch, 2 * n, 2 * width, channels)  # [B, 2 n, 2 W, C]
         grid, tiles, moments, block_c = _chunks(out, 4 * n * width, channels)

@@ -25,6 +25,9 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._recordings)
+
     def run(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         recording = self._recordings.get(key)
         if recording is None:

@@ -23,19 +23,16 @@ class Kernels:
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(0, 1))  # [B, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
-    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Moments:
-        """total [B, n, W, O] += conv(x [B, n + 2, W, I]); the moments of the new total."""
+    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
+        """total [B, n, W, O] += conv(x [B, n + 2, W, I]) + bias; the moments of the new total."""
         total += self.conv(x, weight, bias)  # [B, n, W, O]
-        return self.moments(total)
+        return self.moments(total, unit)
 
-    def add_(self, total: Tensor, x: Tensor, bias: Tensor) -> Moments:
-        """total [B, n, W, C] += x [B, n, W, C] + bias [C]; the moments of the new total."""
-        total += x + bias  # [B, n, W, C]
-        return self.moments(total)
-
-    def moments(self, x: Tensor) -> Moments:  # [B, n, W, C]
+    def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
+        """`unit` is how many rows to take together where the partition shall not depend on n; here it may."""
         variance, mean = torch.var_mean(x.float(), (1, 2), correction=0)  # [B, C]
-        return one_part(x.shape[1] * x.shape[2], mean, variance)
+        pixels = x.shape[1] * x.shape[2]
+        return Moments(mean.new_full((1,), pixels), mean[None], variance[None] * pixels)
 
     def affine(self, norm: GroupNorm, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
         return norm.affine(parts, offset)
@@ -45,7 +42,7 @@ class Kernels:
         y = torch.addcmul(affine.shift[:, None, None], x.float(), affine.scale[:, None, None])  # [B, n, W, C]
         out.copy_(F.silu(y) if silu else y)
 
-    def interleave(self, phases: Tensor, bias: Tensor) -> tuple[Tensor, Moments]:  # [B, n + 1, W + 1, 4 C]
+    def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:  # [B, n + 1, W + 1, 4 C]
         """Pixel (2i + p, 2j + q) is phase (p, q) at (i + p, j + q), plus bias; -> [B, 2 n, 2 W, C] and its moments."""
         batch, n, width, channels = (phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1, phases.shape[3] // 4)
         out = phases.new_empty(batch, n, 2, width, 2, channels)  # [B, n, 2, W, 2, C]
@@ -53,13 +50,8 @@ class Kernels:
             p, q = divmod(phase, 2)
             torch.add(part[:, p : n + p, q : width + q], bias, out=out[:, :, p, :, q])
         picture = out.view(batch, 2 * n, 2 * width, channels)  # [B, 2 n, 2 W, C]
-        return picture, self.moments(picture)
+        return picture, self.moments(picture, unit)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(1, 2))  # [B, t, N]
         return torch.softmax(scores, -1) @ value  # [B, t, C]
-
-
-def one_part(pixels: int, mean: Tensor, variance: Tensor) -> Moments:  # [B, C] twice
-    count = mean.new_full((1,), pixels)  # [1]
-    return Moments(count, mean[None], variance[None] * pixels)

@@ -44,26 +44,25 @@ def first(network: Network, kernels: Kernels, plan: Plan, latents: Tensor) -> Pi
     x = latents.permute(0, 2, 3, 1).contiguous()  # [B, h, w, C]
     if network.post_quant is not None:
         x = F.linear(x, network.post_quant.weight, network.post_quant.bias)  # [B, h, w, C]
-    latent = Picture()
+    latent = Picture(unit=1)
     latent.append(x)
-    picture = Picture()
+    picture = Picture(plan.unit_rows(x.shape[2], network.conv_in.out_channels))
     for top, bottom in spans(x.shape[1], plan.rows(x.shape[2], network.conv_in.out_channels)):
         band = kernels.conv(with_halo(kernels, latent, top, bottom), network.conv_in.weight, network.conv_in.bias)
-        picture.append(band, kernels.moments(band))  # [B, n, w, C']
+        picture.append(band, kernels.moments(band, picture.unit))  # [B, n, w, C']
     return picture
 
 
 def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
-    residual, hidden = x, Picture()
-    if block.shortcut is not None:
-        residual = Picture()
+    hidden = Picture(x.unit)
+    residual = x if block.shortcut is None else Picture(x.unit)
 
     norm1 = kernels.affine(block.norm1, x.moments)
     for top, bottom in x.spans:
         y = with_halo(kernels, x, top, bottom, norm1)  # [B, n + 2, W, C]
         # conv1's bias is left out: a constant per channel only moves the mean that norm2 takes away again.
         y = kernels.conv(y, block.conv1.weight, None)  # [B, n, W, C']
-        hidden.append(y, kernels.moments(y))
+        hidden.append(y, kernels.moments(y, x.unit))
         if block.shortcut is not None:
             (band,) = x.rows(top, bottom)  # [B, n, W, C]
             residual.append(F.linear(band, block.shortcut.weight, block.shortcut.bias))  # [B, n, W, C']
@@ -75,19 +74,19 @@ def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
     for index, (top, bottom) in enumerate(residual.spans):
         y = with_halo(kernels, hidden, top, bottom, norm2)  # [B, n + 2, W, C']
         band = residual.band(index)  # [B, n, W, C']
-        residual.moments.append(kernels.add_conv_(band, y, block.conv2.weight, block.conv2.bias))
+        residual.moments.append(kernels.add_conv_(band, y, block.conv2.weight, block.conv2.bias, x.unit))
         hidden.release_above(bottom - 1)
     return residual
 
 
 def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
-    picture = Picture()
     width = x.band(0).shape[2]
+    picture = Picture(plan.unit_rows(2 * width, conv.out_channels))
     for top, bottom in spans(x.height, max(1, plan.rows(2 * width, conv.out_channels) // 2)):
         y = with_halo(kernels, x, top, bottom)  # [B, n + 2, W, C]
         phases = kernels.conv(y, conv.weight, None)  # [B, n + 1, W + 1, 4 C']
         x.release_above(bottom - 1)
-        picture.append(*kernels.interleave(phases, conv.bias))  # [B, 2 n, 2 W, C']
+        picture.append(*kernels.interleave(phases, conv.bias, picture.unit))  # [B, 2 n, 2 W, C']
     return picture
 
 
@@ -95,17 +94,16 @@ def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Pic
     """Every position attends to all positions; only the queries are taken in chunks."""
     affine = kernels.affine(block.norm, x.moments)
     whole = x.whole()  # [B, h, w, C]
-    x.moments = []
     tokens = torch.empty_like(whole)  # [B, h, w, C]
     kernels.normalize(whole, affine, tokens, silu=False)
     tokens = tokens.flatten(1, 2)  # [B, N, C]
     key = F.linear(tokens, block.key.weight)  # [B, N, C]
     value = F.linear(tokens, block.value.weight)  # [B, N, C]
-    residual = whole.flatten(1, 2)[:, :, None]  # [B, N, 1, C]
+    residual = whole.flatten(1, 2)  # [B, N, C]
     for start, stop in spans(tokens.shape[1], plan.query_rows(tokens.shape[1])):
         query = F.linear(tokens[:, start:stop], block.query.weight, block.query.bias)  # [B, t, C]
-        attended = kernels.attend(query, key, value)  # [B, t, C]
-        x.moments.append(kernels.add_(residual[:, start:stop], attended[:, :, None], block.bias))
+        residual[:, start:stop] += kernels.attend(query, key, value).add_(block.bias)  # [B, t, C]
+    x.moments = [kernels.moments(whole, x.unit)]
     return x
 
 

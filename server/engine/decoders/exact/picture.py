@@ -20,7 +20,8 @@ def spans(height: int, rows: int) -> list[Span]:
 class Picture:
     """Row bands `[B, rows, W, C]`, top to bottom, with the moments of each for the norm that reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: int) -> None:
+        self.unit = unit  # rows whose statistics are taken together
         self.spans: list[Span] = []
         self.moments: list[Moments] = []
         self._bands: list[Tensor | None] = []

@@ -18,9 +18,19 @@ class Plan:
     itemsize: int
     band_bytes: int  # one band of an activation
     scores_bytes: int  # one chunk of the attention's scores
+    unit_bytes: int = SMALLEST_BAND_BYTES
+
+    def unit_rows(self, width: int, channels: int) -> int:
+        """Bands are whole units, and a unit's statistics are taken by themselves, whatever the band: the merged ones,
+        and where a convolution's sums do not depend on the band either (a CPU's) the picture, are the same to the bit.
+        A power of two, so that half of an upsampled band is whole rows too."""
+        rows = max(1, self.unit_bytes // (width * channels * self.itemsize))
+        return int(2 ** (rows.bit_length() - 1))
 
     def rows(self, width: int, channels: int) -> int:
-        return max(1, self.band_bytes // (self.images * width * channels * self.itemsize))
+        unit = self.unit_rows(width, channels)
+        wanted = self.band_bytes // (self.images * width * channels * self.itemsize)
+        return unit * max(1, wanted // unit)
 
     def query_rows(self, positions: int) -> int:
         return max(1, self.scores_bytes // (self.images * positions * self.itemsize))
