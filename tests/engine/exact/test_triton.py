@@ -1,119 +1,26 @@
-"""The Triton kernels compute what the plain kernels compute: on a GPU if there is one, else under the interpreter."""
+"""The cases of `triton_cases.py`, on a GPU if there is one, else under Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is first imported, which torch does early: hence a process of its own.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
-from server.engine.decoders.exact.network import Network
-from server.engine.decoders.exact.plan import Plan
-from server.types import Layout
-from tests.engine.exact.networks import build, exact, latents_for, stock
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = [(1, 3, 5, 32), (2, 17, 9, 160), (1, 40, 70, 96)]  # [B, n, W, C]
-PLAIN = Kernels()
+CASES = Path(__file__).with_name("triton_cases.py")
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE.type == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")  # read when triton itself is imported
-        pytest.importorskip("triton", reason="triton has no wheel for this platform or is not installed")
-        from server.engine.decoders.exact.cuda import TritonKernels
-
-        yield TritonKernels()
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
-
-
-def norm_of(channels: int) -> GroupNorm:
-    return GroupNorm(8, 1e-6, randn(channels).abs() + 0.5, randn(channels))
-
-
-def assert_same_norm(got: Moments, expected: Moments) -> None:
-    norm = norm_of(got.mean.shape[2])
-    assert_same_affine(norm.affine([got]), norm.affine([expected]))
-
-
-def assert_same_affine(got: Affine, expected: Affine) -> None:
-    torch.testing.assert_close(got.scale, expected.scale, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got.shift, expected.shift, atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_moments_survive_a_large_mean(kernels: Any, shape: tuple[int, ...]) -> None:
-    x = randn(*shape) + 100
-    assert_same_norm(kernels.moments(x, 1), PLAIN.moments(x, 1))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_residual_is_added_in_place_with_its_moments(kernels: Any, shape: tuple[int, ...]) -> None:
-    total, x, bias = randn(*shape), randn(*shape) + 3, randn(shape[3])
-    expected = total.clone()
-    weight = torch.zeros(shape[3], shape[3], 3, 3, device=DEVICE)
-    weight[torch.arange(shape[3]), torch.arange(shape[3]), 1, 1] = 1.0  # the identity
-    with_halo = torch.nn.functional.pad(x, (0, 0, 0, 0, 1, 1))  # [B, n + 2, W, C]
-    expected_moments = PLAIN.add_conv_(expected, with_halo, weight, bias, 1)
-    assert_same_norm(kernels.add_conv_(total, with_halo, weight, bias, 1), expected_moments)
-    torch.testing.assert_close(total, expected)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_phases_interleave_to_the_upsampled_picture(kernels: Any, shape: tuple[int, ...]) -> None:
-    batch, n, width, channels = shape
-    phases, bias = randn(batch, n + 1, width + 1, 4 * channels), randn(channels)
-    picture, moments = kernels.interleave(phases, bias, 1)
-    expected, expected_moments = PLAIN.interleave(phases, bias, 1)
-    torch.testing.assert_close(picture, expected)
-    assert_same_norm(moments, expected_moments)
-
-
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_norm_is_applied_between_halo_rows_and_leaves_them_alone(
-    kernels: Any, shape: tuple[int, ...], silu: bool
-) -> None:
-    batch, n, width, channels = shape
-    x, affine = randn(*shape), Affine(randn(batch, channels), randn(batch, channels))
-    got, expected = (torch.full((batch, n + 2, width, channels), 7.0, device=DEVICE) for _ in range(2))
-    kernels.normalize(x, affine, got[:, 1:-1], silu=silu)
-    PLAIN.normalize(x, affine, expected[:, 1:-1], silu=silu)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("offset", [True, False])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_statistics_merge_in_one_kernel(kernels: Any, parts: int, offset: bool) -> None:
-    channels, norm = 96, norm_of(96)
-    moments = [
-        Moments(randn(150).abs() + 1, randn(150, 2, channels) + part, randn(150, 2, channels).abs())
-        for part in range(parts)
-    ]
-    bias = randn(channels) if offset else None
-    assert_same_affine(kernels.affine(norm, moments, bias), norm.affine(moments, bias))
-
-
-@pytest.mark.parametrize("positions", [7, 50, 5000])
-def test_attention_equals_torch(kernels: Any, positions: int) -> None:
-    query, key, value = randn(2, 6, 32), 3 * randn(2, positions, 32), randn(2, positions, 32)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(kernels.attend(query, key, value), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_whole_decode_in_bands_equals_diffusers(kernels: Any) -> None:
-    vae = build("one-block").to(DEVICE)
-    decoder = exact(vae)
-    decoder.kernels, decoder.network = kernels, Network.take(build("one-block").to(DEVICE), kernels)
-    latents = latents_for(vae, 2, 6, 5)
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        got = decoder.run(Plan(2, 4, 2000, 1 << 20, unit_bytes=1), latents, Layout.SAMPLE)
-        torch.testing.assert_close(got, stock(vae, latents), atol=1e-4, rtol=0)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernels_compute_what_the_plain_kernels_compute() -> None:
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(CASES)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[3], check=False)
+    assert run.returncode == 0, run.stdout
+    assert " passed" in run.stdout
