@@ -199,7 +199,7 @@ def _parse_models(source: Path) -> _ModelsFile:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{source}: cannot be read: {error}") from None
+        raise ConfigError(f"{source}: cannot be read: {' '.join(str(error).split())}") from None
     lines = _lines(node, source)
     try:
         return _ModelsFile.model_validate_json(json.dumps(data, default=str))

@@ -235,12 +235,12 @@ def load_vae(info: ModelInfo, source: Source, device: torch.device, dtype: torch
         vae: torch.nn.Module = model_class.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
         )
+        return vae.to(device).eval().requires_grad_(False)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelUnavailable(
             info.name, f"{info.name} ({source.label}): the weights do not load ({reason}); download the model again"
         ) from error
-    return vae.to(device).eval().requires_grad_(False)
 
 
 def source_of(settings: Settings, name: str) -> Source:

@@ -12,7 +12,11 @@ from server.errors import Impossible
 from server.types import RawTensor, Rendered, RenderOptions
 
 # Untagged video is guessed to be BT.601 or BT.709 by its size, and every wrong guess shifts the colours: say which.
-BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
+# Without accurate_rnd swscale darkens each channel by about one level.
+TO_YUV = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,"
+    "format=yuv420p,setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+)
 
 
 def render_mp4(pixels: RawTensor, options: RenderOptions) -> Rendered:
@@ -27,7 +31,7 @@ def render_mp4(pixels: RawTensor, options: RenderOptions) -> Rendered:
         command = [
             imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{options.fps:g}", "-i", "pipe:0",
-            "-vf", _filters(height, width), "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", *BT709,
+            "-vf", _filters(height, width), "-c:v", "libx264", "-crf", str(crf),
             "-movflags", "+faststart", str(path),
         ]
         # fmt: on
@@ -39,8 +43,7 @@ def render_mp4(pixels: RawTensor, options: RenderOptions) -> Rendered:
 
 
 def _filters(height: int, width: int) -> str:
-    to_yuv = "scale=out_color_matrix=bt709:out_range=tv"
     right, bottom = width % 2, height % 2
     if not (right or bottom):
-        return to_yuv
-    return f"pad={width + right}:{height + bottom},fillborders=right={right}:bottom={bottom}:mode=smear,{to_yuv}"
+        return TO_YUV
+    return f"pad={width + right}:{height + bottom},fillborders=right={right}:bottom={bottom}:mode=smear,{TO_YUV}"

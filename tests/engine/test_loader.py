@@ -1,0 +1,210 @@
+"""Where weights come from: local folders, a hub cache with no network, and every way in which that fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from huggingface_hub import errors as hub
+
+from server.config import ModelEntry
+from server.engine import loader
+from server.engine.loader import Source, choose_dtype, read_info
+from server.errors import ModelUnavailable
+from server.families import FAMILIES
+from tests.vaes import LocalVae
+
+CPU = torch.device("cpu")
+
+
+def source(repo: str | Path, **keys: Any) -> Source:
+    entry = ModelEntry(repo=str(repo), **keys)
+    return Source("m", entry, entry.local_folder(Path("/")))
+
+
+def detail(call: Callable[[], object]) -> str:
+    with pytest.raises(ModelUnavailable) as caught:
+        call()
+    assert "\n" not in caught.value.detail
+    assert "log says why" in str(caught.value), "clients must not read paths"
+    return caught.value.detail
+
+
+@pytest.fixture
+def copy(vaes: dict[str, LocalVae], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(vaes["sd"].folder, tmp_path / "copy"))
+
+
+def load(found: Source) -> torch.nn.Module:
+    return loader.load_vae(read_info(found), found, CPU, torch.float32)
+
+
+def test_a_local_folder_loads_the_same_weights(vaes: dict[str, LocalVae]) -> None:
+    loaded = load(source(vaes["sd"].folder)).state_dict()
+    for key, value in vaes["sd"].module.state_dict().items():
+        assert torch.equal(loaded[key], value), key
+
+
+def test_a_subfolder_is_found(copy: Path) -> None:
+    assert load(source(copy.parent, subfolder="copy"))
+
+
+def hub_cache(home: Path, repo: str, folder: Path, subfolder: str = "") -> None:
+    """The layout that huggingface_hub gives its cache."""
+    root = home / ("models--" + repo.replace("/", "--"))
+    shutil.copytree(folder, root / "snapshots" / ("0" * 40) / subfolder)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0" * 40)
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What HF_HUB_OFFLINE=1 and HF_HOME do at import, for this process."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(loader, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_an_offline_hub_cache_loads(vaes: dict[str, LocalVae], offline: Path) -> None:
+    hub_cache(offline, "owner/name", vaes["flux"].folder, "vae")
+    found = source("owner/name", subfolder="vae", family="flux")
+    assert found.is_here()
+    assert read_info(found).latents.shift_factor == 0.1159
+    assert load(found)
+
+
+def test_offline_and_not_in_the_cache(offline: Path) -> None:
+    said = detail(lambda: read_info(source("owner/name")))
+    assert "not in this machine's cache and HF_HUB_OFFLINE is set; run `python -m server download m`" in said
+
+
+def test_only_pickle_weights_in_a_folder(copy: Path) -> None:
+    (copy / "diffusion_pytorch_model.safetensors").rename(copy / "diffusion_pytorch_model.bin")
+    said = detail(source(copy).folder)
+    assert "only pickle weights (diffusion_pytorch_model.bin)" in said
+    assert "a pickle file can run code" in said
+
+
+def test_only_pickle_weights_on_the_hub(copy: Path, offline: Path) -> None:
+    (copy / "diffusion_pytorch_model.safetensors").rename(copy / "diffusion_pytorch_model.bin")
+    hub_cache(offline, "owner/pickles", copy)
+    assert "only pickle weights" in detail(source("owner/pickles").folder)
+
+
+def test_no_weights_at_all(copy: Path) -> None:
+    (copy / "diffusion_pytorch_model.safetensors").unlink()
+    assert "has no diffusion_pytorch_model.safetensors" in detail(source(copy).folder)
+
+
+def test_a_missing_folder_and_a_missing_subfolder(copy: Path) -> None:
+    assert "there is no such folder" in detail(lambda: read_info(source(copy / "x")))
+    assert "has the subfolder copy; set subfolder" in detail(lambda: read_info(source(copy.parent)))
+
+
+def test_an_unknown_class_lists_the_known_ones(copy: Path) -> None:
+    change(copy, _class_name="UNet2DConditionModel")
+    said = detail(lambda: read_info(source(copy)))
+    assert "no family here decodes a UNet2DConditionModel; known classes: AutoencoderKL" in said
+
+
+def test_a_config_that_is_not_a_vaes(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    assert "config.json cannot be read" in detail(lambda: read_info(source(copy)))
+    (copy / "config.json").write_text("[1]")
+    assert "names no _class_name" in detail(lambda: read_info(source(copy)))
+
+
+def test_a_family_that_is_unknown_or_does_not_fit(copy: Path) -> None:
+    assert "unknown family 'sd'; known: kl, flux, hunyuan_video" in detail(lambda: read_info(source(copy, family="sd")))
+    said = detail(lambda: read_info(source(copy, family="hunyuan_video")))
+    assert "'hunyuan_video' does not fit a AutoencoderKL" in said
+
+
+def test_damaged_weights(copy: Path) -> None:
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "the weights do not load" in detail(lambda: load(source(copy)))
+
+
+def test_weights_of_another_shape(copy: Path) -> None:
+    change(copy, block_out_channels=[8, 8, 8, 8])
+    assert "the weights do not load" in detail(lambda: load(source(copy)))
+
+
+def test_weights_that_lack_a_layer(copy: Path) -> None:
+    change(copy, layers_per_block=2)
+    assert "the weights do not load" in detail(lambda: load(source(copy)))
+
+
+def change(folder: Path, **keys: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+
+
+def hub_error(kind: type[hub.HfHubHTTPError], status: int) -> hub.HfHubHTTPError:
+    """As huggingface_hub raises them; no hub can be asked here."""
+    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1")))
+
+
+HUB_ERRORS = {
+    "gated": (hub_error(hub.GatedRepoError, 403), "is gated: accept its licence at the hub's page of owner/name, then set HF_TOKEN"),
+    "missing": (hub_error(hub.RepositoryNotFoundError, 404), "no such repository, or it is private"),
+    "no revision": (hub_error(hub.RevisionNotFoundError, 404), "no revision 'abc'"),
+    "no subfolder": (hub_error(hub.RemoteEntryNotFoundError, 404), "has no vae/config.json; check subfolder"),
+    "no network": (hub.LocalEntryNotFoundError("no"), "the hub cannot be reached; check the network"),
+    "disk full": (OSError(28, "No space left on device"), "cannot be stored (No space left on device)"),
+    "anything else": (RuntimeError("x"), "the download failed (RuntimeError)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HUB_ERRORS)
+def test_a_hub_failure_is_one_sentence(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, words = HUB_ERRORS[case]
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(loader, "hf_hub_download", fail)
+    monkeypatch.setattr(loader, "snapshot_download", fail)
+    found = source("owner/name", subfolder="vae", revision="abc")
+    assert words in detail(found.config)
+    assert words in detail(found.folder)
+
+
+def test_a_repo_that_is_neither_a_folder_nor_a_hub_id() -> None:
+    assert "neither a folder here nor a hub id" in detail(source("a/b/c").config)
+
+
+def test_the_families_defaults_are_diffusers_own() -> None:
+    """Old config.json files leave scaling_factor out: sd-vae-ft-mse does."""
+    import inspect
+
+    import diffusers
+
+    for family in FAMILIES.values():
+        signature = inspect.signature(getattr(diffusers, family.class_names[0]).__init__)
+        for key, value in family.config_defaults.items():
+            assert signature.parameters[key].default == value, (family.name, key)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "force_upcast", "expected"),
+    [
+        ("auto", True, torch.float32),
+        ("float16", None, torch.float16),
+        ("float16", True, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+    ],
+)
+def test_the_dtype_on_a_cpu(wanted: str, force_upcast: bool | None, expected: torch.dtype) -> None:
+    config = {"force_upcast": force_upcast, "block_out_channels": [8]}
+    assert choose_dtype(wanted, FAMILIES["kl"].describe(config), CPU) is expected

@@ -1,0 +1,181 @@
+"""`python -m server` as a user runs it: real processes, exit statuses, one sentence and no traceback."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.conftest import REPOSITORY, write_models_yaml
+from tests.vaes import LocalVae
+
+Vaes = dict[str, LocalVae]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "PYTHONWARNINGS": "error::FutureWarning"}
+
+
+def run(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **OFFLINE, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def assert_one_sentence(ran: subprocess.CompletedProcess[str], words: str, status: int) -> None:
+    assert ran.returncode == status, ran.stderr
+    assert "Traceback" not in ran.stderr
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, ran.stderr
+    assert re.search(words, errors[0]), errors[0]
+
+
+def test_help_says_every_flag_and_variable_without_importing_torch() -> None:
+    told = run("serve", "--help").stdout
+    for flag in ("--host", "--port", "--device", "--config", "--max-queue", "--request-timeout-s", "--api-key-file"):
+        assert flag in told
+        assert f"VAE_SERVER_{flag[2:].replace('-', '_').upper()}" in told
+    code = "import sys, server.cli, server.http.routes; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers')))"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "status"),
+    [
+        (("serve", "--config", "/nowhere.yaml"), "/nowhere.yaml: no such file", 2),
+        (("serve", "--port", "http"), "--port: expected a valid integer", 2),
+        (("serve", "--device", "cuda:7"), "device cuda:7: this torch .* sees no CUDA device; use --device cpu", 2),
+        (("serve", "nobody"), "no model 'nobody' in .*models.yaml; known: demo, sd-v1", 2),
+        (("serve", "flux"), "flux .black-forest-labs/FLUX.1-schnell, subfolder vae.: .*HF_HUB_OFFLINE", 1),
+        (("download", "sd-xl"), "sd-xl .madebyollin/sdxl-vae-fp16-fix.: .*not in this machine's cache", 1),
+        (("decode", "/nowhere.safetensors", "x.png"), "/nowhere.safetensors: No such file", 2),
+        (("decode", "README.md", "x.png"), "not a safetensors file", 2),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_no_traceback(arguments: tuple[str, ...], words: str, status: int) -> None:
+    assert_one_sentence(run(*arguments), words, status)
+
+
+def test_a_port_in_use_is_one_sentence() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ran = run("serve", "--port", taken.getsockname()[1])
+    assert_one_sentence(ran, "cannot listen on 127.0.0.1:.* choose another --host or --port", 2)
+
+
+def test_models_lists_what_is_here(models_yaml: Path) -> None:
+    told = run("models", "--config", models_yaml).stdout
+    assert re.search(r"^\* sd +.*weights here \(also sd-v1\)$", told, re.MULTILINE)
+    assert re.search(r"^  hunyuan ", told, re.MULTILINE)
+
+
+def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
+    ran = run("check", "--config", models_yaml)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for words in ("configuration", "device: cpu", "Pillow has jpg", "ffmpeg has libx264", "'sd' decodes: "):
+        assert words in ran.stdout
+
+
+def test_check_names_every_problem_and_exits_1(vaes: Vaes, tmp_path: Path) -> None:
+    models: dict[str, Any] = {"lost": {"repo": "./nowhere"}, "good": {"repo": str(vaes["sd"].folder)}}
+    models["later"] = {"repo": "owner/name"}
+    ran = run("check", "--config", write_models_yaml(tmp_path / "models.yaml", models, "lost"), IMAGEIO_FFMPEG_EXE="/bin/false")
+    assert_one_sentence(ran, "2 problems found", 1)
+    assert re.search(r"^PROBLEM  .*there is no such folder", ran.stdout, re.MULTILINE)
+    assert re.search(r"^PROBLEM  .*ffmpeg", ran.stdout, re.MULTILINE)
+    assert re.search(r"^ok .*good: weights here", ran.stdout, re.MULTILINE)
+    assert re.search(r"^ok .*later: not downloaded yet", ran.stdout, re.MULTILINE)
+
+
+def test_download_of_a_local_folder_says_where_it_is(models_yaml: Path, vaes: Vaes) -> None:
+    assert run("download", "sd", "--config", models_yaml).stdout == f"sd: {vaes['sd'].folder}\n"
+
+
+@pytest.fixture
+def latents_file(vaes: Vaes, tmp_path: Path) -> Path:
+    path = tmp_path / "latents.safetensors"
+    save_file({"latents": vaes["sd"].latents(8, 12).half()}, path)
+    return path
+
+
+def expected_pixels(vaes: Vaes, factor: float) -> np.ndarray:
+    sample = vaes["sd"].decode(vaes["sd"].latents(8, 12).half().float() / factor)[0]
+    return (sample / 2 + 0.5).clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
+
+
+def test_decode_in_process(models_yaml: Path, vaes: Vaes, latents_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    ran = run("decode", latents_file, out, "--config", models_yaml)
+    assert ran.returncode == 0, ran.stderr
+    assert np.abs(np.asarray(Image.open(out)).astype(int) - expected_pixels(vaes, 0.18215)).max() <= 1
+    run("decode", latents_file, out, "--config", models_yaml, "--unscaled")
+    assert np.abs(np.asarray(Image.open(out)).astype(int) - expected_pixels(vaes, 1)).max() <= 1
+
+
+def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert run("decode", latents_file, out, "--server", url).returncode == 0
+    assert np.abs(np.asarray(Image.open(out)).astype(int) - expected_pixels(vaes, 0.18215)).max() <= 1
+    assert run("decode", latents_file, tmp_path / "out.jpg", "--server", url, "--quality", "90").returncode == 0
+    save_file({"video": vaes["hunyuan"].latents(2, 4, 4)}, latents_file)
+    assert run("decode", latents_file, tmp_path / "out.mp4", "--server", url, "--model", "hunyuan").returncode == 0
+    assert (tmp_path / "out.mp4").read_bytes()[4:8] == b"ftyp"
+    assert_one_sentence(run("decode", latents_file, out, "--server", url), "this model takes latents", 2)
+    assert_one_sentence(run("decode", latents_file, out, "--server", "http://127.0.0.1:9/"), "is the server running", 2)
+    assert_one_sentence(run("decode", latents_file, tmp_path / "out.gif"), "end the name in .jpg, .jpeg, .png, .mp4", 2)
+    assert_one_sentence(run("decode", latents_file, out, "--key", "x"), "no tensor 'x'; choose with --key one of video", 2)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def test_serve_one_model_at_the_root_until_a_signal(models_yaml: Path, vaes: Vaes, port: int) -> None:
+    command = [sys.executable, "-m", "server", "serve", "flux", "--config", str(models_yaml), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}/"
+    assert server.stderr
+    told = ""
+    try:
+        while "ready: " not in told:
+            told += (line := server.stderr.readline())
+            assert line, told
+        latents = vaes["flux"].latents(8, 8)
+        query: dict[str, Any] = {"shape": [1, 16, 8, 8], "dtype": "float32"}
+        response = requests.post(url, params=query, data=latents.numpy().tobytes(), timeout=60)
+        assert Image.open(io.BytesIO(response.content)).size == (64, 64)
+        assert requests.post(url + "sd", params=query, timeout=60).status_code == 404
+        assert requests.get(url + "models", timeout=60).json()["models"][0]["state"] == "loaded"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        told += server.communicate(timeout=30)[1]
+    assert f"ready: {url} decodes with 'flux'" in told
+    assert "Traceback" not in told
+
+
+def test_serve_reads_the_offline_hub_cache(vaes: Vaes, tmp_path: Path) -> None:
+    from tests.engine.test_loader import hub_cache
+
+    hub_cache(tmp_path / "hub", "owner/name", vaes["sd"].folder, "vae")
+    models = {"hubbed": {"repo": "owner/name", "subfolder": "vae"}}
+    config = write_models_yaml(tmp_path / "models.yaml", models, "hubbed")
+    ran = run("check", "--config", config, HF_HOME=str(tmp_path))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "'hubbed' decodes" in ran.stdout
+    assert run("download", "--config", config, HF_HOME=str(tmp_path)).returncode == 0

@@ -1,0 +1,108 @@
+"""models.yaml, flags and environment: each mistake is one sentence with file, line, key and the nearest known key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.config import SHIPPED_MODELS_YAML, load_settings
+from server.errors import ConfigError
+
+GOOD = """\
+default: a
+models:
+  a: {repo: owner/name, aliases: [b]}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "models.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+BROKEN = {
+    "not YAML": ("models: [", r":1: not YAML"),
+    "empty": ("", r":1: the file: expected"),
+    "a list": ("- a", r":1: the file: expected"),
+    "no models": ("default: a", r": models: this key is required"),
+    "no entries": ("models: {}", r":1: models: .*at least 1"),
+    "an unknown top key": (GOOD + "modles: {}", r":4: modles: unknown key, did you mean 'models'"),
+    "an unknown key": ("models:\n  a: {repo: o/n}\n  b:\n    repo: o/n\n    preloaded: true", r":5: models.b.preloaded: unknown key, did you mean 'preload'\?; known: repo, subfolder"),
+    "an unknown limit": ("models:\n  a:\n    repo: o/n\n    limits: {max_pixel: 1}", r":4: models.a.limits.max_pixel: .*'max_pixels'"),
+    "no repo": ("models: {a: {preload: true}}", r":1: models.a.repo: this key is required"),
+    "a text for a boolean": ("models: {a: {repo: o/n, preload: 'yes'}}", r"models.a.preload: expected a valid boolean, got 'yes'"),
+    "a number for a text": ("models: {a: {repo: o/n, revision: 123}}", r"models.a.revision: expected a valid string, got 123"),
+    "a text for a list": ("models: {a: {repo: o/n, aliases: b}}", r"models.a.aliases: expected a valid"),
+    "an unknown dtype": ("models: {a: {repo: o/n, dtype: float8}}", r"models.a.dtype: expected 'auto', 'float32'"),
+    "an unknown device": ("models: {a: {repo: o/n, device: gpu}}", r"models.a.device: .*pattern"),
+    "a limit of zero": ("models: {a: {repo: o/n, limits: {max_batch: 0}}}", r"max_batch: expected greater than or equal to 1"),
+    "a warmup that is no size": ("models: {a: {repo: o/n, warmup: [[512]]}}", r"models.a.warmup.0"),
+    "an unknown default": ("default: x\nmodels: {a: {repo: o/n}}", r": default: no model 'x'; known: a"),
+    "a key twice": ("models:\n  a: {repo: o/n}\n  a: {repo: o/m}", r":3: models.a: this key stands twice"),
+    "an alias that is a name": ("models:\n  a: {repo: o/n}\n  b: {repo: o/n, aliases: [a]}", r"the name 'a' is used twice"),
+    "a route's name": ("models: {health: {repo: o/n}}", r"'health' cannot be a model's name: it is a route"),
+    "a name that is no URL": ("models: {'a b': {repo: o/n}}", r"'a b' cannot be a model's name"),
+    "binary": ("\x00\x01", r"cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_one_sentence(case: str, tmp_path: Path) -> None:
+    text, words = BROKEN[case]
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_settings(config=write(tmp_path, text))
+    assert str(caught.value).startswith(str(tmp_path / "models.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_file_is_good_and_its_default_is_embedded() -> None:
+    settings = load_settings(config=SHIPPED_MODELS_YAML)
+    assert settings.default == "demo"
+    assert settings.folder_of("demo") == SHIPPED_MODELS_YAML.parent / "server" / "demo"
+    assert {"demo", "sd-v1", "sd-xl", "flux", "hunyuan-video"} <= set(settings.models)
+    assert settings.folder_of("flux") is None
+
+
+def test_a_flag_wins_over_the_environment_over_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path, GOOD)
+    assert load_settings(config=config).options.port == 8000
+    monkeypatch.setenv("VAE_SERVER_PORT", "8001")
+    assert load_settings(config=config).options.port == 8001
+    assert load_settings(config=config, port="8002").options.port == 8002
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "words"),
+    [
+        ({"port": "x"}, {}, r"--port: expected a valid integer.*, got 'x'"),
+        ({"max_queue": "0"}, {}, r"--max-queue: expected greater than or equal to 1"),
+        ({}, {"VAE_SERVER_DEVICE": "gpu"}, r"VAE_SERVER_DEVICE: .*got 'gpu'"),
+        ({"config": "/nowhere.yaml"}, {}, r"/nowhere.yaml: no such file"),
+        ({"api_key_file": "/nowhere"}, {}, r"--api-key-file /nowhere: No such file"),
+    ],
+)
+def test_a_broken_flag_or_variable_is_named(
+    flags: dict[str, Any], environment: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        load_settings(**{"config": write(tmp_path, GOOD), **flags})
+
+
+def test_named_models_are_kept_in_order_and_aliases_count(tmp_path: Path) -> None:
+    config = write(tmp_path, "models:\n  a: {repo: o/a}\n  b: {repo: o/b, aliases: [bb]}\n  c: {repo: o/c}")
+    settings = load_settings(("BB", "a"), config=config)
+    assert (settings.default, list(settings.models)) == ("b", ["b", "a"])
+    with pytest.raises(ConfigError, match=r"no model 'd' in .*; known: a, b, c"):
+        load_settings(("d",), config=config)
+
+
+def test_a_key_never_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAE_SERVER_API_KEY", "hush-hush")
+    settings = load_settings(config=write(tmp_path, GOOD))
+    assert settings.api_keys[0].get_secret_value() == "hush-hush"
+    assert "hush-hush" not in repr(settings)

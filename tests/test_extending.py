@@ -1,0 +1,69 @@
+"""README's recipes: a new model is one entry in models.yaml, a new output one function and one line, a new family one file."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from server import outputs
+from server.families import FAMILIES
+from server.families.kl import KL
+from server.outputs import FORMATS, Format
+from server.outputs.image import picture
+from server.types import RawTensor, Rendered, RenderOptions
+from tests.conftest import Serve
+from tests.vaes import LocalVae
+
+Vaes = dict[str, LocalVae]
+
+
+def post(url: str, latents: torch.Tensor, **query: object) -> requests.Response:
+    accept = {"Accept": str(query.pop("accept", "*/*"))}
+    query |= {"shape": list(latents.shape), "dtype": "float32"}
+    return requests.post(url, params=query, data=latents.numpy().tobytes(), headers=accept, timeout=60)  # type: ignore[arg-type]
+
+
+def test_a_new_model_is_one_entry(serve: Serve, vaes: Vaes) -> None:
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}, "mine": {"repo": str(vaes["sd3"].folder)}})
+    latents = vaes["sd3"].latents(8, 8)
+    sample = post(address + "mine", latents, output_type="pt", do_scaling=True)
+    expected = vaes["sd3"].decode(latents / 1.5305 + 0.0609).numpy()
+    assert np.abs(np.frombuffer(sample.content, "float32").reshape(1, 3, 64, 64) - expected).max() <= 1e-4
+
+
+def test_a_new_output_is_one_function_and_one_line(serve: Serve, vaes: Vaes) -> None:
+    def render_webp(pixels: RawTensor, options: RenderOptions) -> Rendered:
+        buffer = io.BytesIO()
+        picture(pixels).save(buffer, "WEBP", lossless=True)
+        return Rendered(buffer.getvalue(), options.media_type)
+
+    FORMATS.append(Format(("webp",), ("image/webp",), outputs.IMAGE, outputs.PIL, render_webp))
+    try:
+        address = serve({"sd": {"repo": str(vaes["sd"].folder)}})
+        latents = vaes["sd"].latents(8, 8)
+        for query in ({"image_format": "webp"}, {"accept": "image/webp"}):
+            answer = post(address, latents, **query)
+            assert answer.headers["content-type"] == "image/webp"
+            assert Image.open(io.BytesIO(answer.content)).format == "WEBP"
+        assert "image/webp" in requests.get(address + "models", timeout=10).json()["models"][0]["outputs"]
+    finally:
+        FORMATS.pop()
+
+
+def test_a_new_family_is_one_class(serve: Serve, vaes: Vaes, monkeypatch: pytest.MonkeyPatch) -> None:
+    class UpsideDown(KL):
+        name = "upside_down"
+
+        def unpack(self, latents: torch.Tensor, geometry: object) -> torch.Tensor:
+            return latents.flip(-2)
+
+    monkeypatch.setitem(FAMILIES, "upside_down", UpsideDown())
+    address = serve({"odd": {"repo": str(vaes["sd"].folder), "family": "upside_down"}})
+    latents = vaes["sd"].latents(8, 8)
+    sample = np.frombuffer(post(address, latents, output_type="pt").content, "float32").reshape(1, 3, 64, 64)
+    assert np.abs(sample - vaes["sd"].decode(latents.flip(-2)).numpy()).max() <= 1e-4

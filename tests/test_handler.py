@@ -1,0 +1,71 @@
+"""handler.py as the Inference Endpoints toolkit calls it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from handler import EndpointHandler
+from server.errors import BadRequest, ServerError, WrongLength
+from tests.vaes import LocalVae
+
+Vaes = dict[str, LocalVae]
+
+
+@pytest.fixture(scope="module")
+def handlers(vaes: Vaes) -> dict[str, EndpointHandler]:
+    return {name: EndpointHandler(str(vaes[name].folder)) for name in ("sd", "hunyuan")}
+
+
+@pytest.mark.parametrize("spelling", ["base64", "bytes", "tensor"])
+def test_a_picture_is_a_pil_image(handlers: dict[str, EndpointHandler], vaes: Vaes, spelling: str) -> None:
+    latents = vaes["sd"].latents(8, 12)
+    raw = latents.numpy().tobytes()
+    inputs = {"base64": base64.b64encode(raw).decode(), "bytes": raw, "tensor": latents}[spelling]
+    parameters = {"scaling_factor": 0.7, "image_format": "png"}
+    if spelling != "tensor":
+        parameters |= {"shape": [1, 4, 8, 12], "dtype": "float32"}
+    image = handlers["sd"]({"inputs": inputs, "parameters": parameters})
+    assert isinstance(image, Image.Image)
+    expected = (vaes["sd"].decode(latents / 0.7)[0] / 2 + 0.5).clamp(0, 1).mul(255).round().permute(1, 2, 0)
+    assert np.abs(np.asarray(image).astype(int) - expected.numpy()).max() <= 1
+
+
+def test_a_tensor_is_json(handlers: dict[str, EndpointHandler], vaes: Vaes) -> None:
+    latents = vaes["sd"].latents(8, 12)
+    answer = handlers["sd"]({"inputs": latents, "parameters": {"output_type": "pt", "do_scaling": True}})
+    answer = json.loads(json.dumps(answer))
+    sample = np.frombuffer(base64.b64decode(answer["inputs"]), answer["parameters"]["dtype"])
+    expected = vaes["sd"].decode(latents / 0.18215).numpy()
+    assert np.abs(sample.reshape(answer["parameters"]["shape"]) - expected).max() <= 1e-4
+
+
+def test_a_video_is_json(handlers: dict[str, EndpointHandler], vaes: Vaes) -> None:
+    answer = handlers["hunyuan"]({"inputs": vaes["hunyuan"].latents(2, 4, 4), "parameters": {"output_type": "mp4"}})
+    answer = json.loads(json.dumps(answer))
+    assert answer["parameters"] == {"content_type": "video/mp4"}
+    assert base64.b64decode(answer["inputs"])[4:8] == b"ftyp"
+
+
+def test_a_mistake_raises_the_same_sentence(handlers: dict[str, EndpointHandler]) -> None:
+    handler = handlers["sd"]
+    with pytest.raises(WrongLength, match="needs 1024 bytes, the body has 3"):
+        handler({"inputs": b"abc", "parameters": {"shape": [1, 4, 8, 8], "dtype": "float32"}})
+    with pytest.raises(BadRequest, match="'inputs' must be the latents"):
+        handler({"parameters": {}})
+    with pytest.raises(ServerError, match="no such model; known: model"):
+        handler({"inputs": torch.zeros(1, 4, 8, 8), "parameters": {"model": "x"}})
+
+
+def test_the_folder_may_hold_a_models_yaml_or_nothing(vaes: Vaes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models.yaml").write_text(f"models: {{own: {{repo: '{vaes['flux'].folder}'}}}}")
+    assert EndpointHandler(str(tmp_path)).direct.settings.default == "own"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert EndpointHandler(str(tmp_path / "empty")).direct.settings.default == "demo"
