@@ -93,7 +93,12 @@ def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
 def test_check_names_every_problem_and_exits_1(vaes: Vaes, tmp_path: Path) -> None:
     models: dict[str, Any] = {"lost": {"repo": "./nowhere"}, "good": {"repo": str(vaes["sd"].folder)}}
     models["later"] = {"repo": "owner/name"}
-    ran = run("check", "--config", write_models_yaml(tmp_path / "models.yaml", models, "lost"), IMAGEIO_FFMPEG_EXE="/bin/false")
+    ran = run(
+        "check",
+        "--config",
+        write_models_yaml(tmp_path / "models.yaml", models, "lost"),
+        IMAGEIO_FFMPEG_EXE="/bin/false",
+    )
     assert_one_sentence(ran, "2 problems found", 1)
     assert re.search(r"^PROBLEM  .*there is no such folder", ran.stdout, re.MULTILINE)
     assert re.search(r"^PROBLEM  .*ffmpeg", ran.stdout, re.MULTILINE)
@@ -137,7 +142,9 @@ def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: 
     assert_one_sentence(run("decode", latents_file, out, "--server", url), "this model takes latents", 2)
     assert_one_sentence(run("decode", latents_file, out, "--server", "http://127.0.0.1:9/"), "is the server running", 2)
     assert_one_sentence(run("decode", latents_file, tmp_path / "out.gif"), "end the name in .jpg, .jpeg, .png, .mp4", 2)
-    assert_one_sentence(run("decode", latents_file, out, "--key", "x"), "no tensor 'x'; choose with --key one of video", 2)
+    assert_one_sentence(
+        run("decode", latents_file, out, "--key", "x"), "no tensor 'x'; choose with --key one of video", 2
+    )
 
 
 @pytest.fixture

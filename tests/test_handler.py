@@ -63,7 +63,9 @@ def test_a_mistake_raises_the_same_sentence(handlers: dict[str, EndpointHandler]
         handler({"inputs": torch.zeros(1, 4, 8, 8), "parameters": {"model": "x"}})
 
 
-def test_the_folder_may_hold_a_models_yaml_or_nothing(vaes: Vaes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_may_hold_a_models_yaml_or_nothing(
+    vaes: Vaes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models.yaml").write_text(f"models: {{own: {{repo: '{vaes['flux'].folder}'}}}}")
     assert EndpointHandler(str(tmp_path)).direct.settings.default == "own"
     (tmp_path / "empty").mkdir()

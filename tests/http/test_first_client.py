@@ -50,7 +50,13 @@ def test_parameters_may_come_in_the_body(url: str, vaes: dict[str, LocalVae]) ->
     latents = vaes["sd"].latents(8, 8)
     body = {
         "inputs": base64.b64encode(latents.numpy().tobytes()).decode(),
-        "parameters": {"shape": [1, 4, 8, 8], "dtype": "float32", "output_type": "pt", "scaling_factor": 0.5, "model": "sd"},
+        "parameters": {
+            "shape": [1, 4, 8, 8],
+            "dtype": "float32",
+            "output_type": "pt",
+            "scaling_factor": 0.5,
+            "model": "sd",
+        },
     }
     accept = {"Accept": "application/json"}
     answers = []

@@ -90,5 +90,7 @@ def test_the_server_serves_it(url: str) -> None:
 
 def test_an_id_is_kept_when_it_is_safe_to_echo(url: str) -> None:
     for sent, is_kept in [("abc-1.2_3", True), ("a b", False), ("x" * 65, False), ("é", False)]:
-        found = requests.get(url + "health", headers={"X-Request-Id": sent.encode()}, timeout=10).headers["x-request-id"]
+        found = requests.get(url + "health", headers={"X-Request-Id": sent.encode()}, timeout=10).headers[
+            "x-request-id"
+        ]
         assert (found == sent) is is_kept

@@ -84,9 +84,7 @@ def test_a_jpeg_is_the_default_and_shows_the_same_picture(url: str, vaes: Vaes) 
 
 def test_partial_postprocess_sends_uint8_pixels(url: str, vaes: Vaes) -> None:
     latents = vaes["sd"].latents(8, 12, batch=3)
-    pixels = remote_decode(
-        url, latents, **SENT_FACTORS, output_type="pt", return_type="pt", partial_postprocess=True
-    )
+    pixels = remote_decode(url, latents, **SENT_FACTORS, output_type="pt", return_type="pt", partial_postprocess=True)
     assert pixels.shape == (3, 64, 96, 3)
     for n in range(3):
         expected = pixels_of(vaes["sd"].decode(latents[n : n + 1] / 0.7 + 0.2))
@@ -94,7 +92,9 @@ def test_partial_postprocess_sends_uint8_pixels(url: str, vaes: Vaes) -> None:
 
 
 def test_partial_postprocess_returns_pictures(url: str, vaes: Vaes) -> None:
-    images = remote_decode(url, vaes["sd"].latents(8, 12, batch=2), output_type="pt", partial_postprocess=True, **SENT_FACTORS)
+    images = remote_decode(
+        url, vaes["sd"].latents(8, 12, batch=2), output_type="pt", partial_postprocess=True, **SENT_FACTORS
+    )
     assert [image.size for image in images] == [(96, 64), (96, 64)]
 
 
@@ -117,9 +117,7 @@ def test_packed_latents_decode_as_unpacked_ones(url: str, vaes: Vaes, name: str)
     latents = vaes[name].latents(12, 8, batch=2)
     packed = FluxPipeline._pack_latents(latents, 2, vaes[name].channels, 12, 8)
     assert packed.shape == (2, 24, 4 * vaes[name].channels)
-    sample = remote_decode(
-        url + name, packed, **SENT_FACTORS, height=96, width=64, output_type="pt", return_type="pt"
-    )
+    sample = remote_decode(url + name, packed, **SENT_FACTORS, height=96, width=64, output_type="pt", return_type="pt")
     torch.testing.assert_close(sample, vaes[name].decode(latents / 0.7 + 0.2), atol=1e-4, rtol=0)
 
 
@@ -142,9 +140,7 @@ def test_half_precision_latents_are_read_as_what_they_are(url: str, vaes: Vaes, 
 def test_a_bfloat16_model_answers_in_bfloat16(url: str, vaes: Vaes) -> None:
     latents = vaes["sd"].latents(8, 8)
     sample = remote_decode(url + "sd-bf16", latents, **SENT_FACTORS, output_type="pt", return_type="pt")
-    unit = remote_decode(
-        url + "sd-bf16", latents, **SENT_FACTORS, processor=VaeImageProcessor(), return_type="pt"
-    )
+    unit = remote_decode(url + "sd-bf16", latents, **SENT_FACTORS, processor=VaeImageProcessor(), return_type="pt")
     assert (sample.dtype, unit.dtype) == (torch.bfloat16, torch.float16)
     torch.testing.assert_close(sample.float(), vaes["sd"].decode(latents / 0.7 + 0.2), atol=0.1, rtol=0.1)
 

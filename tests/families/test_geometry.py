@@ -1,0 +1,65 @@
+"""Which latents a family takes, and what size comes out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import TooLarge, WrongShape
+from server.families import FAMILIES, check_limits
+from server.types import Limits
+
+KL = FAMILIES["kl"].describe({"latent_channels": 16, "block_out_channels": [8, 8, 8, 8]})
+VIDEO = FAMILIES["hunyuan_video"].describe({})
+
+
+def kl(*shape: int, size: tuple[int, int] | None = None) -> tuple[tuple[int, ...], bool, int, int]:
+    found = FAMILIES["kl"].geometry(KL, shape, lambda: size)
+    return found.latent_shape, found.is_packed, found.height, found.width
+
+
+def test_unpacked_latents() -> None:
+    assert kl(2, 16, 8, 12) == ((2, 16, 8, 12), False, 64, 96)
+    assert kl(16, 8, 12) == ((1, 16, 8, 12), False, 64, 96)
+
+
+def test_packed_latents() -> None:
+    assert kl(2, 24, 64, size=(64, 96)) == ((2, 16, 8, 12), True, 64, 96)
+    assert kl(1, 24, 64, size=(70, 111)) == ((1, 16, 8, 12), True, 64, 96), (
+        "floored to whole patches, as diffusers does"
+    )
+
+
+def test_a_last_axis_of_4c_alone_is_not_packed() -> None:
+    assert kl(16, 64, 64, size=(512, 512)) == ((1, 16, 64, 64), False, 512, 512)
+    assert kl(16, 64, 64) == ((1, 16, 64, 64), False, 512, 512)
+    assert kl(16, 1024, 64, size=(512, 512)) == ((16, 16, 64, 64), True, 512, 512), "a packed batch of 16"
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3))
+def test_packed_and_unpacked_agree(rows: int, columns: int, batch: int) -> None:
+    height, width = 16 * rows, 16 * columns
+    assert kl(batch, rows * columns, 64, size=(height, width))[2:] == kl(batch, 16, 2 * rows, 2 * columns)[2:]
+
+
+def test_videos_grow_in_time() -> None:
+    for frames, expected in [(1, 1), (2, 5), (16, 61)]:
+        found = FAMILIES["hunyuan_video"].geometry(
+            VIDEO, (1, 16, frames, 40, 64), lambda: pytest.fail("asked for a size")
+        )
+        assert (found.num_frames, found.height, found.width) == (expected, 320, 512)
+    assert FAMILIES["hunyuan_video"].geometry(VIDEO, (16, 3, 4, 4), lambda: None).latent_shape == (1, 16, 3, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(4,), (16, 16), (1, 4, 8, 8), (1, 16, 1, 8, 8), (3, 8, 8)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(WrongShape):
+        kl(*shape)
+
+
+def test_limits_are_inclusive() -> None:
+    geometry = FAMILIES["kl"].geometry(KL, (2, 16, 8, 8), lambda: None)
+    check_limits(geometry, Limits(max_pixels=64 * 64, max_batch=2), "m")
+    with pytest.raises(TooLarge, match="64x64 is 4096 pixels, 'm' decodes at most 4095"):
+        check_limits(geometry, Limits(max_pixels=4095), "m")
