@@ -20,6 +20,7 @@ SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent / "models.yaml"
 ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json"})
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 KeyPath = tuple[str | int, ...]
 
 
@@ -42,9 +43,10 @@ class ModelEntry(_Strict):
     subfolder: str | None = None
     revision: str | None = None
     family: str | None = None
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Dtype | None = None
     device: str | None = Field(None, pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     decoder: Literal["auto", "diffusers"] = "auto"
+    memory_budget_mb: int | None = Field(None, ge=1)
     preload: bool = False
     aliases: tuple[str, ...] = ()
     limits: LimitsEntry = LimitsEntry()
@@ -95,6 +97,12 @@ class ServerOptions(BaseSettings):
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto, cpu, cuda, cuda:N or mps, for models whose entry names none",
+    )
+    dtype: Dtype = Field(
+        "auto", description="auto, float32, float16 or bfloat16, for models whose entry names none; auto: by the device"
+    )
+    memory_budget_mb: int | None = Field(
+        None, ge=1, description="most memory a decode's activations may take, in MiB; default: what is free"
     )
     max_queue: int = Field(32, ge=1, description="requests that may wait or run; one more is answered 429")
     max_body_mb: int = Field(64, ge=1, description="largest request body, in MiB")

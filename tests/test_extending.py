@@ -29,7 +29,7 @@ def post(url: str, latents: torch.Tensor, **query: object) -> requests.Response:
 
 
 def test_a_new_model_is_one_entry(serve: Serve, vaes: Vaes) -> None:
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}, "mine": {"repo": str(vaes["sd3"].folder)}})
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}, "mine": {"repo": str(vaes["sd3"].folder), "dtype": "float32"}})
     latents = vaes["sd3"].latents(8, 8)
     sample = post(address + "mine", latents, output_type="pt", do_scaling=True)
     expected = vaes["sd3"].decode(latents / 1.5305 + 0.0609).numpy()
@@ -63,7 +63,7 @@ def test_a_new_family_is_one_class(serve: Serve, vaes: Vaes, monkeypatch: pytest
             return latents.flip(-2)
 
     monkeypatch.setitem(FAMILIES, "upside_down", UpsideDown())
-    address = serve({"odd": {"repo": str(vaes["sd"].folder), "family": "upside_down"}})
+    address = serve({"odd": {"repo": str(vaes["sd"].folder), "family": "upside_down", "dtype": "float32"}})
     latents = vaes["sd"].latents(8, 8)
     sample = np.frombuffer(post(address, latents, output_type="pt").content, "float32").reshape(1, 3, 64, 64)
     assert np.abs(sample - vaes["sd"].decode(latents.flip(-2)).numpy()).max() <= 1e-4

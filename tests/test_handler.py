@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ Vaes = dict[str, LocalVae]
 
 
 @pytest.fixture(scope="module")
-def handlers(vaes: Vaes) -> dict[str, EndpointHandler]:
-    return {name: EndpointHandler(str(vaes[name].folder)) for name in ("sd", "hunyuan")}
+def handlers(vaes: Vaes) -> Iterator[dict[str, EndpointHandler]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VAE_SERVER_DTYPE", "float32")
+        yield {name: EndpointHandler(str(vaes[name].folder)) for name in ("sd", "hunyuan")}
 
 
 @pytest.mark.parametrize("spelling", ["base64", "bytes", "tensor"])

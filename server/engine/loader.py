@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 
 from server.config import ModelEntry, Settings
+from server.engine.decoders.exact import preferred_cpu_dtype
 from server.errors import ModelUnavailable
 from server.families import FAMILIES, Family, family_of_class
 from server.types import LatentSpec, Limits, ModelInfo
@@ -209,20 +210,22 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def choose_dtype(wanted: str, spec: LatentSpec, device: torch.device) -> torch.dtype:
+def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact: bool) -> torch.dtype:
     """The dtype to compute in.
 
-    `auto`: float32 on a CPU; on a GPU float16, or bfloat16 where the config asks to upcast (its activations overflow
-    float16). An explicit float16 is upcast to float32 then, as `StableDiffusionXLPipeline` does.
+    `auto` on a CPU: bfloat16 where the exact decoder may run and the CPU multiplies it in hardware, else float32.
+    `auto` on a GPU: float16, or bfloat16 where the config asks to upcast (its activations overflow float16). An explicit
+    float16 is upcast to float32 then, as `StableDiffusionXLPipeline` does.
     """
-    if wanted == "float16" and spec.force_upcast:
+    must_upcast = info.latents.force_upcast
+    if wanted == "float16" and must_upcast:
         return torch.float32
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
     if device.type == "cpu":
-        return torch.float32
-    if not spec.force_upcast:
+        return preferred_cpu_dtype() if is_exact and info.class_name == "AutoencoderKL" else torch.float32
+    if not must_upcast:
         return torch.float16
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 

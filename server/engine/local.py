@@ -62,16 +62,18 @@ class SyncEngine:
     def _read(self, name: str) -> LoadedModel:
         started = time.perf_counter()
         info, entry = self.describe(name), self._settings.models[name]
+        options = self._settings.options
         try:
-            device = loader.choose_device(entry.device or self._settings.options.device)
+            device = loader.choose_device(entry.device or options.device)
         except ValueError as error:
             raise ModelUnavailable(name, f"{name}: {error}") from None
-        dtype = loader.choose_dtype(entry.dtype, info.latents, device)
+        dtype = loader.choose_dtype(entry.dtype or options.dtype, info, device, is_exact=entry.decoder == "auto")
         vae = loader.load_vae(info, loader.source_of(self._settings, name), device, dtype)
-        decoder = build_decoder(vae, entry.decoder)
+        budget_mb = entry.memory_budget_mb or options.memory_budget_mb
+        decoder, note = build_decoder(vae, entry.decoder, budget_mb << 20 if budget_mb else None)
         seconds = time.perf_counter() - started
         log.info("loaded %s on %s in %s, %s decoder, %.1f s", name, device, NAMES[dtype], decoder.name, seconds)
-        known = LoadedInfo(str(device), NAMES[dtype], decoder.name, decoder.note, seconds)
+        known = LoadedInfo(str(device), NAMES[dtype], decoder.name, note, seconds)
         model = LoadedModel(FAMILIES[info.latents.family], info.latents, decoder, device, dtype, known)
         self._warm_up(model, entry.warmup)
         return model

@@ -15,6 +15,7 @@ from huggingface_hub import errors as hub
 
 from server.config import ModelEntry
 from server.engine import loader
+from server.engine.decoders.exact import preferred_cpu_dtype
 from server.engine.loader import Source, choose_dtype, read_info
 from server.errors import ModelUnavailable
 from server.families import FAMILIES
@@ -197,14 +198,17 @@ def test_the_families_defaults_are_diffusers_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "force_upcast", "expected"),
+    ("wanted", "is_exact", "force_upcast", "expected"),
     [
-        ("auto", True, torch.float32),
-        ("float16", None, torch.float16),
-        ("float16", True, torch.float32),
-        ("bfloat16", True, torch.bfloat16),
+        ("auto", True, True, preferred_cpu_dtype()),
+        ("auto", False, True, torch.float32),
+        ("float16", True, False, torch.float16),
+        ("float16", True, True, torch.float32),
+        ("bfloat16", False, True, torch.bfloat16),
     ],
 )
-def test_the_dtype_on_a_cpu(wanted: str, force_upcast: bool | None, expected: torch.dtype) -> None:
-    config = {"force_upcast": force_upcast, "block_out_channels": [8]}
-    assert choose_dtype(wanted, FAMILIES["kl"].describe(config), CPU) is expected
+def test_the_dtype_on_a_cpu(
+    copy: Path, wanted: str, is_exact: bool, force_upcast: bool, expected: torch.dtype
+) -> None:
+    change(copy, force_upcast=force_upcast)
+    assert choose_dtype(wanted, read_info(source(copy)), CPU, is_exact=is_exact) is expected

@@ -15,9 +15,8 @@ class StockDecoder:
 
     name = "diffusers"
 
-    def __init__(self, vae: Any, note: str | None = None) -> None:
+    def __init__(self, vae: Any) -> None:
         self.vae = vae
-        self.note = note
 
     def decode(self, latents: torch.Tensor, layout: Layout) -> torch.Tensor:
         parameter = next(self.vae.parameters())

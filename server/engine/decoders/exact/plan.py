@@ -41,29 +41,35 @@ class Footprint:
     """What one image needs at its fullest step, in bytes: the network's arithmetic, nothing measured."""
 
     stored: int  # whole pictures that cannot be banded away
+    attended: int  # the same during the attention, which is long over where the pictures are largest
     largest: int  # the largest single activation: a band can be no larger
 
     def peak(self, plan: Plan) -> int:
-        bands = WORKING_BANDS * min(plan.band_bytes, plan.images * self.largest)
-        return plan.images * self.stored + bands + plan.scores_bytes
+        banded = plan.images * self.stored + WORKING_BANDS * min(plan.band_bytes, plan.images * self.largest)
+        return max(banded, self.attention_peak(plan))
+
+    def attention_peak(self, plan: Plan) -> int:
+        return plan.images * self.attended + plan.scores_bytes
 
 
 def footprint(network: Network, height: int, width: int) -> Footprint:
     """For a latent of height x width."""
     pixels, channels = height * width, network.conv_in.out_channels
     stored = largest = pixels * channels
+    attended = 0
     for step in network.steps:
         match step:
             case Resnet():  # the input is freed as the hidden picture, and where there is a shortcut the output, grow
                 before, channels = channels, step.conv1.out_channels
                 needed = pixels * max(before, 2 * channels)
             case Attention():  # x, its normalised copy, keys, values
-                needed = pixels * 4 * channels
+                attended = needed = pixels * 4 * channels
             case Upsample():
                 pixels, channels = pixels * 4, step.conv.out_channels
                 needed = pixels * channels
         stored, largest = max(stored, needed), max(largest, pixels * channels)
-    return Footprint(stored * network.dtype.itemsize, largest * network.dtype.itemsize)
+    itemsize = network.dtype.itemsize
+    return Footprint(stored * itemsize, attended * itemsize, largest * itemsize)
 
 
 def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
@@ -74,9 +80,9 @@ def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
     plan = wanted
     while plan.images > 1 and need.peak(plan) > budget_bytes:
         plan = replace(plan, images=plan.images // 2)
-    while need.peak(plan) > budget_bytes and plan.scores_bytes > SMALLEST_SCORES_BYTES:
+    while need.attention_peak(plan) > budget_bytes and plan.scores_bytes > SMALLEST_SCORES_BYTES:
         plan = replace(plan, scores_bytes=plan.scores_bytes // 2)
     if need.peak(plan) > budget_bytes:
-        band_bytes = (budget_bytes - plan.images * need.stored - plan.scores_bytes) // WORKING_BANDS
+        band_bytes = (budget_bytes - plan.images * need.stored) // WORKING_BANDS
         plan = replace(plan, band_bytes=max(SMALLEST_BAND_BYTES, min(band_bytes, plan.band_bytes)))
     return plan
