@@ -19,7 +19,9 @@ CASES = Path(__file__).with_name("triton_cases.py")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_triton_kernels_compute_what_the_plain_kernels_compute() -> None:
-    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": "1"} | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    )
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(CASES)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[3], check=False)
     assert run.returncode == 0, run.stdout
