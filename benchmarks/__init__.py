@@ -1,0 +1,1 @@
+"""Every number in the docs is printed by a script here."""

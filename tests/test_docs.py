@@ -1,0 +1,134 @@
+"""Every block of README and docs is run: shell and Python against a real `make serve`, YAML through the loader."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from server import outputs
+from server.config import load_settings
+from tests.conftest import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text.splitlines()[0][:50]}"
+
+
+BLOCKS = [Block(page.name, *found.groups()) for page in PAGES for found in FENCE.finditer(page.read_text())]
+
+
+def blocks(language: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language == language]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """README's first command, with the port that the tests may use."""
+    (first,) = [block for block in blocks("sh") if block.text == "make serve\n"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = first.text.strip().replace("make", f"make VENV={sys.prefix}")
+    environment = {**os.environ, "VAE_SERVER_PORT": port, "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(command.split(), cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    assert server.stderr
+    try:
+        for line in server.stderr:
+            if line.startswith("ready: "):
+                break
+        else:
+            pytest.fail("make serve ended before it was ready")
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """What the blocks find beside them, with room for what they write."""
+    for name in ("server", "models.yaml"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    return tmp_path
+
+
+RUNNABLE = [block for block in BLOCKS if block.language in ("sh", "python") and not block.text.startswith("make ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", RUNNABLE, ids=str)
+def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = block.text.replace("127.0.0.1:8000", address)
+    command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    for picture in re.findall(r"\w+\.(?:jpg|png)\b", text):
+        with Image.open(workplace / picture) as opened:
+            assert opened.size == (512, 512)
+
+
+def test_the_second_command_runs_these_tests() -> None:
+    second = blocks("sh")[1].text
+    assert second == "make test\n"
+    told = subprocess.run(["make", "-n", "test", f"VENV={sys.prefix}"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "pytest" in told.stdout
+    assert second in (REPOSITORY / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_a_models_yaml_in_the_docs_is_valid_and_complete(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "models.yaml").write_text(block.text)
+    settings = load_settings(config=tmp_path / "models.yaml")
+    entry = next(iter(settings.models.values()))
+    assert all(re.search(rf"\b{key}:", block.text) for key in type(entry).model_fields), "every key is shown"
+
+
+def test_the_recipe_for_an_output_registers_it() -> None:
+    (recipe,) = [block for block in blocks("python") if "FORMATS.append" in block.text]
+    before = len(outputs.FORMATS)
+    try:
+        exec(recipe.text, {})
+        assert outputs.format_named("webp").media_types == ("image/webp",)
+    finally:
+        del outputs.FORMATS[before:]
+
+
+def test_every_fence_has_a_language_that_is_checked() -> None:
+    assert {block.language for block in BLOCKS} <= {"sh", "python", "yaml", "text"}
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    for page in [*PAGES, REPOSITORY / "CHANGELOG.md", REPOSITORY / "server" / "demo" / "README.md"]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
+
+
+def test_every_command_of_the_tables_exists() -> None:
+    assert shutil.which("make")
+    told = subprocess.run([sys.executable, "-m", "server", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for command in ("serve", "models", "check", "download", "decode"):
+        assert f"  {command} " in told.stdout
