@@ -73,10 +73,8 @@ def main() -> None:
     rate = matrix_rate(device)
     print(f"{device_name(device)}, torch {torch.__version__}, bf16 matrix product {rate / 1e12:.2f} TFLOP/s\n")
     all_variants, network = variants(device, arguments)
-    print(
-        "| size | decode | ms (median) | ms (best) | ratio | ratio of the best | of matrix rate | peak activations MB | PSNR dB |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(HEADER)
+    print("| --- " * HEADER.count(" | ") + "| --- |")
     for size in arguments.sizes:
         chosen = {n: f for n, f in all_variants.items() if not arguments.only or any(o in n for o in arguments.only)}
         table(size, chosen, network, rate, device, arguments.repeats)
