@@ -25,6 +25,8 @@ class SyncEngine:
     """Describe, load and decode, callable from any thread; one lock serialises the torch work."""
 
     def __init__(self, settings: Settings) -> None:
+        # TensorFloat-32 keeps ten bits of a float32: whoever asks for float32 asks for all of them.
+        torch.backends.cudnn.allow_tf32 = False
         self._settings = settings
         self._lock = threading.Lock()
         self._infos: dict[str, ModelInfo] = {}

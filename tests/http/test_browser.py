@@ -53,6 +53,8 @@ def test_the_page_decodes_a_picture(browser: Any, url: str, vaes: dict[str, Loca
     assert size == [96, 64]
     assert "decode;dur=" in page.inner_text("#said")
     assert page.problems == []
+    assert not page.locator("#height").is_visible(), "only packed latents need a size"
+    page.select_option("#model", "flux")
 
 
 def test_the_page_says_why_a_file_is_wrong(browser: Any, url: str, vaes: dict[str, LocalVae], tmp_path: Path) -> None:
