@@ -74,7 +74,7 @@ def main() -> None:
 
             def kept(parameters: dict[str, str] = parameters, accept: str = accept) -> None:
                 headers = {"Accept": accept, "Content-Type": "tensor/binary"}
-                assert session.post(url, params={**sent, **parameters}, data=data, headers=headers).ok  # noqa: S113
+                assert session.post(url, params={**sent, **parameters}, data=data, headers=headers).ok
 
             def client(parameters: dict[str, str] = parameters) -> None:
                 options = {**parameters, "return_type": "pt"} if "output_type" in parameters else parameters

@@ -26,9 +26,7 @@ Vaes = dict[str, LocalVae]
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "hunyuan"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.15), ("float16", 0.02)])
-def test_a_gpu_decodes_what_a_cpu_does(
-    serve: Serve, vaes: Vaes, name: str, dtype: str, tolerance: float
-) -> None:
+def test_a_gpu_decodes_what_a_cpu_does(serve: Serve, vaes: Vaes, name: str, dtype: str, tolerance: float) -> None:
     if (name, dtype) == ("sdxl", "float16"):
         tolerance = 1e-4  # it must upcast
     address = serve({name: {"repo": str(vaes[name].folder), "dtype": dtype, "device": "cuda", "preload": True}})
@@ -36,7 +34,9 @@ def test_a_gpu_decodes_what_a_cpu_does(
     sample = remote_decode(address, latents, scaling_factor=0.7, output_type="pt", return_type="pt")
     expected = vaes[name].decode(latents / 0.7)
     torch.testing.assert_close(sample.float(), expected, atol=tolerance, rtol=tolerance)
-    pixels = remote_decode(address, latents, scaling_factor=0.7, output_type="pt", return_type="pt", partial_postprocess=True)
+    pixels = remote_decode(
+        address, latents, scaling_factor=0.7, output_type="pt", return_type="pt", partial_postprocess=True
+    )
     unit = (sample.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
     unit = unit[0].movedim(0, -1) if name == "hunyuan" else unit.movedim(1, -1)
     assert np.abs(pixels.numpy().astype(int) - unit.numpy()).max() <= 1

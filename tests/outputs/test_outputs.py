@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import subprocess
+import zlib
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -32,11 +33,34 @@ def smooth(*shape: int) -> np.ndarray:
     return np.stack([128 + 100 * np.sin(3 * sum(axes) + phase) for phase in (0, 2, 4)], -1).astype("uint8")
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_png_holds_the_very_pixels(channels: int) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 24, 40, channels), "uint8")
-    body = format_named("png").render(raw(pixels), options()).body
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(body))).reshape(pixels.shape), pixels)
+@pytest.mark.parametrize("shape", [(24, 40, 1), (24, 40, 3), (24, 40, 4), (1, 1, 3), (1, 7, 3), (9, 1, 4)])
+def test_a_png_holds_the_very_pixels(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Read back by libpng (through Pillow) and by ffmpeg's own decoder."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, *shape), "uint8")
+    body = bytes(format_named("png").render(raw(pixels), options()).body)
+    with Image.open(io.BytesIO(body)) as image:
+        image.verify()
+    with Image.open(io.BytesIO(body)) as image:
+        assert np.array_equal(np.asarray(image).reshape(shape), pixels[0])
+    (tmp_path / "picture.png").write_bytes(body)
+    layout = {1: "gray", 3: "rgb24", 4: "rgba"}[shape[2]]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "picture.png"), "-f", "rawvideo"]
+    decoded = subprocess.run([*command, "-pix_fmt", layout, "-"], capture_output=True, check=True).stdout
+    assert decoded == pixels.tobytes()
+
+
+def test_a_photo_like_png_is_no_larger_than_pillows_fast_one() -> None:
+    pixels = smooth(512, 512) // 2 + np.random.default_rng(0).integers(0, 4, (512, 512, 3), "uint8")
+    pillows = io.BytesIO()
+    Image.fromarray(pixels).save(pillows, "PNG", compress_level=1)
+    assert len(format_named("png").render(raw(pixels[None]), options()).body) < 1.1 * len(pillows.getvalue())
+
+
+def test_without_isal_zlib_makes_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.outputs.png.compress", zlib.compress)
+    pixels = smooth(64, 96)
+    body = format_named("png").render(raw(pixels[None]), options()).body
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(body))), pixels)
 
 
 def test_a_jpeg_is_the_hosted_services() -> None:

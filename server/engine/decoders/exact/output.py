@@ -16,9 +16,10 @@ class Output:
         if layout is Layout.PIXELS:
             self.tensor = torch.empty(batch, height, width, channels, dtype=torch.uint8, device=device)  # [B, H, W, C]
         else:
-            self.tensor = torch.empty(
-                batch, channels, height, width, dtype=network.dtype, device=device
-            )  # [B, C, H, W]
+            dtype = network.dtype
+            if layout is Layout.UNIT and dtype is torch.bfloat16:
+                dtype = torch.float16  # see Layout
+            self.tensor = torch.empty(batch, channels, height, width, dtype=dtype, device=device)  # [B, C, H, W]
 
     def write(self, image: int, top: int, sample: Tensor) -> None:  # [b, n, W, C]
         images, rows = slice(image, image + sample.shape[0]), slice(top, top + sample.shape[1])
@@ -26,7 +27,7 @@ class Output:
             case Layout.SAMPLE:
                 self.tensor[images, :, rows] = sample.permute(0, 3, 1, 2)  # [b, C, n, W]
             case Layout.UNIT:
-                self.tensor[images, :, rows] = denormalize(sample).permute(0, 3, 1, 2)  # [b, C, n, W]
+                self.tensor[images, :, rows] = denormalize(sample.float()).permute(0, 3, 1, 2)  # [b, C, n, W]
             case Layout.PIXELS:
                 self.tensor[images, rows] = (
                     denormalize(sample.float()).mul_(255).round_().to(torch.uint8)

@@ -1,0 +1,112 @@
+"""Pictures to files: this server's codecs beside others, alternating, on one core, on a photograph with sensor noise.
+
+`python -m benchmarks.codecs [--size 1024] [--repeats 7]`. Other libraries are measured where they are installed:
+`pip install simplejpeg imagecodecs opencv-python-headless zlib-ng`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import skimage.data
+from numpy.typing import NDArray
+from PIL import Image
+
+from server.outputs import format_named, png
+from server.types import RawTensor, RenderOptions
+
+Pixels = NDArray[np.uint8]
+Encoder = Callable[[Pixels], bytes]
+
+
+def ours(name: str) -> Encoder:
+    def encode(pixels: Pixels) -> bytes:
+        tensor = RawTensor((1, *pixels.shape), "uint8", pixels.reshape(-1).data)
+        return bytes(format_named(name).render(tensor, RenderOptions(10, 75, "")).body)
+
+    return encode
+
+
+def pillow(format_name: str, **options: Any) -> Encoder:
+    def encode(pixels: Pixels) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format_name, **options)
+        return buffer.getvalue()
+
+    return encode
+
+
+def our_png_with(compress: Callable[..., bytes]) -> Encoder:
+    def encode(pixels: Pixels) -> bytes:
+        kept, png.compress = png.compress, compress
+        try:
+            return png.encode_png(pixels)
+        finally:
+            png.compress = kept
+
+    return encode
+
+
+def others() -> Iterator[tuple[str, Encoder]]:
+    with suppress(ImportError):
+        imagecodecs = importlib.import_module("imagecodecs")
+        yield "PNG imagecodecs, level 1", lambda pixels: imagecodecs.png_encode(pixels, level=1)
+        yield "JPEG imagecodecs", lambda pixels: imagecodecs.jpeg_encode(pixels, 75)
+    with suppress(ImportError):
+        simplejpeg = importlib.import_module("simplejpeg")
+        yield "JPEG simplejpeg", lambda pixels: simplejpeg.encode_jpeg(pixels, 75, "RGB", "420", fastdct=False)
+    with suppress(ImportError):
+        cv2 = importlib.import_module("cv2")
+        cv2.setNumThreads(1)
+        yield "PNG OpenCV", lambda pixels: cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 75]
+        yield "JPEG OpenCV", lambda pixels: cv2.imencode(".jpg", pixels[..., ::-1], quality)[1].tobytes()
+    with suppress(ImportError):
+        zlib_ng = importlib.import_module("zlib_ng.zlib_ng")
+        yield "PNG Average filter + zlib-ng 1", our_png_with(zlib_ng.compress)
+
+
+def photo(size: int) -> Pixels:
+    scaled = Image.fromarray(skimage.data.astronaut()).resize((size, size), Image.Resampling.LANCZOS)
+    noisy = np.asarray(scaled) + np.random.default_rng(0).normal(0, 2, (size, size, 3))
+    return np.clip(noisy, 0, 255).round().astype(np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    encoders: dict[str, Encoder] = {
+        "PNG ours": ours("png"),
+        "PNG Pillow, its default (6)": pillow("PNG"),
+        "PNG Pillow, level 1": pillow("PNG", compress_level=1),
+        "PNG Average filter + zlib 1": our_png_with(zlib.compress),
+        "JPEG ours (Pillow)": ours("jpg"),
+        **dict(others()),
+    }
+    pixels = photo(arguments.size)
+    times: dict[str, list[float]] = {name: [] for name in encoders}
+    sizes = {}
+    for _ in range(arguments.repeats):
+        for name, encode in encoders.items():
+            started = time.perf_counter()
+            sizes[name] = len(encode(pixels))
+            times[name].append((time.perf_counter() - started) * 1e3)
+    print(f"{arguments.size}x{arguments.size}, median of {arguments.repeats}\n")
+    print("| codec | ms | KiB |\n| --- | --- | --- |")
+    for name in sorted(encoders):
+        print(f"| {name} | {statistics.median(times[name]):.1f} | {sizes[name] >> 10} |")
+
+
+if __name__ == "__main__":
+    main()
