@@ -64,7 +64,9 @@ class Hub:
     async def tree(self, request: Request) -> Response:
         if refusal := self._refusal(request):
             return refusal
-        return JSONResponse([{"type": "file", "path": str(path), "size": 1, "oid": "0"} for path in self._files(request)])
+        return JSONResponse(
+            [{"type": "file", "path": str(path), "size": 1, "oid": "0"} for path in self._files(request)]
+        )
 
     async def file(self, request: Request) -> Response:
         if refusal := self._refusal(request):

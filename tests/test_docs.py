@@ -80,7 +80,9 @@ def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: 
     text = block.text.replace("127.0.0.1:8000", address)
     command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    ran = subprocess.run(
+        command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
     assert ran.returncode == 0, ran.stderr
     for picture in re.findall(r"\w+\.(?:jpg|png)\b", text):
         with Image.open(workplace / picture) as opened:
@@ -90,7 +92,9 @@ def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: 
 def test_the_second_command_runs_these_tests() -> None:
     second = blocks("sh")[1].text
     assert second == "make test\n"
-    told = subprocess.run(["make", "-n", "test", f"VENV={sys.prefix}"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        ["make", "-n", "test", f"VENV={sys.prefix}"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert "pytest" in told.stdout
     assert second in (REPOSITORY / ".ci" / "run").read_text()
 
@@ -129,6 +133,8 @@ def test_the_readme_is_short() -> None:
 
 def test_every_command_of_the_tables_exists() -> None:
     assert shutil.which("make")
-    told = subprocess.run([sys.executable, "-m", "server", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-m", "server", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     for command in ("serve", "models", "check", "download", "decode"):
         assert f"  {command} " in told.stdout

@@ -57,7 +57,10 @@ def test_a_download_takes_what_is_needed_and_works_offline_afterwards(hub: tuple
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"repo": "owner/gated"}, "m .owner/gated.: the repository is gated: accept its licence at .*, then set HF_TOKEN"),
+        (
+            {"repo": "owner/gated"},
+            "m .owner/gated.: the repository is gated: accept its licence at .*, then set HF_TOKEN",
+        ),
         ({"repo": "owner/nothing"}, "m .owner/nothing.: the hub has no such repository, or it is private"),
         ({"repo": "owner/pickled"}, "only pickle weights .diffusion_pytorch_model.bin. .* a pickle file can run code"),
         ({"repo": "owner/full"}, "the repository has no config.json; check subfolder in models.yaml"),
@@ -73,5 +76,7 @@ def test_a_download_that_cannot_be_is_one_sentence(
 
 def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
     config = write_models_yaml(tmp_path / "models.yaml", {"m": {"repo": "owner/full"}}, "m")
-    ran = run("download", "--config", config, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    ran = run(
+        "download", "--config", config, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0"
+    )
     assert_one_sentence(ran, "m .owner/full.: .*the hub cannot be reached; check the network", 1)

@@ -29,7 +29,9 @@ def post(url: str, latents: torch.Tensor, **query: object) -> requests.Response:
 
 
 def test_a_new_model_is_one_entry(serve: Serve, vaes: Vaes) -> None:
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}, "mine": {"repo": str(vaes["sd3"].folder), "dtype": "float32"}})
+    address = serve(
+        {"sd": {"repo": str(vaes["sd"].folder)}, "mine": {"repo": str(vaes["sd3"].folder), "dtype": "float32"}}
+    )
     latents = vaes["sd3"].latents(8, 8)
     sample = post(address + "mine", latents, output_type="pt", do_scaling=True)
     expected = vaes["sd3"].decode(latents / 1.5305 + 0.0609).numpy()

@@ -214,8 +214,8 @@ def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact
     """The dtype to compute in.
 
     `auto` on a CPU: bfloat16 where the exact decoder may run and the CPU multiplies it in hardware, else float32.
-    `auto` on a GPU: float16, or bfloat16 where the config asks to upcast (its activations overflow float16). An explicit
-    float16 is upcast to float32 then, as `StableDiffusionXLPipeline` does.
+    `auto` on a GPU: float16, or bfloat16 where the config asks to upcast (its activations overflow float16). An
+    explicit float16 is upcast to float32 then, as `StableDiffusionXLPipeline` does.
     """
     must_upcast = info.latents.force_upcast
     if wanted == "float16" and must_upcast:

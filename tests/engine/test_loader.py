@@ -207,8 +207,6 @@ def test_the_families_defaults_are_diffusers_own() -> None:
         ("bfloat16", False, True, torch.bfloat16),
     ],
 )
-def test_the_dtype_on_a_cpu(
-    copy: Path, wanted: str, is_exact: bool, force_upcast: bool, expected: torch.dtype
-) -> None:
+def test_the_dtype_on_a_cpu(copy: Path, wanted: str, is_exact: bool, force_upcast: bool, expected: torch.dtype) -> None:
     change(copy, force_upcast=force_upcast)
     assert choose_dtype(wanted, read_info(source(copy)), CPU, is_exact=is_exact) is expected

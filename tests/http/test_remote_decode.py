@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.remote_utils import remote_decode
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
+from tests.conftest import Serve
 from tests.vaes import LocalVae
 
 Vaes = dict[str, LocalVae]
@@ -199,3 +201,21 @@ def test_a_video_is_an_mp4_whatever_height_and_width_say(url: str, vaes: Vaes) -
 def test_the_client_raises_the_servers_sentence(url: str, vaes: Vaes) -> None:
     with pytest.raises(RuntimeError, match="the latents have 4 channels, this model's have 16"):
         remote_decode(url + "flux", vaes["sd"].latents(8, 8), **SENT_FACTORS)
+
+
+@pytest.mark.slow
+def test_a_full_size_vae_equals_a_local_decode(serve: Serve, tmp_path: Path) -> None:
+    """FLUX.1's own config: 512 channels in 32 groups and one attention head of 512 meet paths that small ones do not."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(
+        **blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, scaling_factor=0.3611,
+        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path / "full")
+    local = LocalVae("full", tmp_path / "full", vae)
+    address = serve({"full": {"repo": str(tmp_path / "full"), "family": "flux", "dtype": "float32"}})
+    latents = local.latents(10, 14)
+    packed = FluxPipeline._pack_latents(latents, 1, 16, 10, 14)
+    sample = decode_quietly(address, packed, height=80, width=112, output_type="pt", return_type="pt")
+    torch.testing.assert_close(sample, local.decode(latents / 0.3611 + 0.1159), atol=1e-4, rtol=0)

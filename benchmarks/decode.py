@@ -1,7 +1,7 @@
 """Time, memory and quality of the exact decoder beside diffusers' own, alternating in one process.
 
-    python -m benchmarks.exact_decode --sizes 512 1024 --repeats 5
-    python -m benchmarks.exact_decode --device cuda --sizes 512 1024 2048
+    python -m benchmarks.decode --sizes 512 1024 --repeats 5
+    python -m benchmarks.decode --device cuda --sizes 512 1024 2048
 
 The VAE has the size of SD1, SDXL, SD3 and Flux and seeded random weights. Quality is the PSNR against float32.
 """
