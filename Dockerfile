@@ -1,0 +1,48 @@
+# One image for a CPU, or with --build-arg DEVICE=cuda for an NVIDIA GPU. deploy/README.md says how to build and run it.
+FROM python:3.11-slim
+
+# cpu or cuda. torch's own wheel carries the CUDA libraries, so the base is the same.
+ARG DEVICE=cpu
+# An index of torch's wheels, from the install page of torch: that of the CPU wheels makes the image gigabytes smaller.
+ARG TORCH_INDEX_URL=""
+
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+
+# On a GPU, Triton builds its kernels' launchers with a C compiler when they are first called.
+RUN case "$DEVICE" in \
+      cpu) ;; \
+      cuda) apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
+      *) echo "DEVICE must be cpu or cuda, not '$DEVICE'" >&2; exit 1 ;; \
+    esac
+
+# The home is the volume: what a library writes to ~ lands where this user may write.
+RUN groupadd --gid 10001 server \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin server \
+    && install --directory --owner=10001 --group=10001 /data
+
+WORKDIR /app
+COPY requirements.txt constraints.txt ./
+RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt \
+      ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
+    && if [ "$DEVICE" = cuda ]; then \
+         python -c "import sys, torch; sys.exit(None if torch.version.cuda else 'DEVICE=cuda, but this torch has no CUDA')"; \
+       fi
+
+COPY handler.py models.yaml ./
+COPY server ./server
+# chmod, because COPY keeps the modes of a checkout, which a strict umask may have closed to all but its owner.
+RUN chmod -R a+rX . && python -m compileall -q handler.py server
+
+# TRITON_CACHE_DIR holds libraries that are loaded, so not /tmp, which docker mounts noexec.
+ENV HF_HOME=/data TRITON_CACHE_DIR=/data/triton VAE_SERVER_DEVICE=$DEVICE VAE_SERVER_HOST=0.0.0.0 VAE_SERVER_PORT=8000
+
+# By number, so that Kubernetes' runAsNonRoot can see that it is not root.
+USER 10001:10001
+VOLUME /data
+EXPOSE 8000
+
+# Without the environment's proxy; any answer but 200 fails.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-c", \
+    "import os, sys, urllib.request as r; u = 'http://127.0.0.1:' + os.environ['VAE_SERVER_PORT'] + '/health'; sys.exit(r.build_opener(r.ProxyHandler({})).open(u, timeout=4).status != 200)"]
+
+CMD ["python", "-m", "server", "serve"]

@@ -1,0 +1,1 @@
+"""What running the server elsewhere takes; README.md here says how."""
