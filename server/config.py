@@ -46,11 +46,17 @@ class ModelEntry(_Strict):
     dtype: Dtype | None = None
     device: str | None = Field(None, pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     decoder: Literal["auto", "diffusers"] = "auto"
+    tiling: Literal["none", "diffusers"] = "none"
     memory_budget_mb: int | None = Field(None, ge=1)
     preload: bool = False
     aliases: tuple[str, ...] = ()
     limits: LimitsEntry = LimitsEntry()
     warmup: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def decodes_exactly(self) -> bool:
+        """Whether an exact decoder may run it."""
+        return self.decoder == "auto" and self.tiling == "none"
 
     def local_folder(self, base: Path) -> Path | None:
         """The folder that `repo` names, relative to models.yaml; None for a hub id.

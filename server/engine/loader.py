@@ -224,7 +224,7 @@ def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
     if device.type == "cpu":
-        return preferred_cpu_dtype() if is_exact and info.class_name == "AutoencoderKL" else torch.float32
+        return preferred_cpu_dtype() if is_exact else torch.float32
     if not must_upcast:
         return torch.float16
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32

@@ -69,10 +69,10 @@ class SyncEngine:
             device = loader.choose_device(entry.device or options.device)
         except ValueError as error:
             raise ModelUnavailable(name, f"{name}: {error}") from None
-        dtype = loader.choose_dtype(entry.dtype or options.dtype, info, device, is_exact=entry.decoder == "auto")
+        dtype = loader.choose_dtype(entry.dtype or options.dtype, info, device, is_exact=entry.decodes_exactly)
         vae = loader.load_vae(info, loader.source_of(self._settings, name), device, dtype)
         budget_mb = entry.memory_budget_mb or options.memory_budget_mb
-        decoder, note = build_decoder(vae, entry.decoder, budget_mb << 20 if budget_mb else None)
+        decoder, note = build_decoder(vae, entry.decoder, entry.tiling, budget_mb << 20 if budget_mb else None)
         seconds = time.perf_counter() - started
         log.info("loaded %s on %s in %s, %s decoder, %.1f s", name, device, NAMES[dtype], decoder.name, seconds)
         known = LoadedInfo(str(device), NAMES[dtype], decoder.name, note, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy as copy_module
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import pytest
 import torch
 from huggingface_hub import errors as hub
 
-from server.config import ModelEntry
+from server.config import ModelEntry, load_settings
 from server.engine import loader
+from server.engine.decoders import build_decoder
 from server.engine.decoders.exact import preferred_cpu_dtype
 from server.engine.loader import Source, choose_dtype, read_info
+from server.engine.local import SyncEngine
 from server.errors import ModelUnavailable
 from server.families import FAMILIES
+from server.types import Layout
+from tests.conftest import write_models_yaml
 from tests.vaes import LocalVae
 
 CPU = torch.device("cpu")
@@ -210,3 +215,36 @@ def test_the_families_defaults_are_diffusers_own() -> None:
 def test_the_dtype_on_a_cpu(copy: Path, wanted: str, is_exact: bool, force_upcast: bool, expected: torch.dtype) -> None:
     change(copy, force_upcast=force_upcast)
     assert choose_dtype(wanted, read_info(source(copy)), CPU, is_exact=is_exact) is expected
+
+
+@pytest.mark.parametrize("name", ["sd", "hunyuan"])
+@pytest.mark.parametrize(
+    ("keys", "runs", "note"),
+    [
+        ({}, "exact", None),
+        ({"decoder": "diffusers"}, "diffusers", "models.yaml asks for diffusers' own decoder"),
+        ({"tiling": "diffusers"}, "diffusers", "models.yaml asks for diffusers' tiles"),
+    ],
+)
+def test_the_decoder_is_chosen_and_says_why(
+    vaes: dict[str, LocalVae], tmp_path: Path, name: str, keys: dict[str, str], runs: str, note: str | None
+) -> None:
+    models = {"m": {"repo": str(vaes[name].folder), "dtype": "float32", **keys}}
+    engine = SyncEngine(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "m")))
+    loaded = engine.load("m")
+    assert (loaded.info.decoder, loaded.info.note) == (runs, note)
+    if runs == "diffusers":  # bit for bit what the library decodes, with the tiles it would take
+        local = copy_module(vaes[name].module)
+        if keys.get("tiling"):
+            local.enable_tiling()
+        latents = vaes[name].latents(*([6, 36, 36] if name == "hunyuan" else [72, 72]))
+        with torch.inference_mode():
+            expected = local.decode(latents, return_dict=False)[0]
+            assert torch.equal(loaded.decoder.decode(latents, Layout.SAMPLE), expected)
+
+
+def test_an_unknown_structure_runs_diffusers_and_says_so(vaes: dict[str, LocalVae]) -> None:
+    changed = copy_module(vaes["sd"].module)
+    changed.decoder.conv_act = torch.nn.GELU()
+    decoder, note = build_decoder(changed, "auto", "none", None)
+    assert (decoder.name, note) == ("diffusers", "conv_act is a GELU, not SiLU.")

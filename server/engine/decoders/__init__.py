@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from diffusers import AutoencoderKLHunyuanVideo
 
-from server.engine.decoders.exact import ExactKLDecoder
+from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.decoders.stock import StockDecoder
 from server.types import Layout
 
@@ -21,18 +22,26 @@ class Decoder(Protocol):
         ...
 
 
-def build_decoder(vae: torch.nn.Module, choice: str, memory_budget_bytes: int | None) -> tuple[Decoder, str | None]:
+EXACT: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder], ...] = (ExactKLDecoder, ExactHunyuanVideoDecoder)
+
+
+def build_decoder(vae: Any, choice: str, tiling: str, memory_budget_bytes: int | None) -> tuple[Decoder, str | None]:
     """The decoder, and why it is diffusers' own where it is.
 
-    choice: `auto`, or `diffusers` for the stock path bit for bit. The exact decoder takes the VAE's weights over.
-    memory_budget_bytes: bounds the exact decoder's activations; None: what is free at each decode.
+    choice: `auto`, or `diffusers` for the stock path bit for bit. An exact decoder takes the VAE's weights over.
+    tiling: `diffusers` for the library's own tiles and their blending, which are not exact.
+    memory_budget_bytes: bounds an exact decoder's activations; None: what is free at each decode.
     """
+    if tiling == "diffusers":
+        vae.enable_tiling()
+        return StockDecoder(vae), "models.yaml asks for diffusers' tiles"
     if choice == "diffusers":
         return StockDecoder(vae), "models.yaml asks for diffusers' own decoder"
-    reason = ExactKLDecoder.unsupported_reason(vae)
-    if reason is None:
-        return ExactKLDecoder(vae, memory_budget_bytes=memory_budget_bytes), None
-    return StockDecoder(vae), reason
+    reasons = [exact.unsupported_reason(vae) for exact in EXACT]
+    for exact, reason in zip(EXACT, reasons, strict=True):
+        if reason is None:
+            return exact(vae, memory_budget_bytes=memory_budget_bytes), None
+    return StockDecoder(vae), reasons[-1] if isinstance(vae, AutoencoderKLHunyuanVideo) else reasons[0]
 
 
 __all__ = ["Decoder", "build_decoder"]

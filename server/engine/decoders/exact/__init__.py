@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 
-import psutil
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from server.engine.decoders.exact.cpu import CpuKernels, preferred_cpu_dtype
+from server.engine.decoders.exact.cpu import preferred_cpu_dtype
 from server.engine.decoders.exact.graphs import Graphs
-from server.engine.decoders.exact.kernels import Kernels
+from server.engine.decoders.exact.hunyuan_video import ExactHunyuanVideoDecoder
+from server.engine.decoders.exact.memory import free_bytes, kernels_for
 from server.engine.decoders.exact.network import Network
 from server.engine.decoders.exact.output import Output
 from server.engine.decoders.exact.passes import decode
@@ -20,7 +19,7 @@ from server.engine.decoders.exact.plan import Plan, fit, footprint
 from server.engine.decoders.exact.structure import unsupported_reason
 from server.types import Layout
 
-__all__ = ["ExactKLDecoder", "preferred_cpu_dtype"]
+__all__ = ["ExactHunyuanVideoDecoder", "ExactKLDecoder", "preferred_cpu_dtype"]
 
 # Bands of this size stay near a CPU's cores between the norm, the convolution and the statistics: 1.4x faster than one
 # band at 512² on two cores. Twice the size is no faster and takes 100 MB more at 1024².
@@ -28,7 +27,6 @@ CPU_BAND_BYTES = 4 << 20
 SCORES_BYTES = 256 << 20
 GRAPHS = 8
 GRAPH_PIXELS = 1 << 20  # above this a decode keeps the GPU busy by itself, and a graph would only hold its memory
-FREE_MEMORY_SHARE = 0.8  # what is free belongs to others too
 
 
 class ExactKLDecoder:
@@ -81,26 +79,8 @@ class ExactKLDecoder:
         """One decode as planned, launched operation by operation."""
         batch, _, height, width = latents.shape
         ratio = self.network.upsampling
-        output = Output(layout, self.network, batch, ratio * height, ratio * width)
+        output = Output(layout, (batch, ratio * height, ratio * width, self.network.conv_out.out_channels), latents)
         for image in range(0, batch, plan.images):
             emit = partial(output.write, image)
             decode(self.network, self.kernels, plan, latents[image : image + plan.images], emit)
         return output.tensor
-
-
-def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
-    if device.type == "cpu":
-        return CpuKernels(dtype)
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from server.engine.decoders.exact.cuda import TritonKernels
-
-        return TritonKernels()
-    return Kernels()
-
-
-def free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return int(FREE_MEMORY_SHARE * psutil.virtual_memory().available)
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(FREE_MEMORY_SHARE * (free + cached))

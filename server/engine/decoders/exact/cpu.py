@@ -49,11 +49,11 @@ class CpuKernels(Kernels):
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, _STRIDE, _DILATION, 1, shape)
         return packed
 
-    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [1, n + 2, W, I] -> [1, n, W, O]
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1) -> Tensor:
         if not self.prepacks:
-            return super().conv(x, weight, bias)
+            return super().conv(x, weight, bias, columns)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x.permute(0, 3, 1, 2), weight, bias, _PADDING, _STRIDE, _DILATION, 1, "none", [], ""
+            x.permute(0, 3, 1, 2), weight, bias, [0, columns], _STRIDE, _DILATION, 1, "none", [], ""
         )  # [1, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [1, n, W, O], already in this order
 

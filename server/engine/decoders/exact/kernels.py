@@ -19,8 +19,9 @@ class Kernels:
     def pack(self, weight: Tensor) -> Tensor:  # [O, I, k, k]
         return weight.contiguous(memory_format=torch.channels_last)
 
-    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [B, n + 2, W, I] -> [B, n, W, O]
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(0, 1))  # [B, O, n, W]
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1) -> Tensor:
+        """x [B, n + 2, W, I] -> [B, n, W, O]; `columns` of zeros are added left and right."""
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(0, columns))  # [B, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:

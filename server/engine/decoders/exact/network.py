@@ -81,10 +81,10 @@ class Network:
         decoder = vae.decoder
         dtype, device = decoder.conv_in.weight.dtype, decoder.conv_in.weight.device
         return cls(
-            post_quant=None if vae.post_quant_conv is None else _take_linear(vae.post_quant_conv),
+            post_quant=None if vae.post_quant_conv is None else take_linear(vae.post_quant_conv),
             conv_in=_take_conv(decoder.conv_in, kernels),
             steps=tuple(_take_steps(decoder, kernels)),
-            norm_out=_take_norm(decoder.conv_norm_out),
+            norm_out=take_norm(decoder.conv_norm_out),
             conv_out=_take_conv(decoder.conv_out, kernels),
             dtype=dtype,
             device=device,
@@ -96,7 +96,7 @@ def _take_steps(decoder: Any, kernels: Kernels) -> Iterator[Step]:
     yield _take_resnet(first, kernels)
     for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
         if attention is not None:
-            yield _take_attention(attention)
+            yield take_attention(attention)
         yield _take_resnet(resnet, kernels)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
@@ -118,22 +118,22 @@ def fold_upsample(weight: Tensor) -> Tensor:  # [O, I, 3, 3] -> [4 O, I, 2, 2]
 
 def _take_resnet(resnet: Any, kernels: Kernels) -> Resnet:
     conv1, conv2 = _take_conv(resnet.conv1, kernels), _take_conv(resnet.conv2, kernels)
-    shortcut = None if resnet.conv_shortcut is None else _take_linear(resnet.conv_shortcut)
-    return Resnet(_take_norm(resnet.norm1), conv1, _take_norm(resnet.norm2), conv2, shortcut)
+    shortcut = None if resnet.conv_shortcut is None else take_linear(resnet.conv_shortcut)
+    return Resnet(take_norm(resnet.norm1), conv1, take_norm(resnet.norm2), conv2, shortcut)
 
 
-def _take_attention(attention: Any) -> Attention:
+def take_attention(attention: Any) -> Attention:
     """Two exact identities of softmax: the key's bias adds the same to every score of a row, so it is dropped; rows sum
     to one, so W_o(P v) + b_o = P(W_o W_v h) + (W_o b_v + b_o)."""
-    query, key, value = _take_linear(attention.to_q), _take_linear(attention.to_k), _take_linear(attention.to_v)
-    out = _take_linear(attention.to_out[0])
+    query, key, value = take_linear(attention.to_q), take_linear(attention.to_k), take_linear(attention.to_v)
+    out = take_linear(attention.to_out[0])
     dtype = query.weight.dtype
     weight = out.weight.double() @ value.weight.double()  # [C, C]
     bias = torch.zeros_like(weight[0]) if out.bias is None else out.bias.double()  # [C]
     if value.bias is not None:
         bias = bias + out.weight.double() @ value.bias.double()  # [C]
     folded = Linear(weight.to(dtype), None)
-    return Attention(_take_norm(attention.group_norm), query, Linear(key.weight, None), folded, bias.to(dtype))
+    return Attention(take_norm(attention.group_norm), query, Linear(key.weight, None), folded, bias.to(dtype))
 
 
 def _take_conv(conv: Any, kernels: Kernels) -> Conv:
@@ -141,26 +141,26 @@ def _take_conv(conv: Any, kernels: Kernels) -> Conv:
     return Conv(kernels.pack(weight), bias, weight.shape[0])
 
 
-def _take_linear(layer: Any) -> Linear:
+def take_linear(layer: Any) -> Linear:
     weight, bias = layer.weight.detach(), layer.bias  # [O, I] or [O, I, 1, 1]
     linear = Linear(weight.flatten(1).contiguous(), None if bias is None else bias.detach())
-    _empty(layer)
+    empty(layer)
     return linear
 
 
-def _take_norm(norm: Any) -> GroupNorm:
+def take_norm(norm: Any) -> GroupNorm:
     taken = GroupNorm(norm.num_groups, norm.eps, norm.weight.detach().float(), norm.bias.detach().float())
-    _empty(norm)
+    empty(norm)
     return taken
 
 
 def _take(conv: Any) -> tuple[Tensor, Tensor]:
     weight = conv.weight.detach()  # [O, I, k, k]
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach()  # [O]
-    _empty(conv)
+    empty(conv)
     return weight, bias
 
 
-def _empty(module: nn.Module) -> None:
+def empty(module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.new_empty(0)

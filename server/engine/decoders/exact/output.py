@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from server.engine.decoders.exact.network import Network
 from server.types import Layout
 
 
 class Output:
-    def __init__(self, layout: Layout, network: Network, batch: int, height: int, width: int) -> None:
+    def __init__(self, layout: Layout, shape: tuple[int, int, int, int], like: Tensor) -> None:  # (B, H, W, C)
+        """like: of the dtype and on the device of the decode."""
         self.layout = layout
-        channels, device = network.conv_out.out_channels, network.device
+        batch, height, width, channels = shape
+        dtype, device = like.dtype, like.device
         if layout is Layout.PIXELS:
-            self.tensor = torch.empty(batch, height, width, channels, dtype=torch.uint8, device=device)  # [B, H, W, C]
+            self.tensor = torch.empty(shape, dtype=torch.uint8, device=device)  # [B, H, W, C]
         else:
-            dtype = network.dtype
             if layout is Layout.UNIT and dtype is torch.bfloat16:
                 dtype = torch.float16  # see Layout
             self.tensor = torch.empty(batch, channels, height, width, dtype=dtype, device=device)  # [B, C, H, W]

@@ -34,7 +34,7 @@ def _reasons(vae: Any) -> Iterator[str]:
     )
     yield from _conv("conv_in", decoder.conv_in, 3)
     yield from _conv("conv_out", decoder.conv_out, 3)
-    yield from _norm("conv_norm_out", decoder.conv_norm_out)
+    yield from norm_reasons("conv_norm_out", decoder.conv_norm_out)
     yield from _silu("conv_act", decoder.conv_act)
     yield from _mid_block(decoder.mid_block)
     for index, block in enumerate(decoder.up_blocks):
@@ -57,7 +57,7 @@ def _mid_block(block: Any) -> Iterator[str]:
         yield from _resnet(f"mid_block.resnets.{index}", resnet)
     for index, attention in enumerate(block.attentions):
         if attention is not None:
-            yield from _attention(f"mid_block.attentions.{index}", attention)
+            yield from attention_reasons(f"mid_block.attentions.{index}", attention)
 
 
 def _up_block(name: str, block: Any) -> Iterator[str]:
@@ -91,8 +91,8 @@ def _resnet(name: str, resnet: Any) -> Iterator[str]:
     )
     if not plain:
         yield f"{name} has a time embedding, resampling, an output scale or dropout."
-    yield from _norm(f"{name}.norm1", resnet.norm1)
-    yield from _norm(f"{name}.norm2", resnet.norm2)
+    yield from norm_reasons(f"{name}.norm1", resnet.norm1)
+    yield from norm_reasons(f"{name}.norm2", resnet.norm2)
     yield from _silu(f"{name}.nonlinearity", resnet.nonlinearity)
     yield from _conv(f"{name}.conv1", resnet.conv1, 3)
     yield from _conv(f"{name}.conv2", resnet.conv2, 3)
@@ -100,7 +100,7 @@ def _resnet(name: str, resnet: Any) -> Iterator[str]:
         yield from _conv(f"{name}.conv_shortcut", resnet.conv_shortcut, 1)
 
 
-def _attention(name: str, attention: Any) -> Iterator[str]:
+def attention_reasons(name: str, attention: Any) -> Iterator[str]:
     if type(attention) is not Attention or type(attention.processor) not in (AttnProcessor, AttnProcessor2_0):
         yield f"{name} is not diffusers' plain attention."
         return
@@ -117,7 +117,7 @@ def _attention(name: str, attention: Any) -> Iterator[str]:
     )
     if not plain:
         yield f"{name} is not single-head residual self-attention."
-    yield from _norm(f"{name}.group_norm", attention.group_norm)
+    yield from norm_reasons(f"{name}.group_norm", attention.group_norm)
     for part in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
         if type(part) is not nn.Linear:
             yield f"{name} projects with a {type(part).__name__}."
@@ -136,7 +136,7 @@ def _conv(name: str, conv: Any, kernel: int) -> Iterator[str]:
         yield f"{name} is not a plain {kernel}x{kernel} convolution."
 
 
-def _norm(name: str, norm: Any) -> Iterator[str]:
+def norm_reasons(name: str, norm: Any) -> Iterator[str]:
     if type(norm) is not nn.GroupNorm or not norm.affine:
         yield f"{name} is not an affine GroupNorm."
 
