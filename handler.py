@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from server.config import ModelEntry, load_settings
 from server.direct import DirectDecoder
 from server.errors import BadRequest
 from server.http.wire import read_base64
+from server.outputs import IMAGE, format_named
+from server.outputs.image import picture
 from server.outputs.tensor import as_json
 from server.types import RawTensor
 
@@ -44,20 +45,24 @@ class EndpointHandler:
         Returns a PIL image for a picture, else `{"inputs": base64, "parameters": {…}}`: a tensor's shape and dtype, or
         an MP4's content_type. Raises ServerError with the sentence that the HTTP server would send.
         """
-        parameters = dict(data.get("parameters") or {})
+        sent = data.get("parameters") or {}
+        if not isinstance(sent, dict):
+            raise BadRequest("'parameters' must be an object of the HTTP contract's parameters")
+        parameters = dict(sent)
         content = _bytes(data.get("inputs"), parameters)
         name = self.direct.settings.name_of(str(parameters.get("model") or self.direct.settings.default))
         if name is None:
             raise BadRequest(f"no such model; known: {', '.join(self.direct.settings.models)}")
         request = self.direct.parse(name, parameters, content, str(parameters.pop("accept", "*/*")))
         decoded = self.direct.decode(request)
-        rendered = self.direct.render(request, decoded)
-        if rendered.media_type.startswith("image/"):
-            return Image.open(io.BytesIO(rendered.body))
-        if rendered.media_type in ("video/mp4", "text/plain"):
-            video = as_json(RawTensor((len(rendered.body),), "uint8", rendered.body))
-            return {**video, "parameters": {"content_type": "video/mp4"}}
-        return as_json(decoded.tensor)
+        chosen = format_named(request.format)
+        if not chosen.is_encoded:
+            return as_json(decoded.tensor)
+        if chosen.kinds == IMAGE:
+            return picture(decoded.tensor)  # the toolkit encodes it, once
+        body = self.direct.render(request, decoded).body
+        encoded = as_json(RawTensor((len(body),), "uint8", body))
+        return {**encoded, "parameters": {"content_type": chosen.media_types[0]}}
 
 
 def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes:
@@ -67,8 +72,10 @@ def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes:
     if isinstance(inputs, bytes | bytearray | memoryview):
         return bytes(inputs)
     if hasattr(inputs, "numpy") and hasattr(inputs, "dtype"):
-        from server.engine.pipeline import to_host
+        from server.engine.pipeline import NAMES, to_host
 
+        if inputs.dtype not in NAMES:
+            raise BadRequest(f"a tensor of {inputs.dtype} is not read; send float16, bfloat16 or float32")
         raw = to_host(inputs)
         parameters |= {"shape": list(raw.shape), "dtype": raw.dtype}
         return bytes(raw.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -17,10 +18,6 @@ from server.config import ServerOptions, Settings, load_settings
 from server.errors import ConfigError, ModelUnavailable, ServerError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-SERVE_ONLY = frozenset(
-    {"host", "port", "max_queue", "max_body_mb", "request_timeout_s", "render_threads", "api_key_file"}
-)
 
 
 def options(*names: str) -> Callable[[Command], Command]:
@@ -67,6 +64,9 @@ def main() -> None:
 @options()
 def serve(models: tuple[str, ...], **flags: Any) -> None:
     """Serve the models of models.yaml, or just the named ones: the first then answers at /."""
+    # From the first import on, also as process 1 of a container; uvicorn takes over and hands the signal back.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: sys.exit(0))
     settings = load_settings(models, **flags)
     listener = bind(settings.options.host, settings.options.port)
     logging.basicConfig(
@@ -163,11 +163,17 @@ def download(names: tuple[str, ...], config: str | None) -> None:
     """Download weights ahead of serving, with a progress bar; all models of models.yaml unless some are named."""
     from server.engine import loader
 
-    settings = load_settings(names, config=config)
+    settings, missed = load_settings(names, config=config), 0
     for name in settings.models:
         source = loader.source_of(settings, name)
-        loader.read_info(source)
-        click.echo(f"{name}: {source.folder()}")
+        try:
+            loader.read_info(source)
+            click.echo(f"{name}: {source.folder()}")
+        except ModelUnavailable as error:
+            click.echo(f"error: {error.detail}", err=True)
+            missed += 1
+    if missed:
+        sys.exit(1)
 
 
 @main.command()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -21,6 +22,7 @@ ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "op
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Pixels = Annotated[int, Field(ge=64)]
 KeyPath = tuple[str | int, ...]
 
 
@@ -51,7 +53,7 @@ class ModelEntry(_Strict):
     preload: bool = False
     aliases: tuple[str, ...] = ()
     limits: LimitsEntry = LimitsEntry()
-    warmup: tuple[tuple[int, int], ...] = ()
+    warmup: tuple[tuple[Pixels, Pixels], ...] = ()
 
     @property
     def decodes_exactly(self) -> bool:
@@ -63,7 +65,7 @@ class ModelEntry(_Strict):
 
         A hub id is `owner/name`; what starts with `.`, `/` or `~`, or exists beside models.yaml, is a folder.
         """
-        folder = (base / Path(self.repo).expanduser()).resolve()
+        folder = (base / os.path.expanduser(self.repo)).resolve()  # noqa: PTH111  # Path's raises for an unknown user
         return folder if self.repo.startswith((".", "/", "~")) or folder.is_dir() else None
 
 
@@ -111,7 +113,7 @@ class ServerOptions(BaseSettings):
         None, ge=1, description="most memory a decode's activations may take, in MiB; default: what is free"
     )
     max_queue: int = Field(32, ge=1, description="requests that may wait or run; one more is answered 429")
-    max_body_mb: int = Field(64, ge=1, description="largest request body, in MiB")
+    max_body_mb: int = Field(128, ge=1, description="largest request body, in MiB")
     request_timeout_s: float = Field(300, gt=0, description="deadline of one request, in seconds; past it: 504")
     jpeg_quality: int = Field(75, ge=1, le=100, description="JPEG quality unless the request says one")
     video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
@@ -147,7 +149,7 @@ class Settings(_Strict):
 def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     """Flags over environment over models.yaml over defaults.
 
-    only: names or aliases to keep; the first becomes the default. Raises ConfigError.
+    only: names or aliases to keep, preloaded; the first becomes the default. Raises ConfigError.
     """
     options = _options({key: value for key, value in flags.items() if value is not None})
     source = _models_yaml(options.config)
@@ -170,7 +172,9 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
         if name is None:
             raise ConfigError(f"no model '{word}' in {source}{_nearest(word, names)}; known: {', '.join(names)}")
         kept.append(name)
-    return settings.model_copy(update={"default": kept[0], "models": {name: file.models[name] for name in kept}})
+    # Who names a model wants it ready, not at its first request.
+    models = {name: file.models[name].model_copy(update={"preload": True}) for name in kept}
+    return settings.model_copy(update={"default": kept[0], "models": models})
 
 
 def _options(flags: Mapping[str, Any]) -> ServerOptions:
@@ -193,12 +197,18 @@ def _models_yaml(chosen: Path | None) -> Path:
 
 
 def _api_keys(options: ServerOptions) -> tuple[SecretStr, ...]:
-    keys = [options.api_key] if options.api_key else []
+    keys = []
+    if options.api_key is not None:
+        if not options.api_key.get_secret_value().strip():
+            raise ConfigError("VAE_SERVER_API_KEY: is set and empty; unset it for a server without keys")
+        keys.append(options.api_key)
     if options.api_key_file:
         try:
-            lines = options.api_key_file.read_text().splitlines()
+            lines = options.api_key_file.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ConfigError(f"--api-key-file {options.api_key_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"--api-key-file {options.api_key_file}: is not text in UTF-8") from None
         keys += [SecretStr(line.strip()) for line in lines if line.strip()]
         if not keys:
             raise ConfigError(f"--api-key-file {options.api_key_file}: holds no key; put one on each line")
@@ -214,11 +224,16 @@ def _parse_models(source: Path) -> _ModelsFile:
         raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: cannot be read: {' '.join(str(error).split())}") from None
-    lines = _lines(node, source)
+    try:
+        lines = _lines(node, source)
+    except RecursionError:
+        raise ConfigError(f"{source}: an alias refers to what it stands in") from None
     try:
         return _ModelsFile.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         raise ConfigError(_sentence(error, source, lines)) from None
+    except (TypeError, ValueError):
+        raise ConfigError(f"{source}: a key is not a text; write dates and numbers that are names in quotes") from None
 
 
 def _lines(node: yaml.Node | None, source: Path, path: KeyPath = ()) -> dict[KeyPath, int]:

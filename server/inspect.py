@@ -13,6 +13,7 @@ from server.config import Settings
 from server.direct import DirectDecoder
 from server.engine import loader
 from server.errors import ConfigError, ModelUnavailable, ServerError
+from server.families import FAMILIES
 from server.types import RawTensor
 
 
@@ -81,6 +82,13 @@ def _codecs() -> Iterator[Finding]:
 
 
 def _weights(settings: Settings, name: str) -> Finding:
+    entry = settings.models[name]
+    if entry.family is not None and entry.family not in FAMILIES:
+        return problem(f"{name}: unknown family '{entry.family}'; known: {', '.join(FAMILIES)}")
+    try:
+        loader.choose_device(entry.device or settings.options.device)
+    except ValueError as error:
+        return problem(f"{name}: {error}")
     source = loader.source_of(settings, name)
     is_needed = name == settings.default or settings.models[name].preload
     if source.local is None and not source.is_here() and not is_needed:
@@ -100,11 +108,14 @@ def _decodes(settings: Settings) -> Finding:
     direct, name = DirectDecoder(settings), settings.default
     try:
         spec = direct.engine.describe(name).latents
-        shape = (1, spec.channels, *[1] * (spec.kind == "video"), 8, 8)
+        side = 8 * spec.vae_scale_factor
+        shape = FAMILIES[spec.family].latent_shape(spec, side, side)
         parameters = {"shape": list(shape), "dtype": "float32", "output_type": "pil" if spec.kind == "image" else "mp4"}
         request = direct.parse(name, parameters, bytes(RawTensor.bytes_needed(shape, "float32")), "*/*")
         decoded = direct.decode(request)
         body = direct.render(request, decoded).body
     except (ServerError, ConfigError) as error:
         return problem(f"'{name}' does not decode: {getattr(error, 'detail', error)}")
+    except RuntimeError as error:  # a codec's
+        return problem(f"'{name}' decodes, but its answer does not render: {error}")
     return ok(f"'{name}' decodes: {decoded.decode_ms:.0f} ms to {len(body)} bytes")

@@ -76,7 +76,8 @@ class Service:
         self.failure: ModelUnavailable | None = None
         self.infos: dict[str, ModelInfo] = {}
         self._failed: set[str] = set()
-        self._waiting = 0
+        self._accepted = 0
+        self._on_device = 0
         self._last_decode_s = 1.0
         self._render_pool = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
 
@@ -93,6 +94,10 @@ class Service:
                     self.metrics.model_loaded.labels(name).set(1)
         except ModelUnavailable as error:
             self.state, self.failure = State.FAILED, error
+        except Exception as error:  # the border of the start: a server that cannot start must say so, not hang
+            log.exception("the start failed")
+            detail = f"the start failed ({type(error).__name__}); the log above says where"
+            self.state, self.failure = State.FAILED, ModelUnavailable(self.settings.default, detail)
         else:
             self.state = State.READY
 
@@ -101,7 +106,7 @@ class Service:
         self.state = State.DRAINING
 
     def close(self) -> None:
-        self._render_pool.shutdown()
+        self._render_pool.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
 
     def resolve(self, word: str | None) -> str:
@@ -147,42 +152,51 @@ class Service:
             case State.FAILED:
                 raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
 
-    def admit(self) -> None:
-        """Refuse before the body is read. Raises Unavailable, QueueFull."""
-        self.check_ready()
-        if self._waiting >= self.settings.options.max_queue:
-            wait_s = max(1, math.ceil(self._waiting * self._last_decode_s))
-            raise QueueFull(f"{self._waiting} requests wait already; try again in {wait_s} s", wait_s)
-
     @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
-        """The one deadline of a request, over receive, queue, decode and render. Raises DeadlinePassed."""
-        seconds = self.settings.options.request_timeout_s
+    async def admitted(self) -> AsyncIterator[None]:
+        """A place among the accepted requests, from before the body is read until the answer is rendered.
+
+        One deadline covers all of it. Raises Unavailable, QueueFull, DeadlinePassed.
+        """
+        self.check_ready()
+        options = self.settings.options
+        if self._accepted >= options.max_queue:
+            wait_s = max(1, math.ceil(self._accepted * self._last_decode_s))
+            raise QueueFull(f"{self._accepted} requests wait already; try again in {wait_s} s", wait_s)
+        self._count(accepted=1)
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(options.request_timeout_s):
                 yield
         except TimeoutError:
             raise DeadlinePassed(
-                f"not done after {seconds:g} s, the deadline of a request; send fewer or smaller latents, or try later"
+                f"not done after {options.request_timeout_s:g} s, the deadline of a request; "
+                "send fewer or smaller latents, or try later"
             ) from None
+        finally:
+            self._count(accepted=-1)
 
     async def decode(self, request: DecodeRequest) -> Answer:
-        """Queue, decode, render. Raises what `admit` and the engine raise."""
-        self.admit()
+        """Queue, decode, render, for a request that was admitted. Raises what the engine and the renderer raise."""
         arrived = time.perf_counter()
-        self._waiting += 1
-        self.metrics.queue_depth.set(self._waiting)
+        self._count(on_device=1)
         try:
             with self._noting_failure(request.job.model):
                 decoded = await self.engine.decode(request.job)
         finally:
-            self._waiting -= 1
-            self.metrics.queue_depth.set(self._waiting)
+            self._count(on_device=-1)
         done = time.perf_counter()
-        rendered = await asyncio.get_running_loop().run_in_executor(
-            self._render_pool, format_named(request.format).render, decoded.tensor, request.render
-        )
+        chosen = format_named(request.format)
+        # Tensors must not wait behind an MP4.
+        pool = self._render_pool if chosen.is_encoded else None
+        rendered = await asyncio.get_running_loop().run_in_executor(pool, chosen.render, decoded.tensor, request.render)
         return self._account(request, rendered, decoded, done - arrived, time.perf_counter() - done)
+
+    def _count(self, accepted: int = 0, on_device: int = 0) -> None:
+        self._accepted += accepted
+        self._on_device += on_device
+        running = min(1, self._on_device)  # the engine decodes one at a time
+        self.metrics.running.set(running)
+        self.metrics.queue_depth.set(self._accepted - running)
 
     def _account(
         self, request: DecodeRequest, rendered: Rendered, decoded: Decoded, engine_s: float, render_s: float

@@ -49,7 +49,7 @@ class Scaling:
     from_model: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # without slots: config.py reads the defaults off the class
 class Limits:
     """The largest request a model takes. `max_pixels` counts one picture or one frame."""
 
@@ -98,10 +98,6 @@ class ModelInfo:
     """What `GET /models` tells of one model, and what a request is checked against."""
 
     name: str
-    repo: str
-    subfolder: str | None
-    revision: str | None
-    aliases: tuple[str, ...]
     latents: LatentSpec
     limits: Limits
     class_name: str
@@ -115,7 +111,6 @@ class LoadedInfo:
     dtype: str
     decoder: str
     note: str | None
-    load_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,15 +93,19 @@ def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
 def test_check_names_every_problem_and_exits_1(vaes: Vaes, tmp_path: Path) -> None:
     models: dict[str, Any] = {"lost": {"repo": "./nowhere"}, "good": {"repo": str(vaes["sd"].folder)}}
     models["later"] = {"repo": "owner/name"}
+    models["odd"] = {"repo": "owner/name", "family": "klx"}
+    models["gpu"] = {"repo": "owner/name", "device": "cuda:9"}
     ran = run(
         "check",
         "--config",
         write_models_yaml(tmp_path / "models.yaml", models, "lost"),
         IMAGEIO_FFMPEG_EXE="/bin/false",
     )
-    assert_one_sentence(ran, "2 problems found", 1)
+    assert_one_sentence(ran, "4 problems found", 1)
     assert re.search(r"^PROBLEM  .*there is no such folder", ran.stdout, re.MULTILINE)
     assert re.search(r"^PROBLEM  .*ffmpeg", ran.stdout, re.MULTILINE)
+    assert re.search(r"^PROBLEM  odd: unknown family 'klx'", ran.stdout, re.MULTILINE)
+    assert re.search(r"^PROBLEM  gpu: device cuda:9: this torch", ran.stdout, re.MULTILINE)
     assert re.search(r"^ok .*good: weights here", ran.stdout, re.MULTILINE)
     assert re.search(r"^ok .*later: not downloaded yet", ran.stdout, re.MULTILINE)
 
@@ -174,6 +178,31 @@ def test_serve_one_model_at_the_root_until_a_signal(models_yaml: Path, vaes: Vae
         told += server.communicate(timeout=30)[1]
     assert f"ready: {url} decodes with 'flux'" in told
     assert "Traceback" not in told
+    assert server.returncode == 0
+
+
+def test_a_signal_during_the_start_ends_it(models_yaml: Path) -> None:
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        command = [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "server",
+            "serve",
+            "--port",
+            "0",
+            "--config",
+            str(models_yaml),
+        ]
+        server = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        assert server.stderr
+        while "uvicorn" not in server.stderr.readline():
+            pass  # the flags are read and the heavy imports under way
+        server.send_signal(ending)
+        told = server.communicate(timeout=30)[1]
+        assert server.returncode == 0
+        assert "Traceback" not in told
 
 
 def test_serve_reads_the_offline_hub_cache(vaes: Vaes, tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import requests
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from server import outputs
 from server.families import FAMILIES
+from server.families.hunyuan_video import HunyuanVideo
 from server.families.kl import KL
 from server.outputs import FORMATS, Format
 from server.outputs.image import picture
@@ -55,6 +60,39 @@ def test_a_new_output_is_one_function_and_one_line(serve: Serve, vaes: Vaes) -> 
         assert "image/webp" in requests.get(address + "models", timeout=10).json()["models"][0]["outputs"]
     finally:
         FORMATS.pop()
+
+
+class Wan(HunyuanVideo):
+    """As a file in families/ would add Wan 2.1: 5-D latents, its own config keys and statistics per channel."""
+
+    name = "wan"
+    class_names = ("AutoencoderKLWan",)
+    channels_key = "z_dim"
+    config_defaults: ClassVar = {"z_dim": 16, "scale_factor_spatial": 8, "scale_factor_temporal": 4}
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return config["scale_factor_spatial"], config["scale_factor_temporal"]
+
+
+def test_a_family_of_another_class_touches_nothing_else(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real AutoencoderKLWan, decoded by diffusers, with latents unscaled as `WanPipeline.__call__` does."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    vae.save_pretrained(tmp_path / "wan")
+    monkeypatch.setitem(FAMILIES, "wan", Wan())
+    address = serve({"wan": {"repo": str(tmp_path / "wan"), "dtype": "float32"}})
+    latents = torch.randn(1, 16, 2, 4, 6)
+    answer = post(address, latents, output_type="pt", do_scaling=True)
+    mean, std = (
+        torch.tensor(values).view(1, 16, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    with torch.no_grad():
+        expected = vae.decode(latents * std + mean, return_dict=False)[0].numpy()
+    assert expected.shape == (1, 3, 5, 32, 48)
+    assert np.abs(np.frombuffer(answer.content, "float32").reshape(expected.shape) - expected).max() <= 1e-4
+    assert post(address, latents, output_type="mp4").content[4:8] == b"ftyp"
 
 
 def test_a_new_family_is_one_class(serve: Serve, vaes: Vaes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_a_picture_is_a_pil_image(handlers: dict[str, EndpointHandler], vaes: Va
     latents = vaes["sd"].latents(8, 12)
     raw = latents.numpy().tobytes()
     inputs = {"base64": base64.b64encode(raw).decode(), "bytes": raw, "tensor": latents}[spelling]
-    parameters = {"scaling_factor": 0.7, "image_format": "png"}
+    parameters: dict[str, Any] = {"scaling_factor": 0.7}
     if spelling != "tensor":
         parameters |= {"shape": [1, 4, 8, 12], "dtype": "float32"}
     image = handlers["sd"]({"inputs": inputs, "parameters": parameters})
@@ -64,6 +65,10 @@ def test_a_mistake_raises_the_same_sentence(handlers: dict[str, EndpointHandler]
         handler({"parameters": {}})
     with pytest.raises(ServerError, match="no such model; known: model"):
         handler({"inputs": torch.zeros(1, 4, 8, 8), "parameters": {"model": "x"}})
+    with pytest.raises(BadRequest, match=r"a tensor of torch\.float64 is not read"):
+        handler({"inputs": torch.zeros(1, 4, 8, 8).double()})
+    with pytest.raises(BadRequest, match="'parameters' must be an object"):
+        handler({"inputs": torch.zeros(1, 4, 8, 8), "parameters": [1]})
 
 
 def test_the_folder_may_hold_a_models_yaml_or_nothing(

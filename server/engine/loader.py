@@ -62,7 +62,9 @@ class Source:
         """The folder with config.json and the weights, downloaded where it must be and may."""
         found = self.local or self._hub_snapshot(is_local_only)
         if not any(any(found.glob(pattern)) for pattern in WEIGHTS[:2]):
-            names = [path.name for path in found.glob("*")] if self.local else self._hub_files()
+            names = [path.name for path in found.glob("*")] if self.local else self._hub_files(is_local_only)
+            if is_local_only and not self.local and not any(name.endswith(PICKLES) for name in names):
+                raise self._fail(f"its weights are not downloaded; run `python -m server download {self.name}`")
             raise self._fail(_no_weights(names))
         return found
 
@@ -110,9 +112,11 @@ class Source:
             raise self._fail(self._hub_sentence(error)) from error
         return Path(snapshot) / (self.entry.subfolder or "")
 
-    def _hub_files(self) -> list[str]:
+    def _hub_files(self, is_local_only: bool) -> list[str]:
         """The files beside config.json in the repository, as far as this machine can tell."""
-        config = self._hub_config()
+        config = self._hub_config(is_local_only)
+        if is_local_only:
+            return [path.name for path in config.parent.glob("*")]
         try:
             names = list_repo_files(self.entry.repo, revision=self.entry.revision)
         except Exception:  # noqa: BLE001  # offline: the cache is all that can be known
@@ -169,10 +173,6 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         ) from None
     return ModelInfo(
         name=name,
-        repo=entry.repo,
-        subfolder=entry.subfolder,
-        revision=entry.revision,
-        aliases=entry.aliases,
         latents=spec,
         limits=Limits(**entry.limits.model_dump()),
         class_name=class_name,
@@ -230,15 +230,19 @@ def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
-def load_vae(info: ModelInfo, source: Source, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The real diffusers module, in evaluation mode. Raises ModelUnavailable."""
+def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype) -> torch.nn.Module:
+    """The real diffusers module, on the CPU, in evaluation mode. Raises ModelUnavailable."""
     folder = source.folder()
     model_class = getattr(diffusers, info.class_name)
     try:
         vae: torch.nn.Module = model_class.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
         )
-        return vae.to(device).eval().requires_grad_(False)
+        if any(parameter.is_meta for parameter in vae.parameters()):
+            raise ValueError("layers of this config.json are missing from the file")
+        return vae.eval().requires_grad_(False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ModelUnavailable(

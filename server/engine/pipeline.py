@@ -38,8 +38,7 @@ def run(model: LoadedModel, job: DecodeJob) -> Decoded:
     try:
         with torch.inference_mode():
             latents = to_device(job.tensor, model.device)
-            latents = model.family.unpack(latents, job.geometry)
-            latents = model.family.unscale(latents, model.spec, job.scaling).to(model.dtype)
+            latents = model.family.prepare(latents, model.spec, job.geometry, job.scaling).to(model.dtype)
             _check_finite(latents, model.dtype)
             output = to_host(model.decoder.decode(latents, job.layout))
     except (torch.OutOfMemoryError, MemoryError):

@@ -26,6 +26,7 @@ class Family(ABC):
     class_names: ClassVar[tuple[str, ...]]
     config_defaults: ClassVar[Mapping[str, Any]]
     """The diffusers class's own defaults, for the keys that a config.json may leave out."""
+    channels_key: ClassVar[str] = "latent_channels"
     is_usually_packed: ClassVar[bool] = False
 
     @abstractmethod
@@ -47,7 +48,7 @@ class Family(ABC):
         return LatentSpec(
             family=self.name,
             kind=self.kind,
-            channels=known["latent_channels"],
+            channels=known[self.channels_key],
             vae_scale_factor=spatial,
             temporal_compression_ratio=temporal,
             scaling_factor=known.get("scaling_factor"),
@@ -57,6 +58,19 @@ class Family(ABC):
             force_upcast=config.get("force_upcast"),
             is_usually_packed=self.is_usually_packed,
         )
+
+    def refine(self, spec: LatentSpec, vae: Any) -> LatentSpec:
+        """The spec once the weights are there, for families that keep statistics in them. vae: the diffusers module."""
+        return spec
+
+    def latent_shape(self, spec: LatentSpec, height: int, width: int) -> tuple[int, ...]:
+        """What the VAE takes for one picture, or a clip of one frame, of height x width pixels."""
+        frames = (1,) if spec.kind == "video" else ()
+        return (1, spec.channels, *frames, height // spec.vae_scale_factor, width // spec.vae_scale_factor)
+
+    def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+        """Latents as sent to what the VAE takes. A family that packs what it has scaled overrides the order."""
+        return self.unscale(self.unpack(latents, geometry), spec, scaling)
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Undo the pipeline's packing and add a missing batch axis.

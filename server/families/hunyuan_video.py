@@ -28,12 +28,18 @@ class HunyuanVideo(Family):
 
     def geometry(self, spec: LatentSpec, shape: tuple[int, ...], size: PixelSize) -> Geometry:
         """`size` is never asked: clients send nonsense for videos, and the shape says it all."""
-        if len(shape) == 4:
+        is_one_clip = len(shape) == 4
+        if is_one_clip:
             shape = (1, *shape)
         if len(shape) != 5:
             raise WrongShape(
                 f"shape {times(shape)} has {len(shape)} dimensions; this model takes video latents "
                 f"[B, {spec.channels}, F, H, W]"
+            )
+        if shape[1] != spec.channels and is_one_clip:
+            raise WrongShape(
+                f"shape {times(shape[1:])} is not one clip [{spec.channels}, F, H, W] of this model; "
+                f"send video latents [B, {spec.channels}, F, H, W]"
             )
         if shape[1] != spec.channels:
             raise wrong_channels(spec, shape[1], f"[B, {spec.channels}, F, H, W]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from server.errors import MethodNotAllowed, NotFound, ServerError
 
@@ -27,11 +28,17 @@ async def on_server_error(request: Request, error: Exception) -> Response:
     return failure(request, error)
 
 
+def _methods_here(request: Request) -> set[str]:
+    """Of every route with this path: Starlette names those of the first alone."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes for method in route.methods}
+
+
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """What Starlette raises: 404 and 405 of the router."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "POST")
+        allowed = ", ".join(sorted(_methods_here(request)))
         response = failure(request, MethodNotAllowed(f"this route takes {allowed} only; see /openapi.json"))
         response.headers["Allow"] = allowed
         return response

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Coroutine
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.convertors import StringConvertor, register_url_convertor
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -25,10 +27,27 @@ from server.types import DecodeRequest, ModelInfo
 async def decode(request: Request) -> Response:
     """POST /, /predict, /{model}."""
     service: Service = request.app.state.service
-    async with service.deadline():
-        service.admit()
-        answer = await service.decode(await _read(request, service))
+    async with service.admitted():
+        answer = await _unless_client_left(request, service.decode(await _read(request, service)))
     return _respond(answer)
+
+
+async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """The work's result; a client that leaves takes its request along. Raises ClientDisconnect."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientDisconnect
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _read(request: Request, service: Service) -> DecodeRequest:
@@ -44,7 +63,7 @@ async def _read(request: Request, service: Service) -> DecodeRequest:
         body = await _body(request, limit)
         if len(body) > limit:
             raise _body_too_large(limit)
-        data, sent = wire.read_json(body)
+        data, sent = await asyncio.to_thread(wire.read_json, body)
         parameters = wire.Parameters(query, sent)
         info = await _model(request, service, parameters)
         return wire.prepare(parameters, accept, info, defaults).with_data(data)

@@ -50,10 +50,8 @@ class RenderDefaults:
     jpeg_quality: float = 75
     video_quality: float = 5
 
-    def quality_of(self, chosen: Format) -> float | None:
-        if chosen.quality_range is None:
-            return None
-        return self.video_quality if "mp4" in chosen.names else self.jpeg_quality
+    def quality_of(self, kind: Kind) -> float:
+        return self.video_quality if kind == "video" else self.jpeg_quality
 
 
 class Parameters:
@@ -214,7 +212,7 @@ def prepare(parameters: Parameters, accept: str, info: ModelInfo, defaults: Rend
     geometry = family.geometry(info.latents, shape, parameters.pixel_size)
     check_limits(geometry, info.limits, info.name)
     layout = _layout(chosen, output_type, is_partial)
-    _check_single(geometry, chosen, layout, info.latents.kind)
+    _check_fits(geometry, chosen, layout, info.latents.kind)
     return Prepared(
         model=info.name,
         shape=shape,
@@ -225,16 +223,14 @@ def prepare(parameters: Parameters, accept: str, info: ModelInfo, defaults: Rend
         format=chosen.names[0],
         render=RenderOptions(
             fps=parameters.number("fps", 0.1, 240) or defaults.fps,
-            quality=_quality(parameters, chosen, defaults),
+            quality=_quality(parameters, chosen, defaults.quality_of(info.latents.kind)),
             media_type=media_type,
         ),
     )
 
 
-def _quality(parameters: Parameters, chosen: Format, defaults: RenderDefaults) -> float | None:
-    if chosen.quality_range is None:
-        return None
-    return parameters.number("quality", *chosen.quality_range) or defaults.quality_of(chosen)
+def _quality(parameters: Parameters, chosen: Format, default: float) -> float | None:
+    return chosen.quality and (parameters.number("quality", *chosen.quality) or default)
 
 
 def _layout(chosen: Format, output_type: str, is_partial: bool) -> Layout:
@@ -243,8 +239,14 @@ def _layout(chosen: Format, output_type: str, is_partial: bool) -> Layout:
     return Layout.UNIT if output_type == "pil" else Layout.SAMPLE
 
 
-def _check_single(geometry: Geometry, chosen: Format, layout: Layout, kind: Kind) -> None:
-    """One picture or one clip in an encoded answer; one clip where frames are the first axis."""
+def _check_fits(geometry: Geometry, chosen: Format, layout: Layout, kind: Kind) -> None:
+    """One picture or one clip in an encoded answer, of a size it holds; one clip where frames are the first axis."""
+    longest = max(geometry.height, geometry.width)
+    if chosen.max_side is not None and longest > chosen.max_side:
+        raise Impossible(
+            f"{geometry.height}x{geometry.width} does not fit a {chosen.names[0].upper()}, whose sides are at most "
+            f"{chosen.max_side} pixels; ask for output_type=pt"
+        )
     if geometry.batch == 1 or layout is Layout.SAMPLE or (kind == "image" and not chosen.is_encoded):
         return
     what = f"one {chosen.names[0].upper()}" if chosen.is_encoded else "one tensor of frames"

@@ -22,7 +22,8 @@ class Format:
     output_types: the values of `output_type` it answers when `Accept` leaves the choice (`*/*`).
     when_named: those it answers only when `Accept` names it.
     is_encoded: made of uint8 pixels, one picture or clip a response.
-    quality_range: of the query's `quality`, None where it has none.
+    quality: the range of the query's `quality`, None where it has none.
+    max_side: the most pixels in a row or column that the format holds.
     """
 
     names: tuple[str, ...]
@@ -32,7 +33,8 @@ class Format:
     render: Callable[[RawTensor, RenderOptions], Rendered]
     when_named: frozenset[str] = frozenset()
     is_encoded: bool = True
-    quality_range: tuple[float, float] | None = None
+    quality: tuple[float, float] | None = None
+    max_side: int | None = None
 
 
 IMAGE: frozenset[Kind] = frozenset({"image"})
@@ -40,9 +42,9 @@ VIDEO: frozenset[Kind] = frozenset({"video"})
 PIL, PT, MP4 = frozenset({"pil"}), frozenset({"pt"}), frozenset({"mp4"})
 
 FORMATS: list[Format] = [
-    Format(("jpg", "jpeg"), ("image/jpeg",), IMAGE, PIL, render_jpeg, quality_range=(1, 100)),
+    Format(("jpg", "jpeg"), ("image/jpeg",), IMAGE, PIL, render_jpeg, quality=(1, 100), max_side=65500),
     Format(("png",), ("image/png",), IMAGE, PIL, render_png),
-    Format(("mp4",), ("video/mp4", "text/plain"), VIDEO, MP4, render_mp4, quality_range=(1, 10)),
+    Format(("mp4",), ("video/mp4", "text/plain"), VIDEO, MP4, render_mp4, quality=(1, 10), max_side=16384),
     Format(("binary",), ("tensor/binary", "application/octet-stream"), IMAGE | VIDEO, PT, render_binary, PIL, False),
     Format(("base64",), ("tensor/base64", "application/json"), IMAGE | VIDEO, PT, render_base64, PIL, False),
 ]

@@ -24,7 +24,8 @@ def render_mp4(pixels: RawTensor, options: RenderOptions) -> Rendered:
     _, height, width, channels = pixels.shape
     if channels != 3:
         raise Impossible(f"a video of {channels} channels has no file format; ask for output_type=pt")
-    crf = int((1 - (5 if options.quality is None else options.quality) / 10) * 51)
+    # crf 0 would be lossless, in a profile that browsers do not play.
+    crf = max(1, int((1 - (5 if options.quality is None else options.quality) / 10) * 51))
     with tempfile.TemporaryDirectory(prefix="vae-mp4-") as folder:
         path = Path(folder) / "video.mp4"
         # fmt: off

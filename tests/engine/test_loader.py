@@ -48,7 +48,7 @@ def copy(vaes: dict[str, LocalVae], tmp_path: Path) -> Path:
 
 
 def load(found: Source) -> torch.nn.Module:
-    return loader.load_vae(read_info(found), found, CPU, torch.float32)
+    return loader.load_vae(read_info(found), found, torch.float32)
 
 
 def test_a_local_folder_loads_the_same_weights(vaes: dict[str, LocalVae]) -> None:

@@ -55,6 +55,7 @@ def test_the_page_decodes_a_picture(browser: Any, url: str, vaes: dict[str, Loca
     assert page.problems == []
     assert not page.locator("#height").is_visible(), "only packed latents need a size"
     page.select_option("#model", "flux")
+    page.wait_for_selector("#python:has-text('/flux')")
 
 
 def test_the_page_says_why_a_file_is_wrong(browser: Any, url: str, vaes: dict[str, LocalVae], tmp_path: Path) -> None:

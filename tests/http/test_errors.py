@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import requests
 
+from server.engine import loader
+from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
+from server.engine.decoders.stock import StockDecoder
 from server.engine.local import LocalEngine
-from server.types import Decoded, DecodeJob
+from server.types import Decoded, DecodeJob, ModelInfo
 from tests.conftest import Serve
 from tests.vaes import LocalVae
 
@@ -32,9 +35,18 @@ def post(
     return requests.post(url + path, params=params, data=data, headers=headers, timeout=30)
 
 
-def decodes(url: str) -> float:
-    text = requests.get(url + "metrics", timeout=10).text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("vae_decode_seconds_count"))
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The decoders that ran; the server is a thread of this process."""
+    ran: list[str] = []
+    for decoder in (ExactKLDecoder, ExactHunyuanVideoDecoder, StockDecoder):
+
+        def counted(self: Any, *arguments: Any, original: Any = decoder.decode) -> Any:
+            ran.append(self.name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(decoder, "decode", counted)
+    return ran
 
 
 def assert_refused(response: requests.Response, status: int, code: str, words: str) -> None:
@@ -120,6 +132,12 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "a picture model's latents for a video model": (
         {"params": with_params(shape=[1, 8, 8], output_type="mp4"), "path": "hunyuan"}, 400, "wrong_shape", "video latents",
     ),
+    "a picture too wide for a JPEG": (
+        {"params": with_params(shape=[1, 16, 1, 8200]), "path": "sd3"}, 422, "impossible", "8x65600 does not fit a JPG, whose sides are at most 65500",
+    ),
+    "a packed batch without its tokens' size in a video": (
+        {"params": with_params(shape=[1, 16, 8, 8], output_type="mp4"), "path": "hunyuan"}, 400, "wrong_shape", "is not one clip",
+    ),
     "Accept that nothing fits": ({"headers": {**BINARY, "Accept": "image/gif"}}, 406, "not_acceptable", "image/jpeg"),
     "a picture format for pt": (
         {"params": with_params(output_type="pt"), "headers": {**BINARY, "Accept": "image/png"}},
@@ -158,11 +176,15 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_a_bad_request_gets_a_sentence_and_costs_no_decode(url: str, case: str) -> None:
+def test_a_bad_request_gets_a_sentence_and_costs_no_decode(url: str, decodes: list[str], case: str) -> None:
     request, status, code, words = BAD_REQUESTS[case]
-    before = decodes(url)
     assert_refused(post(url, **request), status, code, words)
-    assert decodes(url) == before
+    assert decodes == []
+
+
+def test_a_good_request_costs_one_decode(url: str, decodes: list[str]) -> None:
+    assert post(url).ok
+    assert decodes == ["exact"]
 
 
 def test_a_method_that_a_route_does_not_take_is_405(url: str) -> None:
@@ -170,6 +192,7 @@ def test_a_method_that_a_route_does_not_take_is_405(url: str) -> None:
         response = requests.request(method, url + path, timeout=10)
         assert_refused(response, 405, "method_not_allowed", "this route takes")
         assert response.headers["allow"]
+    assert requests.options(url, timeout=10).headers["allow"] == "GET, HEAD, POST"
 
 
 def test_encode_says_that_it_is_not_there_yet(url: str) -> None:
@@ -223,8 +246,9 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve, vaes: dict[str, Loca
     waiting = [threading.Thread(target=lambda: answers.append(post(address).status_code)) for _ in range(2)]
     for thread in waiting:
         thread.start()
-    while "inf_queue_size 2.0" not in requests.get(address + "metrics", timeout=10).text:
+    while "inf_queue_size 1.0\n" not in (told := requests.get(address + "metrics", timeout=10).text):
         pass
+    assert "inf_batch_current_size 1.0\n" in told
     refused = post(address)
     assert requests.get(address + "health", timeout=10).ok, "a full queue must not fail the readiness probe"
     opened.set()
@@ -233,6 +257,66 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve, vaes: dict[str, Loca
     assert_refused(refused, 429, "queue_full", "2 requests wait already; try again in")
     assert int(refused.headers["retry-after"]) >= 1
     assert answers == [200, 200]
+
+
+def test_a_client_that_leaves_takes_its_request_along(
+    serve: Serve, vaes: dict[str, LocalVae], decodes: list[str]
+) -> None:
+    opened = threading.Event()
+    gate = type("OneGate", (Gate,), {"opened": opened})
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate)
+    with pytest.raises(requests.ReadTimeout):
+        requests.post(address, params=GOOD, data=BODY, headers=BINARY, timeout=0.3)
+    while "inf_batch_current_size 0.0" not in requests.get(address + "metrics", timeout=10).text:
+        pass
+    opened.set()
+    assert post(address).ok
+    assert len(decodes) == 1
+
+
+def test_a_place_in_the_queue_is_taken_before_the_body_is_read(serve: Serve, vaes: dict[str, LocalVae]) -> None:
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, max_queue=1)
+    half = b"POST /?shape=1,4,8,8&dtype=float32 HTTP/1.1\r\nHost: x\r\nContent-Length: 1024\r\n\r\n" + BODY[:100]
+    with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), 10) as slow:
+        slow.sendall(half)
+        while (refused := post(address)).ok:
+            pass
+        assert_refused(refused, 429, "queue_full", "1 requests wait already")
+    while not post(address).ok:
+        pass
+
+
+def test_loading_one_model_does_not_keep_another_from_decoding(
+    serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, load = threading.Event(), loader.load_vae
+
+    def slow_for_flux(info: ModelInfo, *rest: Any) -> Any:
+        assert info.name != "flux" or opened.wait(30)
+        return load(info, *rest)
+
+    monkeypatch.setattr(loader, "load_vae", slow_for_flux)
+    address = serve({name: {"repo": str(vaes[name].folder)} for name in ("sd", "flux")})
+    answers: list[int] = []
+    shape = with_params(shape=[1, 16, 4, 4])
+    waiting = threading.Thread(target=lambda: answers.append(post(address, shape, path="flux").status_code))
+    waiting.start()
+    assert post(address).ok
+    assert answers == []
+    opened.set()
+    waiting.join()
+    assert answers == [200]
+
+
+def test_a_warm_up_that_fails_is_a_failed_start(
+    serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(ExactKLDecoder, "decode", broken)
+    address = serve({"sd": {"repo": str(vaes["sd"].folder), "warmup": [[64, 64]]}})
+    assert_refused(requests.get(address + "health", timeout=10), 503, "unavailable", "did not load")
 
 
 def test_a_request_past_its_deadline_is_504(serve: Serve, vaes: dict[str, LocalVae]) -> None:
@@ -255,8 +339,6 @@ def test_a_bug_is_500_with_a_fixed_sentence(serve: Serve, vaes: dict[str, LocalV
 
 
 def test_out_of_memory_is_413(serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.engine.decoders.stock import StockDecoder
-
     def out_of_memory(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 

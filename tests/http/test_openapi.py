@@ -84,6 +84,22 @@ def test_every_route_is_described() -> None:
     assert {row[:2] for row in REAL} == described
 
 
+def test_a_named_model_takes_what_the_default_takes() -> None:
+    default, named = (DESCRIPTION["paths"][path]["post"] for path in ("/", "/{model}"))
+    assert (default["parameters"], default["requestBody"]) == (named["parameters"], named["requestBody"])
+    sent = {parameter["name"] for parameter in default["parameters"]}
+    assert {
+        "shape",
+        "dtype",
+        "scaling_factor",
+        "shift_factor",
+        "do_scaling",
+        "output_type",
+        "height",
+        "quality",
+    } <= sent
+
+
 def test_the_server_serves_it(url: str) -> None:
     assert requests.get(url + "openapi.json", timeout=10).json() == DESCRIPTION
 

@@ -15,11 +15,11 @@ from server.http import wire
 from server.types import Layout, Limits, ModelInfo, Scaling
 
 KL = ModelInfo(
-    name="kl", repo="", subfolder=None, revision=None, aliases=(), limits=Limits(), class_name="AutoencoderKL",
+    name="kl", limits=Limits(), class_name="AutoencoderKL",
     latents=FAMILIES["kl"].describe({"latent_channels": 4, "block_out_channels": [8, 8, 8, 8]}),
 )  # fmt: skip
 VIDEO = ModelInfo(
-    name="video", repo="", subfolder=None, revision=None, aliases=(), limits=Limits(),
+    name="video", limits=Limits(),
     class_name="AutoencoderKLHunyuanVideo", latents=FAMILIES["hunyuan_video"].describe({}),
 )  # fmt: skip
 SHAPE = [("shape", "1"), ("shape", "4"), ("shape", "8"), ("shape", "8"), ("dtype", "float16")]
@@ -173,12 +173,14 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(KEYS, JSON) | JSON, st.text())
-def test_any_json_body_is_read_or_refused(parameters: object, inputs: str) -> None:
-    body = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
+@given(st.dictionaries(KEYS, JSON) | JSON, st.booleans())
+@example({"shape": [True, 4, 8, 8], "dtype": "float16"}, False)
+@example({"shape": [1, 4, 8, 8], "dtype": {"float16": 1}}, False)
+def test_any_json_body_is_read_or_refused(parameters: object, has_query: bool) -> None:
+    body = json.dumps({"inputs": "AAAA", "parameters": parameters}).encode()
     try:
         _, sent = wire.read_json(body)
-        wire.prepare(wire.Parameters(SHAPE, sent), "*/*", KL, wire.RenderDefaults())
+        wire.prepare(wire.Parameters(SHAPE if has_query else [], sent), "*/*", KL, wire.RenderDefaults())
     except ServerError as error:
         assert 400 <= error.status < 500
 

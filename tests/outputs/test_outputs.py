@@ -135,6 +135,12 @@ def test_quality_and_fps_change_an_mp4() -> None:
     assert sizes == sorted(sizes)
 
 
+def test_the_best_quality_is_still_what_browsers_play(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(format_named("mp4").render(raw(smooth(3, 32, 32)), options(quality=10)).body)
+    assert "h264 (High)" in probe(path)
+
+
 def test_a_failing_ffmpeg_is_an_error_not_an_empty_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "/bin/false")
     with pytest.raises(RuntimeError, match="ffmpeg ended with 1"):
