@@ -28,7 +28,7 @@ RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt \
          python -c "import sys, torch; sys.exit(None if torch.version.cuda else 'DEVICE=cuda, but this torch has no CUDA')"; \
        fi
 
-COPY handler.py models.yaml ./
+COPY LICENSE handler.py models.yaml ./
 COPY server ./server
 # chmod, because COPY keeps the modes of a checkout, which a strict umask may have closed to all but its owner.
 RUN chmod -R a+rX . && python -m compileall -q handler.py server

@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-gpu check format bench demo browser clean
+.PHONY: help setup serve test test-gpu test-dockerfile check format bench demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,20 +30,25 @@ test: $(INSTALLED) ## Run all tests
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+test-dockerfile: $(INSTALLED) ## Carry the Dockerfile out in a clean Debian root and try the result (root, debootstrap)
+	$(BIN)/python -m deploy.chroot_build $(ARGS)
+
 check: $(INSTALLED) ## Lint, types, layers and the fast tests, in seconds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow" --ignore=tests/engine/exact tests/http/test_wire.py tests/test_config.py tests/families tests/outputs
+	$(BIN)/python -m pytest tests/http/test_wire.py tests/test_config.py tests/test_dockerfile.py tests/families tests/outputs
 
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## Time stock diffusers and this server's engine side by side
-	$(BIN)/python -m benchmarks.decode $(ARGS)
-	$(BIN)/python -m benchmarks.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.decode --sizes 512 1024 --repeats 3
+	$(BIN)/python -m benchmarks.video
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.codecs
 
 demo: $(INSTALLED) ## Train the embedded demo model again
 	$(BIN)/python server/demo/train.py $(ARGS)

@@ -69,13 +69,13 @@ def test_the_image_holds_what_the_server_needs(copied: set[str]) -> None:
         for path in (REPOSITORY / "server").rglob("*")
         if path.suffix in {".py", ".yaml", ".html", ".json", ".css", ".js"} and "__pycache__" not in path.parts
     }
-    needed = {"handler.py", "models.yaml", "requirements.txt", "constraints.txt", *package, *DEMO_WEIGHTS}
+    needed = {"LICENSE", "handler.py", "models.yaml", "requirements.txt", "constraints.txt", *package, *DEMO_WEIGHTS}
     assert needed - {"server/demo/train.py"} <= copied
     assert {"server/http/openapi.yaml", "server/http/page.html", "server/demo/config.json"} <= copied
 
 
 def test_the_image_holds_nothing_else(copied: set[str]) -> None:
-    files = {"handler.py", "models.yaml", "requirements.txt", "constraints.txt"}
+    files = {"LICENSE", "handler.py", "models.yaml", "requirements.txt", "constraints.txt"}
     assert {path for path in copied if not path.startswith("server/")} == files
     assert {path for path in copied if Path(path).suffix in WEIGHTS} == DEMO_WEIGHTS
     assert not [path for path in copied if "__pycache__" in path or path.endswith(".pyc")]
