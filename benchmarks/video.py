@@ -1,7 +1,7 @@
 """HunyuanVideo: the exact decoder beside diffusers' own, at its default temporal tiles and without them, alternating.
 
 `python -m benchmarks.video [--device cpu] [--frames 17] [--size 256] [--repeats 1]`. The VAE has the published size and
-seeded random weights. The untiled float32 decode is the reference of quality; the default one differs from it by its blending.
+seeded random weights. The untiled float32 decode is the reference of quality; the default one differs by its blending.
 """
 
 from __future__ import annotations
