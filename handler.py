@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from server.config import ModelEntry, load_settings
+from server.config import ModelEntry, Settings, load_settings
 from server.direct import DirectDecoder
-from server.errors import BadRequest
+from server.errors import BadRequest, ConfigError
 from server.http.wire import read_base64
 from server.outputs import IMAGE, format_named
 from server.outputs.image import picture
@@ -20,19 +20,12 @@ from server.types import RawTensor
 class EndpointHandler:
     """Built once with the model folder, called for every request.
 
-    path: a folder. With a config.json in it, that VAE is served; with a models.yaml, the default of that; else the
-    default of the models.yaml beside this file. VAE_SERVER_* settings apply.
+    path: a folder. A VAE in it, or in its subfolder vae/, is served; else the default of its models.yaml. Without a
+    path: that of the models.yaml beside this file. VAE_SERVER_* settings apply. Raises ConfigError, ModelUnavailable.
     """
 
     def __init__(self, path: str = "") -> None:
-        folder = Path(path or ".").resolve()
-        if (folder / "config.json").is_file():
-            settings = load_settings()
-            entry = ModelEntry(repo=str(folder))
-            settings = settings.model_copy(update={"models": {"model": entry}, "default": "model"})
-        else:
-            own = folder / "models.yaml"
-            settings = load_settings(config=own if own.is_file() else None)
+        settings = settings_of(Path(path).resolve()) if path else load_settings()
         self.direct = DirectDecoder(settings)
         self.direct.engine.load(settings.default)
 
@@ -63,6 +56,17 @@ class EndpointHandler:
         body = self.direct.render(request, decoded).body
         encoded = as_json(RawTensor((len(body),), "uint8", body))
         return {**encoded, "parameters": {"content_type": chosen.media_types[0]}}
+
+
+def settings_of(folder: Path) -> Settings:
+    """The settings that serve what is in the folder. Raises ConfigError."""
+    for vae in (folder, folder / "vae"):
+        if (vae / "config.json").is_file():
+            entry = ModelEntry(repo=str(vae))
+            return load_settings().model_copy(update={"models": {"model": entry}, "default": "model"})
+    if (folder / "models.yaml").is_file():
+        return load_settings(config=folder / "models.yaml")
+    raise ConfigError(f"{folder} has no config.json, no vae/config.json and no models.yaml; push one of them")
 
 
 def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes:

@@ -222,6 +222,8 @@ def _decode_there(server: str, parameters: dict[str, Any], data: bytes, accept: 
     headers = {"Content-Type": "tensor/binary", "Accept": accept}
     try:
         response = requests.post(server, params=parameters, data=data, headers=headers, timeout=(10, None))
+    except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
+        raise ConfigError(f"{server}: not an address; write http://{server}") from None
     except requests.RequestException as error:
         raise ConfigError(f"{server}: no answer ({type(error).__name__}); is the server running?") from None
     if not response.ok:

@@ -12,6 +12,7 @@ from PIL import features
 from server.config import Settings
 from server.direct import DirectDecoder
 from server.engine import loader
+from server.engine.pipeline import is_finite
 from server.errors import ConfigError, ModelUnavailable, ServerError
 from server.families import FAMILIES
 from server.types import RawTensor
@@ -52,9 +53,10 @@ def check_all(settings: Settings) -> Iterator[Finding]:
     yield _device(settings)
     yield from _codecs()
     for name in settings.models:
-        yield _weights(settings, name)
-    if loader.source_of(settings, settings.default).is_here():
-        yield _decodes(settings)
+        finding = _weights(settings, name)
+        yield finding
+        if not finding.is_problem and loader.source_of(settings, name).is_here():
+            yield _decodes(settings, name)
 
 
 def _device(settings: Settings) -> Finding:
@@ -103,15 +105,20 @@ def _weights(settings: Settings, name: str) -> Finding:
     )
 
 
-def _decodes(settings: Settings) -> Finding:
-    """The smallest latent through the whole path."""
-    direct, name = DirectDecoder(settings), settings.default
+def _decodes(settings: Settings, name: str) -> Finding:
+    """A small latent through the whole path, unscaled with the model's own statistics; NaN weights show as NaN."""
+    direct = DirectDecoder(settings)
     try:
         spec = direct.engine.describe(name).latents
         side = 8 * spec.vae_scale_factor
         shape = FAMILIES[spec.family].latent_shape(spec, side, side)
-        parameters = {"shape": list(shape), "dtype": "float32", "output_type": "pil" if spec.kind == "image" else "mp4"}
-        request = direct.parse(name, parameters, bytes(RawTensor.bytes_needed(shape, "float32")), "*/*")
+        parameters = {"shape": list(shape), "dtype": "float32", "do_scaling": True, "output_type": "pt"}
+        latents = bytes(RawTensor.bytes_needed(shape, "float32"))
+        sample = direct.decode(direct.parse(name, parameters, latents, "*/*")).tensor
+        if not is_finite(sample):
+            return problem(f"'{name}' decodes to NaN; are its weights damaged, or do they overflow its dtype?")
+        parameters |= {"output_type": "pil" if spec.kind == "image" else "mp4"}
+        request = direct.parse(name, parameters, latents, "*/*")
         decoded = direct.decode(request)
         body = direct.render(request, decoded).body
     except (ServerError, ConfigError) as error:

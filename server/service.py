@@ -152,6 +152,12 @@ class Service:
             case State.FAILED:
                 raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
 
+    def check_can_serve(self) -> None:
+        """Raises Unavailable unless requests are taken and there is a model that has not failed to load."""
+        self.check_ready()
+        if self._failed >= self.settings.models.keys():
+            raise Unavailable("no model of this server loads; its log says why, tell its operator")
+
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
         """A place among the accepted requests, from before the body is read until the answer is rendered.

@@ -145,6 +145,7 @@ def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: 
     assert (tmp_path / "out.mp4").read_bytes()[4:8] == b"ftyp"
     assert_one_sentence(run("decode", latents_file, out, "--server", url), "this model takes latents", 2)
     assert_one_sentence(run("decode", latents_file, out, "--server", "http://127.0.0.1:9/"), "is the server running", 2)
+    assert_one_sentence(run("decode", latents_file, out, "--server", "127.0.0.1:9"), "write http://127.0.0.1:9", 2)
     assert_one_sentence(run("decode", latents_file, tmp_path / "out.gif"), "end the name in .jpg, .jpeg, .png, .mp4", 2)
     assert_one_sentence(
         run("decode", latents_file, out, "--key", "x"), "no tensor 'x'; choose with --key one of video", 2

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from handler import EndpointHandler
-from server.errors import BadRequest, ServerError, WrongLength
+from server.errors import BadRequest, ConfigError, ServerError, WrongLength
 from tests.vaes import LocalVae
 
 Vaes = dict[str, LocalVae]
@@ -71,11 +71,14 @@ def test_a_mistake_raises_the_same_sentence(handlers: dict[str, EndpointHandler]
         handler({"inputs": torch.zeros(1, 4, 8, 8), "parameters": [1]})
 
 
-def test_the_folder_may_hold_a_models_yaml_or_nothing(
-    vaes: Vaes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_holds_a_vae_or_a_models_yaml(vaes: Vaes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models.yaml").write_text(f"models: {{own: {{repo: '{vaes['flux'].folder}'}}}}")
     assert EndpointHandler(str(tmp_path)).direct.settings.default == "own"
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    assert EndpointHandler(str(tmp_path / "empty")).direct.settings.default == "demo"
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "vae").symlink_to(vaes["sd"].folder)
+    assert EndpointHandler(str(tmp_path / "pipeline")).direct.engine.describe("model").latents.channels == 4
+    for nothing in ("empty", "missing"):
+        with pytest.raises(ConfigError, match=r"no config\.json, no vae/config\.json and no models\.yaml"):
+            EndpointHandler(str(tmp_path / nothing))
+    monkeypatch.chdir(tmp_path)
+    assert EndpointHandler().direct.settings.default == "own", "without a path: models.yaml of the working folder"

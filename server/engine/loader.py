@@ -167,7 +167,8 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     family = _family(name, entry, class_name)
     try:
         spec: LatentSpec = family.describe(config)
-    except (KeyError, TypeError, ValueError) as error:
+        check_spec(spec)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ModelUnavailable(
             name, f"{name} ({source.label}): its {CONFIG} is not one of {class_name}: {error!r}"
         ) from None
@@ -177,6 +178,20 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         limits=Limits(**entry.limits.model_dump()),
         class_name=class_name,
     )
+
+
+def check_spec(spec: LatentSpec) -> None:
+    """A config.json is somebody's file: what requests are checked against must be numbers. Raises ValueError."""
+    whole = (spec.channels, spec.vae_scale_factor, spec.temporal_compression_ratio)
+    if not all(isinstance(value, int) and value >= 1 for value in whole):
+        raise ValueError("its channels and compression ratios must be whole numbers")
+    if not all(isinstance(value, int | float | None) for value in (spec.scaling_factor, spec.shift_factor)):
+        raise ValueError("scaling_factor and shift_factor must be numbers")
+    if spec.scaling_factor == 0:
+        raise ValueError("scaling_factor must not be 0")
+    for statistics in (spec.latents_mean, spec.latents_std):
+        if statistics is not None and len(statistics) != spec.channels:
+            raise ValueError(f"latents_mean and latents_std must have {spec.channels} values, one a channel")
 
 
 def _family(name: str, entry: ModelEntry, class_name: str) -> Family:
@@ -236,11 +251,12 @@ def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype) -> torch.nn.Mo
     model_class = getattr(diffusers, info.class_name)
     try:
         vae: torch.nn.Module = model_class.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
         )
         if any(parameter.is_meta for parameter in vae.parameters()):
             raise ValueError("layers of this config.json are missing from the file")
-        return vae.eval().requires_grad_(False)
+        # Not by torch_dtype: diffusers sets torch's default dtype for it, and another model may be decoding meanwhile.
+        return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:

@@ -64,6 +64,11 @@ def to_host(tensor: torch.Tensor) -> RawTensor:
     return RawTensor(tuple(host.shape), NAMES[host.dtype], flat.data)
 
 
+def is_finite(tensor: RawTensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(torch.isfinite(torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[tensor.dtype])).all())
+
+
 def _check_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
     if bool(torch.isfinite(latents).all()):
         return

@@ -34,15 +34,21 @@ def _methods_here(request: Request) -> set[str]:
     return {method for route in routes for method in route.methods}
 
 
+def _is_unknown_model(request: Request) -> bool:
+    """GET /favicon.ico fits POST /{model} but for its method: the path of a model that does not exist."""
+    name = request.scope.get("path_params", {}).get("model")
+    return name is not None and request.app.state.service.settings.name_of(name) is None
+
+
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """What Starlette raises: 404 and 405 of the router."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 405:
+    if error.status_code == 405 and not _is_unknown_model(request):
         allowed = ", ".join(sorted(_methods_here(request)))
         response = failure(request, MethodNotAllowed(f"this route takes {allowed} only; see /openapi.json"))
         response.headers["Allow"] = allowed
         return response
-    if error.status_code == 404:
+    if error.status_code in (404, 405):
         return failure(request, NotFound("no such route; POST / or /{model} decodes, GET /models lists models"))
     other = ServerError(str(error.detail))
     other.status, other.code = error.status_code, f"http_{error.status_code}"

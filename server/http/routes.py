@@ -115,13 +115,15 @@ def _respond(answer: Answer) -> Response:
 
 async def encode(request: Request) -> Response:
     """POST /encode, /{model}/encode."""
+    service: Service = request.app.state.service
+    service.resolve(request.path_params.get("model"))
     raise NotSupportedYet("this version decodes only; encode with the VAE's own vae.encode for the time being")
 
 
 async def health(request: Request) -> Response:
     """GET /health: readiness."""
     service: Service = request.app.state.service
-    service.check_ready()
+    service.check_can_serve()
     return JSONResponse({"status": service.state})
 
 

@@ -36,6 +36,9 @@ JSON_BODIES = frozenset({"tensor/base64", "application/json"})
 # ASCII digits only: Python's int() and float() also take `1_0`, `٣` and five thousand digits.
 INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
 DECIMAL = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?", re.ASCII)
+KNOWN = frozenset({"shape", "dtype", "scaling_factor", "shift_factor", "do_scaling", "output_type", "image_format"}) | {
+    *("partial_postprocess", "height", "width", "model", "fps", "quality")
+}
 NOT_SENT = frozenset({"", "none", "null"})
 MAX_DIMENSIONS = 5
 
@@ -63,7 +66,8 @@ class Parameters:
         for key, value in query:
             self._values.setdefault(key, []).append(value)
         for key, value in (body or {}).items():
-            self._values.setdefault(key, _as_texts(key, value))
+            if key in KNOWN:
+                self._values.setdefault(key, _as_texts(key, value))
 
     def text(self, key: str) -> str | None:
         """One value, None when it was not sent. A scalar sent twice with different values is an error."""
@@ -151,10 +155,16 @@ def _as_texts(key: str, value: Any) -> list[str]:
         case None:
             return []
         case list() if all(isinstance(item, int | float | str) for item in value):
-            return [str(item) for item in value]
+            return [_as_text(item) for item in value]
         case bool() | int() | float() | str():
-            return [str(value)]
+            return [_as_text(value)]
     raise BadRequest(f"parameters.{key[:40]!a} must be a number, a text, a boolean or a list of numbers")
+
+
+def _as_text(value: float | str) -> str:
+    """JavaScript writes whole numbers either way: 64.0 is 64."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e9
+    return str(int(value)) if is_whole else str(value)
 
 
 def _quoted(text: str | None) -> str:
@@ -263,9 +273,12 @@ def choose_format(parameters: Parameters, output_type: str, accept: str, kind: K
         names = [name for entry in usual for name in entry.names]
         first = parameters.word("image_format", names) or names[0]
         usual.sort(key=lambda entry: first not in entry.names)
-    for wanted in _preferences(accept):
+    preferences, refused = _preferences(accept)
+    for wanted in preferences:
         for entry in (*usual, *named):
             for media_type in entry.media_types:
+                if media_type in refused:
+                    continue
                 is_match = wanted == media_type or wanted == media_type.split("/")[0] + "/*"
                 if is_match or (wanted == "*/*" and entry in usual):
                     return entry, media_type
@@ -283,16 +296,17 @@ def _no_format(output_type: str, kind: Kind, possible: list[Format]) -> str:
     return f"no representation of output_type={output_type} that Accept asks for; send one of {types}"
 
 
-def _preferences(accept: str) -> list[str]:
-    """The media types of an `Accept` header, the most wanted first. Its parameters but `q` are ignored."""
+def _preferences(accept: str) -> tuple[list[str], set[str]]:
+    """The media types of an `Accept` header, the most wanted first, and those refused with q=0; `q` alone is read."""
     ranked: list[tuple[float, str]] = []
     for part in (accept.strip() or "*/*").split(","):
         media_type, *rest = (piece.strip().lower() for piece in part.split(";"))
         weight = next((piece[2:] for piece in rest if piece.startswith("q=")), "1")
         quality = float(weight) if DECIMAL.fullmatch(weight) else 0.0
-        if media_type and quality > 0:
+        if media_type:
             ranked.append((quality, media_type))
-    return [media_type for _, media_type in sorted(ranked, key=lambda pair: -pair[0])]
+    wanted = [media_type for quality, media_type in sorted(ranked, key=lambda pair: -pair[0]) if quality > 0]
+    return wanted, {media_type for quality, media_type in ranked if quality <= 0}
 
 
 def is_json_body(content_type: str | None, content_encoding: str | None) -> bool:
@@ -326,6 +340,6 @@ def read_json(body: bytes | bytearray) -> tuple[bytes, Mapping[str, Any]]:
 def read_base64(text: str) -> bytes:
     """Raises BadRequest."""
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # `base64 FILE` breaks its lines
     except (binascii.Error, ValueError):
-        raise BadRequest("'inputs' is not base64; send base64.b64encode of the tensor's bytes, on one line") from None
+        raise BadRequest("'inputs' is not base64; send base64.b64encode of the tensor's bytes") from None

@@ -248,3 +248,41 @@ def test_an_unknown_structure_runs_diffusers_and_says_so(vaes: dict[str, LocalVa
     changed.decoder.conv_act = torch.nn.GELU()
     decoder, note = build_decoder(changed, "auto", "none", None)
     assert (decoder.name, note) == ("diffusers", "conv_act is a GELU, not SiLU.")
+
+
+BAD_CONFIGS = [
+    {"latent_channels": "four"},
+    {"block_out_channels": []},
+    {"latents_mean": [0.0, 0.0], "latents_std": [1.0, 1.0]},
+    {"scaling_factor": 0},
+    {"scaling_factor": "big"},
+]
+
+
+@pytest.mark.parametrize("keys", BAD_CONFIGS, ids=str)
+def test_a_config_that_no_vae_has_is_one_sentence(copy: Path, keys: dict[str, Any]) -> None:
+    change(copy, **keys)
+    assert "its config.json is not one of AutoencoderKL" in detail(lambda: read_info(source(copy)))
+
+
+def test_a_failing_constructor_leaves_the_other_models_alone(
+    vaes: dict[str, LocalVae], copy: Path, tmp_path: Path
+) -> None:
+    """diffusers sets torch's default dtype while it builds a module, and a constructor that raises leaves it so."""
+    change(copy, norm_num_groups=5)
+    models = {"good": {"repo": str(vaes["flux"].folder), "dtype": "bfloat16"}, "bad": {"repo": str(copy), "dtype": "bfloat16"}}
+    engine = SyncEngine(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "good")))
+    good, latents = engine.load("good"), vaes["flux"].latents(8, 8)
+    before = good.decoder.decode(latents, Layout.SAMPLE)
+    detail(lambda: engine.load("bad"))
+    assert torch.get_default_dtype() is torch.float32
+    assert torch.equal(good.decoder.decode(latents, Layout.SAMPLE), before)
+
+
+def test_a_failed_load_is_not_tried_again_at_once(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(copy, layers_per_block=3)
+    models = {"bad": {"repo": str(copy)}}
+    engine = SyncEngine(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "bad")))
+    first = detail(lambda: engine.load("bad"))
+    monkeypatch.setattr(loader, "load_vae", lambda *_: pytest.fail("tried again"))
+    assert detail(lambda: engine.load("bad")) == first

@@ -114,6 +114,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "fps zero": ({"params": with_params(fps=0)}, 400, "bad_request", "fps must be between"),
     "unknown model": ({"path": "sdx"}, 404, "unknown_model", "known models: .*sd-v1.*sdxl"),
     "unknown model in the query": ({"params": with_params(model="../../x")}, 404, "unknown_model", "no such model"),
+    "an unknown model to encode with": ({"path": "sdx/encode"}, 404, "unknown_model", "known models"),
     "unknown route": ({"path": "a/b/c"}, 404, "not_found", "no such route"),
     "two pictures in one JPEG": (
         {"params": with_params(shape=[2, 4, 8, 8]), "data": BODY * 2}, 422, "impossible", "output_type=pt, or send one",
@@ -192,6 +193,7 @@ def test_a_method_that_a_route_does_not_take_is_405(url: str) -> None:
         response = requests.request(method, url + path, timeout=10)
         assert_refused(response, 405, "method_not_allowed", "this route takes")
         assert response.headers["allow"]
+    assert_refused(requests.get(url + "favicon.ico", timeout=10), 404, "not_found", "no such route")
     assert requests.options(url, timeout=10).headers["allow"] == "GET, HEAD, POST"
 
 

@@ -62,7 +62,7 @@ def test_the_query_wins_over_the_body() -> None:
 
 def test_a_bodys_parameters_are_numbers_texts_booleans_and_lists() -> None:
     parameters = wire.Parameters(
-        [], {"shape": [1, 4, 8, 8], "dtype": "torch.float16", "height": None, "do_scaling": False}
+        [], {"shape": [1.0, 4, 8, "8"], "dtype": "torch.float16", "height": None, "do_scaling": False, "x": {"a": 1}}
     )
     assert (parameters.shape(), parameters.dtype(), parameters.scaling()) == ((1, 4, 8, 8), "float16", Scaling())
 
@@ -77,6 +77,7 @@ ACCEPTED = [
     (KL, "pil", "image/avif,image/webp,*/*;q=0.8", "jpg", "image/jpeg", Layout.PIXELS),
     (KL, "pil", "image/jpeg;q=0.5, image/png", "png", "image/png", Layout.PIXELS),
     (KL, "pil", "image/jpeg;q=0, image/png;q=0.1", "png", "image/png", Layout.PIXELS),
+    (KL, "pil", "image/jpeg;q=0, */*", "png", "image/png", Layout.PIXELS),
     (KL, "pil", "tensor/binary", "binary", "tensor/binary", Layout.UNIT),
     (KL, "pil", "tensor/base64", "base64", "tensor/base64", Layout.UNIT),
     (KL, "pt", "tensor/binary", "binary", "tensor/binary", Layout.SAMPLE),

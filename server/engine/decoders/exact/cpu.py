@@ -67,7 +67,7 @@ class CpuKernels(Kernels):
         return self.moments(total, unit)
 
     def moments(self, x: Tensor, unit: int) -> Moments:  # [1, n, W, C]
-        running = torch.zeros(2, x.shape[3])  # [2, C], asks for float32 results
+        running = torch.zeros(2, x.shape[3], dtype=torch.float32)  # [2, C], asks for float32 results
         parts = torch.split(x.permute(0, 3, 1, 2), unit, dim=2)  # each [1, C, unit, W]
         statistics = [torch.batch_norm_update_stats(part, running[0], running[1], 0.0) for part in parts]  # [C] twice
         count = torch.tensor([part.shape[2] * part.shape[3] for part in parts], dtype=torch.float32)  # [K]
