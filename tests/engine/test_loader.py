@@ -270,7 +270,10 @@ def test_a_failing_constructor_leaves_the_other_models_alone(
 ) -> None:
     """diffusers sets torch's default dtype while it builds a module, and a constructor that raises leaves it so."""
     change(copy, norm_num_groups=5)
-    models = {"good": {"repo": str(vaes["flux"].folder), "dtype": "bfloat16"}, "bad": {"repo": str(copy), "dtype": "bfloat16"}}
+    models = {
+        "good": {"repo": str(vaes["flux"].folder), "dtype": "bfloat16"},
+        "bad": {"repo": str(copy), "dtype": "bfloat16"},
+    }
     engine = SyncEngine(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "good")))
     good, latents = engine.load("good"), vaes["flux"].latents(8, 8)
     before = good.decoder.decode(latents, Layout.SAMPLE)

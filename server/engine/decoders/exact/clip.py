@@ -17,20 +17,9 @@ from torch import Tensor
 
 from server.engine.decoders.exact.kernels import Kernels
 from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
-from server.engine.decoders.exact.network import Attention, Conv, Linear
+from server.engine.decoders.exact.network import Attention, Conv, Linear, Resnet
 
 Emit = Callable[[int, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Resnet:
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), the x through `shortcut` where the channels change."""
-
-    norm1: GroupNorm
-    conv1: Conv
-    norm2: GroupNorm
-    conv2: Conv
-    shortcut: Linear | None
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from server.engine.decoders.exact.memory import free_bytes, kernels_for
 from server.engine.decoders.exact.network import (
     Conv,
     Linear,
+    Resnet,
     empty,
     fold_upsample,
-    take_attention,
     take_linear,
     take_norm,
+    take_steps,
 )
 from server.engine.decoders.exact.output import Output
 from server.engine.decoders.exact.structure import attention_reasons, norm_reasons
@@ -97,23 +98,19 @@ def _take(vae: Any, kernels: Kernels) -> clip.Network:
 
 
 def _take_steps(decoder: Any, kernels: Kernels) -> Iterator[clip.Step]:
-    first, *rest = decoder.mid_block.resnets
-    yield _take_resnet(first, kernels)
-    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
-        if attention is not None:
-            yield take_attention(attention)
-        yield _take_resnet(resnet, kernels)
-    for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            yield _take_resnet(resnet, kernels)
-        for upsampler in block.upsamplers or ():
-            yield _take_upsample(upsampler, kernels)
+    def resnet(block: Any) -> clip.Step:
+        return _take_resnet(block, kernels)
+
+    def upsample(upsampler: Any) -> clip.Step:
+        return _take_upsample(upsampler, kernels)
+
+    return take_steps(decoder, resnet, upsample)
 
 
-def _take_resnet(block: Any, kernels: Kernels) -> clip.Resnet:
+def _take_resnet(block: Any, kernels: Kernels) -> Resnet:
     shortcut: Linear | None = None if block.conv_shortcut is None else take_linear(block.conv_shortcut.conv)
     conv1, conv2 = _take_conv(block.conv1, kernels), _take_conv(block.conv2, kernels)
-    return clip.Resnet(take_norm(block.norm1), conv1, take_norm(block.norm2), conv2, shortcut)
+    return Resnet(take_norm(block.norm1), conv1, take_norm(block.norm2), conv2, shortcut)
 
 
 def _take_conv(causal: Any, kernels: Kernels) -> Conv:

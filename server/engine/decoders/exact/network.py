@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Upsample:
 
 
 Step = Resnet | Attention | Upsample
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Network:
         return cls(
             post_quant=None if vae.post_quant_conv is None else take_linear(vae.post_quant_conv),
             conv_in=_take_conv(decoder.conv_in, kernels),
-            steps=tuple(_take_steps(decoder, kernels)),
+            steps=tuple(_take_all_steps(decoder, kernels)),
             norm_out=take_norm(decoder.conv_norm_out),
             conv_out=_take_conv(decoder.conv_out, kernels),
             dtype=dtype,
@@ -91,19 +92,36 @@ class Network:
         )
 
 
-def _take_steps(decoder: Any, kernels: Kernels) -> Iterator[Step]:
+def take_steps(
+    decoder: Any, take_resnet: Callable[[Any], Taken], take_upsample: Callable[[Any], Taken]
+) -> Iterator[Taken | Attention]:
+    """The mid block and the up blocks, in the order in which they run."""
     first, *rest = decoder.mid_block.resnets
-    yield _take_resnet(first, kernels)
+    yield take_resnet(first)
     for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
         if attention is not None:
             yield take_attention(attention)
-        yield _take_resnet(resnet, kernels)
+        yield take_resnet(resnet)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            yield _take_resnet(resnet, kernels)
+            yield take_resnet(resnet)
         for upsampler in block.upsamplers or ():
-            weight, bias = _take(upsampler.conv)  # [O, I, 3, 3]
-            yield Upsample(Conv(kernels.pack(fold_upsample(weight)), bias, len(bias)))
+            yield take_upsample(upsampler)
+
+
+def _take_all_steps(decoder: Any, kernels: Kernels) -> Iterator[Step]:
+    def resnet(block: Any) -> Step:
+        return _take_resnet(block, kernels)
+
+    def upsample(upsampler: Any) -> Step:
+        return _take_upsample(upsampler, kernels)
+
+    return take_steps(decoder, resnet, upsample)
+
+
+def _take_upsample(upsampler: Any, kernels: Kernels) -> Upsample:
+    weight, bias = _take(upsampler.conv)  # [O, I, 3, 3]
+    return Upsample(Conv(kernels.pack(fold_upsample(weight)), bias, len(bias)))
 
 
 def fold_upsample(weight: Tensor) -> Tensor:  # [O, I, 3, 3] -> [4 O, I, 2, 2]
