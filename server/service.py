@@ -83,10 +83,10 @@ class Service:
 
     async def start(self) -> None:
         """Load what must be there before the first request; READY, or FAILED with `failure` set."""
-        for name in self.settings.models:
-            with suppress(ModelUnavailable):
-                self.infos[name] = await self.engine.describe(name, is_local_only=True)
         try:
+            for name in self.settings.models:
+                with suppress(ModelUnavailable):
+                    self.infos[name] = await self.engine.describe(name, is_local_only=True)
             await self.describe(self.settings.default)
             for name, entry in self.settings.models.items():
                 if entry.preload or entry.warmup:

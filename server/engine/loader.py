@@ -108,7 +108,7 @@ class Source:
                 allow_patterns=patterns,
                 local_files_only=is_local_only,
             )
-        except Exception as error:  # as above
+        except Exception as error:  # raises as many kinds as hf_hub_download
             raise self._fail(self._hub_sentence(error)) from error
         return Path(snapshot) / (self.entry.subfolder or "")
 

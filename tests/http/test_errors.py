@@ -248,9 +248,9 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve, vaes: dict[str, Loca
     waiting = [threading.Thread(target=lambda: answers.append(post(address).status_code)) for _ in range(2)]
     for thread in waiting:
         thread.start()
-    while "inf_queue_size 1.0\n" not in (told := requests.get(address + "metrics", timeout=10).text):
-        pass
-    assert "inf_batch_current_size 1.0\n" in told
+    told = ""
+    while not ("inf_queue_size 1.0\n" in told and "inf_batch_current_size 1.0\n" in told):
+        told = requests.get(address + "metrics", timeout=10).text
     refused = post(address)
     assert requests.get(address + "health", timeout=10).ok, "a full queue must not fail the readiness probe"
     opened.set()
@@ -318,6 +318,15 @@ def test_a_warm_up_that_fails_is_a_failed_start(
 
     monkeypatch.setattr(ExactKLDecoder, "decode", broken)
     address = serve({"sd": {"repo": str(vaes["sd"].folder), "warmup": [[64, 64]]}})
+    assert_refused(requests.get(address + "health", timeout=10), 503, "unavailable", "did not load")
+
+
+def test_a_start_that_fails_in_an_unknown_way_is_a_failed_start(serve: Serve, vaes: dict[str, LocalVae]) -> None:
+    class Broken(LocalEngine):
+        async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
+            raise ZeroDivisionError
+
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=Broken)
     assert_refused(requests.get(address + "health", timeout=10), 503, "unavailable", "did not load")
 
 

@@ -23,7 +23,7 @@ def preferred_cpu_dtype() -> torch.dtype:
 
 
 def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _has(feature: str) -> bool:

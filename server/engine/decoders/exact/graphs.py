@@ -40,7 +40,7 @@ class Graphs:
         return recording.output.clone()
 
     def _record(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Recording:
-        stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):  # the first run picks algorithms and compiles kernels, which a recording cannot
             function(x)
