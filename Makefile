@@ -44,11 +44,13 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Time stock diffusers and this server's engine side by side
-	$(BIN)/python -m benchmarks.decode --sizes 512 1024 --repeats 3
+bench: $(INSTALLED) ## Decoders, outputs and videos beside their peers: tables and plots (half an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
+	$(BIN)/python -m benchmarks.decode --sizes 256 512 1024 2048 4096 --repeats 3 --compile --save decode-cpu
+	$(BIN)/python -m benchmarks.codecs
 	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.codecs
+	$(BIN)/python -m benchmarks.plot
 
 demo: $(INSTALLED) ## Train the embedded demo model again
 	$(BIN)/python server/demo/train.py $(ARGS)

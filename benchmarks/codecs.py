@@ -1,19 +1,22 @@
-"""Pictures to files: this server's codecs beside others, alternating, on one core, on a photograph with sensor noise.
+"""Pictures and clips to files: this server's codecs beside others, alternating, on a photograph with sensor noise.
 
-`python -m benchmarks.codecs [--size 1024] [--repeats 7]`. Other libraries are measured where they are installed:
-`pip install simplejpeg imagecodecs opencv-python-headless zlib-ng`.
+`python -m benchmarks.codecs [--size 1024] [--frames 61] [--repeats 7]`. Other libraries are measured where they are
+installed, which `make bench` does: `pip install -r benchmarks/requirements.txt`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import io
 import statistics
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,8 +74,55 @@ def others() -> Iterator[tuple[str, Encoder]]:
         quality = [cv2.IMWRITE_JPEG_QUALITY, 75]
         yield "JPEG OpenCV", lambda pixels: cv2.imencode(".jpg", pixels[..., ::-1], quality)[1].tobytes()
     with suppress(ImportError):
+        fpng = importlib.import_module("fpng_py")
+        yield "PNG fpng", lambda pixels: fpng.fpng_encode_image_to_memory(pixels.tobytes(), *pixels.shape[1::-1])
+    with suppress(ImportError):
         zlib_ng = importlib.import_module("zlib_ng.zlib_ng")
         yield "PNG Average filter + zlib-ng 1", our_png_with(zlib_ng.compress)
+
+
+def our_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
+    tensor = RawTensor(frames.shape, "uint8", frames.reshape(-1).data)
+    return bytes(format_named("mp4").render(tensor, RenderOptions(10, 5, "")).body)
+
+
+def pyav_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
+    """The same codec, rate and quality by PyAV, in this process."""
+    av = importlib.import_module("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "25"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.thread_type = "FRAME"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def imageio_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
+    """What diffusers' export_to_video does: imageio-ffmpeg's own writer."""
+    imageio_ffmpeg = importlib.import_module("imageio_ffmpeg")
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        writer = imageio_ffmpeg.write_frames(file.name, frames.shape[2:0:-1], fps=10, quality=5, macro_block_size=2)
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        return Path(file.name).read_bytes()
+
+
+def video_encoders() -> Iterator[tuple[str, Encoder]]:
+    yield "MP4 ours (ffmpeg process)", our_mp4
+    yield "MP4 imageio-ffmpeg's writer", imageio_mp4
+    if importlib.util.find_spec("av"):
+        yield "MP4 PyAV", pyav_mp4
+
+
+def film(frames: int, height: int, width: int) -> Pixels:
+    """A slow pan over a photograph."""
+    still = photo(max(height, width) + frames)
+    return np.stack([still[i : i + height, i : i + width] for i in range(frames)])
 
 
 def photo(size: int) -> Pixels:
@@ -84,6 +134,7 @@ def photo(size: int) -> Pixels:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--frames", type=int, default=61)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     encoders: dict[str, Encoder] = {
@@ -94,16 +145,20 @@ def main() -> None:
         "JPEG ours (Pillow)": ours("jpg"),
         **dict(others()),
     }
-    pixels = photo(arguments.size)
+    print(f"{arguments.size}x{arguments.size}, and clips of {arguments.frames} frames of 320x512\n")
+    print("| codec | ms | KiB |\n| --- | --- | --- |")
+    table(encoders, photo(arguments.size), arguments.repeats)
+    table(dict(video_encoders()), film(arguments.frames, 320, 512), max(1, arguments.repeats // 2))
+
+
+def table(encoders: dict[str, Encoder], pixels: Pixels, repeats: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in encoders}
     sizes = {}
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         for name, encode in encoders.items():
             started = time.perf_counter()
             sizes[name] = len(encode(pixels))
             times[name].append((time.perf_counter() - started) * 1e3)
-    print(f"{arguments.size}x{arguments.size}, median of {arguments.repeats}\n")
-    print("| codec | ms | KiB |\n| --- | --- | --- |")
     for name in sorted(encoders):
         print(f"| {name} | {statistics.median(times[name]):.1f} | {sizes[name] >> 10} |")
 

@@ -1,9 +1,12 @@
 """Time, memory and quality of the exact decoder beside diffusers' own, alternating in one process.
 
     python -m benchmarks.decode --sizes 512 1024 --repeats 5
-    python -m benchmarks.decode --device cuda --sizes 512 1024 2048
+    python -m benchmarks.decode --device cuda --sizes 512 1024 2048 --compile
 
 The VAE has the size of SD1, SDXL, SD3 and Flux and seeded random weights. Quality is the PSNR against float32.
+OpenVINO takes part on a CPU where it is installed.
+
+`--save NAME` also writes benchmarks/results/NAME.json, which `benchmarks.plot` draws.
 """
 
 from __future__ import annotations
@@ -12,28 +15,38 @@ import argparse
 import copy
 import ctypes
 import gc
+import importlib.util
+import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from server.engine.decoders.exact import ExactKLDecoder
 from server.engine.decoders.exact.network import Attention, Network, Resnet, Upsample
-from server.engine.decoders.exact.plan import Plan, footprint
+from server.engine.decoders.exact.plan import RECOMPUTED_BAND_BYTES, Plan, footprint
 from server.types import Layout
 
 Variant = Callable[[Tensor], Tensor]
 MEGA = 1e6
-HEADER = (
-    "| size | decode | ms (median) | ms (best) | ratio | ratio of the best | of matrix rate "
-    "| peak activations MB | PSNR dB |"
-)
+RESULTS = Path(__file__).parent / "results"
+HEADER = "| size | decode | s | s (best) | ratio | against fp32 | of matrix rate | peak activations MB | PSNR dB |"
+FP32, BF16 = "diffusers fp32", "diffusers bf16 channels_last"
+LONG_S = 20.0  # a decode that takes longer is run once, without a warm-up
+COMPILED_SIDE = 1024  # above it compiling takes minutes a size
+LARGEST_FP32_SIDE = 2048
+# Bytes a variant needs per pixel, to leave out what this machine cannot hold: measured at 1024².
+BYTES_PER_PIXEL = {FP32: 4000, BF16: 1700, "OpenVINO bf16": 1200, "ours, one band": 1500}
 
 
 def full_size_vae() -> AutoencoderKL:
@@ -52,7 +65,7 @@ def full_size_vae() -> AutoencoderKL:
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.3)
     vae.encoder = torch.nn.Identity()
-    return vae.eval()
+    return vae.eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -64,6 +77,7 @@ def main() -> None:
     parser.add_argument("--budget-mb", type=int, default=None, help="memory budget of the 'at budget' variant")
     parser.add_argument("--only", nargs="+", default=None, help="substrings of the variants to run")
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
+    parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
@@ -73,11 +87,15 @@ def main() -> None:
     rate = matrix_rate(device)
     print(f"{device_name(device)}, torch {torch.__version__}, bf16 matrix product {rate / 1e12:.2f} TFLOP/s\n")
     all_variants, network = variants(device, arguments)
+    chosen = {n: f for n, f in all_variants.items() if not arguments.only or any(o in n for o in arguments.only)}
     print(HEADER)
     print("| --- " * HEADER.count(" | ") + "| --- |")
-    for size in arguments.sizes:
-        chosen = {n: f for n, f in all_variants.items() if not arguments.only or any(o in n for o in arguments.only)}
-        table(size, chosen, network, rate, device, arguments.repeats)
+    rows = [row for size in arguments.sizes for row in table(size, chosen, network, rate, device, arguments.repeats)]
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        machine = f"{device_name(device)}, torch {torch.__version__}"
+        saved = {"machine": machine, "date": f"{datetime.now(UTC):%Y-%m-%d}", "rate_flops": rate, "rows": rows}
+        (RESULTS / f"{arguments.save}.json").write_text(json.dumps(saved, indent=1) + "\n")
 
 
 def variants(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, Variant], Network]:
@@ -88,20 +106,61 @@ def variants(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[
     tiled = copy.deepcopy(nhwc)
     tiled.enable_tiling()
 
-    chosen: dict[str, Variant] = {"diffusers fp32": stock(vae), "diffusers bf16 channels_last": stock(nhwc)}
-    chosen["diffusers bf16 channels_last tiled (not exact)"] = stock(tiled)
+    chosen: dict[str, Variant] = {FP32: stock(vae), BF16: stock(nhwc)}
+    chosen[f"{BF16} tiled (not exact)"] = stock(tiled)
     if device.type == "cuda":
         chosen["diffusers bf16"] = stock(half)
         chosen["ours, no graph"] = ours(decoder, lambda plan, _: plan)
     if arguments.compile:
-        compiled = copy.deepcopy(nhwc)
-        compiled.decoder.forward = torch.compile(compiled.decoder.forward, dynamic=False)
-        chosen["torch.compile bf16 channels_last"] = stock(compiled)
+        chosen["torch.compile bf16 channels_last"] = compiled(nhwc)
+    if device.type == "cpu" and importlib.util.find_spec("openvino"):
+        chosen["OpenVINO bf16"] = openvino(vae)
+    if device.type == "cpu":
+        single = ExactKLDecoder(copy.deepcopy(vae))
+        chosen["ours, fp32"] = lambda latents: single.decode(latents, Layout.SAMPLE)
     chosen["ours, one band"] = ours(decoder, lambda plan, largest: replace(plan, band_bytes=largest))
+    chosen["ours, recomputing"] = ours(
+        decoder, lambda plan, _: replace(plan, recomputes=True, band_bytes=RECOMPUTED_BAND_BYTES)
+    )
     chosen["ours"] = lambda latents: decoder.decode(latents.to(torch.bfloat16), Layout.SAMPLE)
     if arguments.budget_mb:
         chosen[f"ours, {arguments.budget_mb} MB"] = at_budget(decoder, arguments.budget_mb << 20)
     return chosen, decoder.network
+
+
+def compiled(vae: AutoencoderKL) -> Variant:
+    vae = copy.deepcopy(vae)
+    torch._inductor.config.freezing = True  # what inference on a CPU is advised to do
+    vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)
+    return stock(vae)
+
+
+def openvino(vae: AutoencoderKL) -> Variant:
+    """One compiled model per shape; its memory is given back after each decode, so that the next one's can be read."""
+    ov = importlib.import_module("openvino")
+
+    class Whole(torch.nn.Module):
+        def forward(self, latents: Tensor) -> Any:
+            return vae.decoder(vae.post_quant_conv(latents))
+
+    with warnings.catch_warnings(action="ignore"):
+        model = ov.convert_model(Whole(), example_input=torch.randn(1, 4, 8, 8))
+    made: dict[tuple[int, ...], Any] = {}
+
+    def decode(latents: Tensor) -> Tensor:
+        shape = tuple(latents.shape)
+        if shape not in made:
+            model.reshape(list(shape))
+            hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
+            made[shape] = ov.Core().compile_model(model, "CPU", hints)
+        return torch.from_numpy(made[shape](latents.numpy())[0])
+
+    def release() -> None:
+        for network in made.values():
+            network.release_memory()
+
+    decode.release = release  # type: ignore[attr-defined]
+    return decode
 
 
 def stock(vae: AutoencoderKL) -> Variant:
@@ -113,7 +172,7 @@ def ours(decoder: ExactKLDecoder, change: Callable[[Plan, int], Plan]) -> Varian
         batch, _, height, width = latents.shape
         plan = change(decoder.plan(batch, height, width), footprint(decoder.network, height, width).largest)
         with torch.inference_mode():
-            return decoder.run(plan, latents.to(torch.bfloat16), Layout.SAMPLE)
+            return decoder.run(plan, latents.to(torch.bfloat16), Layout.SAMPLE)[0]
 
     return decode
 
@@ -124,50 +183,75 @@ def at_budget(decoder: ExactKLDecoder, budget_bytes: int) -> Variant:
         plan = decoder.plan(latents.shape[0], *latents.shape[2:])
         decoder.memory_budget_bytes = None
         with torch.inference_mode():
-            return decoder.run(plan, latents.to(torch.bfloat16), Layout.SAMPLE)
+            return decoder.run(plan, latents.to(torch.bfloat16), Layout.SAMPLE)[0]
 
     return decode
 
 
 def table(
     size: int, chosen: dict[str, Variant], network: Network, rate: float, device: torch.device, repeats: int
-) -> None:
+) -> list[dict[str, Any]]:
     latents = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(size)).to(device)
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     peaks, quality = {}, {}
     reference: Tensor | None = None
-    failed: set[str] = set()
-    for repeat in range(repeats + 1):  # the first is warm-up, and where memory and quality are read
-        for name, decode in chosen.items():
-            slow = name == "diffusers fp32" and device.type == "cpu"  # minutes: no warm-up, and timed once
-            if name in failed or (slow and repeat > 1):
-                continue
-            try:
-                if repeat == 0:
-                    if not slow:
-                        decode(latents)
-                    peaks[name], picture = peak_of(decode, latents, device)
-                    if name == "diffusers fp32":
-                        reference = picture.float().cpu()
-                    quality[name] = psnr(picture.float().cpu(), reference)
-                    del picture
-                else:
-                    seconds[name].append(timed(decode, latents, device))
-            except torch.OutOfMemoryError:
-                failed.add(name)
-    compared = seconds.get("diffusers bf16 channels_last") or [math.nan]
-    usual, usual_best = statistics.median(compared), min(compared)  # the best is what a busy machine disturbs least
-    for name in chosen:
-        if not seconds[name]:
-            print(f"| {size}² | {name} | out of memory | | | | | | |")
+    left_out = {name: reason for name in chosen if (reason := reason_to_leave_out(name, size, device))}
+    runs = {name: decode for name, decode in chosen.items() if name not in left_out}
+    for name, decode in runs.items():  # memory and quality, and of long decodes the time
+        try:
+            if compiles_first(name):
+                decode(latents)
+            started = time.perf_counter()
+            peaks[name], picture = peak_of(decode, latents, device)
+        except torch.OutOfMemoryError:
+            left_out[name] = "out of memory"
             continue
-        median, best = statistics.median(seconds[name]), min(seconds[name])
-        share = folded_flops(network, size // 8) / median / rate
+        if (elapsed := time.perf_counter() - started) > LONG_S:
+            seconds[name].append(elapsed)
+        picture = picture.float().cpu()
+        reference = picture if name == FP32 else reference
+        quality[name] = psnr(picture, reference)
+    for _ in range(repeats):
+        for name in peaks:
+            if not seconds[name] or seconds[name][0] <= LONG_S:
+                seconds[name].append(timed(runs[name], latents, device))
+    medians = {name: statistics.median(times) for name, times in seconds.items() if times}
+    rows: list[dict[str, Any]] = []
+    for name in chosen:
+        if name in left_out:
+            print(f"| {size}² | {name} | {left_out[name]} | | | | | | |", flush=True)
+            continue
+        row = {
+            "size": size, "decode": name, "s": medians[name], "best_s": min(seconds[name]),
+            "ratio": medians.get(BF16, math.nan) / medians[name],
+            "against_fp32": medians.get(FP32, math.nan) / medians[name],
+            "share": folded_flops(network, size // 8) / medians[name] / rate,
+            "peak_bytes": peaks[name], "psnr_db": quality[name],
+        }  # fmt: skip
+        rows.append(row)
         print(
-            f"| {size}² | {name} | {1e3 * median:.1f} | {1e3 * best:.1f} | {usual / median:.2f} "
-            f"| {usual_best / best:.2f} | {share:.0%} | {peaks[name] / MEGA:.0f} | {quality[name]:.2f} |",
+            f"| {size}² | {name} | {row['s']:.4g} | {row['best_s']:.4g} | {row['ratio']:.2f} "
+            f"| {row['against_fp32']:.1f} | {row['share']:.0%} | {peaks[name] / MEGA:.0f} | {quality[name]:.2f} |",
             flush=True,
         )
+    return rows
+
+
+def reason_to_leave_out(name: str, size: int, device: torch.device) -> str | None:
+    if name.startswith("torch.compile") and device.type == "cpu" and size > COMPILED_SIDE:
+        return f"compiled up to {COMPILED_SIDE}² only"
+    if device.type == "cpu":
+        needed = BYTES_PER_PIXEL.get(name, 0) * size * size
+        if needed > psutil.virtual_memory().available:
+            return f"needs about {needed / 1e9:.0f} GB"
+        if "fp32" in name and size > LARGEST_FP32_SIDE:
+            return "takes many minutes"
+    return None
+
+
+def compiles_first(name: str) -> bool:
+    """Compilers compile; of the others the run that reads the memory is the warm-up."""
+    return name.startswith(("torch.compile", "OpenVINO"))
 
 
 def timed(decode: Variant, latents: Tensor, device: torch.device) -> float:
@@ -181,6 +265,7 @@ def timed(decode: Variant, latents: Tensor, device: torch.device) -> float:
 def peak_of(decode: Variant, latents: Tensor, device: torch.device) -> tuple[int, Tensor]:
     """The most memory above what was held before: the allocator's count on a GPU, resident pages on a CPU."""
     gc.collect()
+    getattr(decode, "release", lambda: None)()
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats()

@@ -93,16 +93,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run_server(settings: Settings, listener: socket.socket) -> None:
-    """Serve until a signal. Raises ModelUnavailable when a model that must be there does not load."""
-    import uvicorn
-
-    from server.engine.local import LocalEngine, check_device
+    """Serve until a signal. Raises ModelUnavailable or ConfigError when what must be there is not."""
+    from server.engine.process import engines_for
     from server.http.app import create_app
+    from server.http.drain import DrainingServer
     from server.metrics import Metrics
     from server.service import Service, State
 
-    check_device(settings)
-    service = Service(settings, LocalEngine(settings), Metrics())
+    metrics = Metrics()
+    engines = engines_for(settings, metrics)
+    service = Service(settings, engines, metrics)
 
     def on_started() -> None:
         if service.state is State.FAILED:
@@ -111,10 +111,12 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
             announce(settings, listener)
 
     app = create_app(service, on_started)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, server_header=False, date_header=False)
-    )
-    server.run(sockets=[listener])
+    server = DrainingServer(service, app)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for engine in engines:  # a second signal leaves no time for their own end
+            engine.kill()
     if service.failure:
         raise service.failure
 

@@ -103,8 +103,9 @@ class ServerOptions(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto, cpu, cuda, cuda:N or mps, for models whose entry names none",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|cuda:\d+))*$",
+        description="auto, cpu, cuda, cuda:N or mps, or several with commas, each with a worker process of its own; "
+        "auto and cuda take every CUDA device",
     )
     dtype: Dtype = Field(
         "auto", description="auto, float32, float16 or bfloat16, for models whose entry names none; auto: by the device"
@@ -112,9 +113,25 @@ class ServerOptions(BaseSettings):
     memory_budget_mb: int | None = Field(
         None, ge=1, description="most memory a decode's activations may take, in MiB; default: what is free"
     )
-    max_queue: int = Field(32, ge=1, description="requests that may wait or run; one more is answered 429")
+    model_memory_mb: int | None = Field(
+        None, ge=1, description="most memory that a device's models may take, in MiB; the least recently used leave"
+    )
+    idle_unload_s: float | None = Field(None, gt=0, description="unload a model that was not used for so long")
+    max_queue: int = Field(16, ge=1, description="requests accepted at a time, for each device; one more is 429")
+    max_batch: int = Field(16, ge=1, description="requests decoded together at most")
+    max_queue_mb: int = Field(
+        1024, ge=1, description="bytes of accepted requests and their answers, in MiB; what comes over it is 429"
+    )
+    batch_pixels: int = Field(
+        1 << 20, ge=1, description="pixels decoded together, of requests alike; larger ones are decoded alone"
+    )
     max_body_mb: int = Field(128, ge=1, description="largest request body, in MiB")
     request_timeout_s: float = Field(300, gt=0, description="deadline of one request, in seconds; past it: 504")
+    hang_grace_s: float = Field(10, gt=0, description="a decode that runs so long past its deadline ends its worker")
+    drain_timeout_s: float = Field(25, gt=0, description="after SIGTERM accepted requests have so long to finish")
+    drain_notice_s: float = Field(
+        0, ge=0, description="after SIGTERM new requests are answered 503 for at least so long"
+    )
     jpeg_quality: int = Field(75, ge=1, le=100, description="JPEG quality unless the request says one")
     video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
     fps: float = Field(10, gt=0, le=240, description="MP4 frames per second unless the request says them")

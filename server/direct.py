@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.config import Settings
-from server.engine.local import SyncEngine
+from server.engine.sync import SyncEngine
 from server.http import wire
 from server.outputs import format_named
 from server.types import Decoded, DecodeRequest, Rendered
@@ -27,7 +27,10 @@ class DirectDecoder:
         return prepared.with_data(data)
 
     def decode(self, request: DecodeRequest) -> Decoded:
-        return self.engine.decode(request.job)
+        outcome = self.engine.decode([request.job])[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def render(self, request: DecodeRequest, decoded: Decoded) -> Rendered:
         return format_named(request.format).render(decoded.tensor, request.render)

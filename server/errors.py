@@ -6,6 +6,7 @@
     ├── Unauthorized 401 · NotFound 404 (UnknownModel unknown_model) · MethodNotAllowed 405
     ├── NotAcceptable 406 · TooLarge 413 (TooLargeForDevice) · UnsupportedBody 415 · Impossible 422
     ├── NotSupportedYet 501
+    ├── WorkerCrashed 500 worker_crashed
     ├── QueueFull 429 · Unavailable 503 (ModelUnavailable) · DeadlinePassed 504      (worth a retry)
     └── ConfigError: models.yaml, a flag or an environment variable; ends the process with exit status 2
 
@@ -144,7 +145,14 @@ class ModelUnavailable(Unavailable):
 
     def __init__(self, model: str, detail: str) -> None:
         super().__init__(f"the model '{model}' cannot be loaded on this server; its log says why, tell its operator")
+        self.model = model
         self.detail = detail
+
+
+class WorkerCrashed(ServerError):
+    """The process that decoded the request ended, twice."""
+
+    code = "worker_crashed"
 
 
 class DeadlinePassed(ServerError):

@@ -27,7 +27,7 @@ def read_latents(path: Path, key: str | None) -> RawTensor:
     found = tensors[name]
     if found["dtype"] not in DTYPES:
         raise ConfigError(f"{path}: '{name}' is {found['dtype']}; latents are float16, bfloat16 or float32")
-    return RawTensor(tuple(found["shape"]), DTYPES[found["dtype"]], found["data"])
+    return RawTensor(tuple(found["shape"]), DTYPES[found["dtype"]], memoryview(found["data"]))
 
 
 def output_of(path: Path) -> tuple[str, str]:

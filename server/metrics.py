@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+Count = Callable[[], float]
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 BYTES = tuple(4.0**n for n in range(5, 15))
@@ -30,8 +34,30 @@ class Metrics:
         self.response_bytes = Histogram("vae_response_bytes", "Answers sent", buckets=BYTES, registry=registry)
         self.output_pixels = Counter("vae_output_pixels", "Pixels decoded", ["model"], registry=registry)
         self.rejected = Counter("vae_rejected", "Requests refused", ["reason"], registry=registry)
-        self.model_loaded = Gauge(
-            "vae_model_loaded", "1 when the weights are on a device", ["model"], registry=registry
+        self.batch_size = Histogram(
+            "vae_batch_size", "Requests decoded together", buckets=(1, 2, 4, 8, 16, 32), registry=registry
         )
-        self.queue_depth = Gauge("inf_queue_size", "Requests that wait for the device", registry=registry)
-        self.running = Gauge("inf_batch_current_size", "Requests on the device", registry=registry)
+        self.out_of_memory = Counter("vae_oom", "Decodes that ran out of memory", ["step"], registry=registry)
+        self.nonfinite = Counter(
+            "vae_nonfinite", "Half-precision overflows, decoded again in float32", ["where"], registry=registry
+        )
+        self.cancelled = Counter("vae_cancelled", "Clients that left", ["stage"], registry=registry)
+        self.worker_restarts = Counter(
+            "vae_worker_restarts", "Worker processes that ended", ["cause"], registry=registry
+        )
+        self.model_loaded = Gauge("vae_model_loaded", "Devices that hold the weights", ["model"], registry=registry)
+        self.queue_depth = Gauge("vae_queue_depth", "Requests that wait for a device", registry=registry)
+        self.queue_bytes = Gauge("vae_queue_bytes", "Bytes of accepted requests and answers", registry=registry)
+        self.inflight = Gauge("vae_inflight", "Requests given to a device", registry=registry)
+        self._toolkit = (
+            Gauge("inf_queue_size", "As vae_queue_depth, for the toolkit's scrapers", registry=registry),
+            Gauge("inf_batch_current_size", "As vae_inflight, for the toolkit's scrapers", registry=registry),
+        )
+
+    def watch_queue(self, waiting: Count, running: Count, size_bytes: Count) -> None:
+        """Read these whenever the metrics are."""
+        for gauge in (self.queue_depth, self._toolkit[0]):
+            gauge.set_function(waiting)
+        for gauge in (self.inflight, self._toolkit[1]):
+            gauge.set_function(running)
+        self.queue_bytes.set_function(size_bytes)

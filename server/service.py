@@ -1,53 +1,31 @@
-"""Sole owner of running state: what is served, what waits, whether the server is ready. Knows no HTTP and no torch."""
+"""The sole owner of what the server is doing: state, models, queue, counts. Knows no HTTP and no torch."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import time
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from functools import partial
 
+from server.batching import Queue
 from server.config import Settings
-from server.errors import DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
+from server.dispatch import Dispatcher, Engine, Job
+from server.errors import ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
 from server.metrics import Metrics
-from server.outputs import format_named
-from server.types import Decoded, DecodeJob, DecodeRequest, LoadedInfo, ModelInfo, Rendered
+from server.types import DecodeRequest, Done, LoadedInfo, ModelInfo, Rendered
 
 log = logging.getLogger(__name__)
 
-
-class Engine(Protocol):
-    """Whatever owns the device: this process, a worker process, a Ray replica."""
-
-    async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
-        """Read config.json, not the weights; without the network on demand. Raises ModelUnavailable."""
-        ...
-
-    async def load(self, model: str) -> None:
-        """Bring the weights to the device. Raises ModelUnavailable."""
-        ...
-
-    def loaded(self, model: str) -> LoadedInfo | None:
-        """None until the weights are on a device."""
-        ...
-
-    async def decode(self, job: DecodeJob) -> Decoded:
-        """Decode, loading first if it must. Raises ModelUnavailable, NonFiniteInput, TooLargeForDevice."""
-        ...
-
-    def close(self) -> None:
-        """Let go of threads and the device."""
-        ...
+FIRST_GUESS_S_PER_PIXEL = 1e-6
+MEMORY = 0.3  # of the last decode in the estimate of the next
 
 
 class State(StrEnum):
-    """STARTING -> READY -> DRAINING, or FAILED when a model that must be there at the start does not load."""
+    """STARTING -> READY -> DRAINING, or FAILED when a device or a model that must be there at the start is not."""
 
     STARTING = "starting"
     READY = "ready"
@@ -63,36 +41,57 @@ class Answer:
     queue_ms: float
     decode_ms: float
     render_ms: float
+    is_upcast: bool
+
+
+class Admission:
+    """A request's place among the accepted ones, from before its body is read until its answer is sent."""
+
+    def __init__(self, service: Service, deadline: float) -> None:
+        self.deadline = deadline
+        self.size_bytes = 0
+        self.is_sending = False
+        self._service = service
+
+    def reserve(self, size_bytes: int) -> None:
+        """For the request and its answer, before the body is read. Raises QueueFull."""
+        self._service.check_bytes(size_bytes)
+        self.size_bytes = size_bytes
 
 
 class Service:
-    """Admits, decodes, renders."""
+    """Admits, queues, answers."""
 
-    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, engines: Sequence[Engine], metrics: Metrics) -> None:
         self.settings = settings
-        self.engine = engine
         self.metrics = metrics
         self.state = State.STARTING
-        self.failure: ModelUnavailable | None = None
+        self.failure: ModelUnavailable | ConfigError | None = None
         self.infos: dict[str, ModelInfo] = {}
+        options = settings.options
+        self._dispatcher = Dispatcher(engines, Queue(options.batch_pixels, options.max_batch), options.hang_grace_s)
         self._failed: set[str] = set()
-        self._accepted = 0
-        self._on_device = 0
-        self._last_decode_s = 1.0
-        self._render_pool = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
+        self._admissions: set[Admission] = set()
+        self._answering = 0  # admitted, and the whole request is here
+        self._nothing_to_answer = asyncio.Event()
+        self._s_per_pixel: dict[str, float] = {}
+        metrics.watch_queue(lambda: self._waiting, lambda: self._running, lambda: self._size_bytes)
+        for name in settings.models:
+            metrics.model_loaded.labels(name).set_function(partial(self._holders, name))
 
     async def start(self) -> None:
-        """Load what must be there before the first request; READY, or FAILED with `failure` set."""
+        """Start the devices and load what must be there; READY, or FAILED with `failure` set."""
         try:
+            await self._dispatcher.start()
             for name in self.settings.models:
                 with suppress(ModelUnavailable):
-                    self.infos[name] = await self.engine.describe(name, is_local_only=True)
+                    self.infos[name] = await self._engine(name).describe(name, is_local_only=True)
             await self.describe(self.settings.default)
             for name, entry in self.settings.models.items():
                 if entry.preload or entry.warmup:
-                    await self.engine.load(name)
-                    self.metrics.model_loaded.labels(name).set(1)
-        except ModelUnavailable as error:
+                    for engine in self._engines(name):
+                        await engine.load(name)
+        except (ModelUnavailable, ConfigError) as error:
             self.state, self.failure = State.FAILED, error
         except Exception as error:  # the border of the start: a server that cannot start must say so, not hang
             log.exception("the start failed")
@@ -101,13 +100,24 @@ class Service:
         else:
             self.state = State.READY
 
-    def drain(self) -> None:
-        """Refuse what comes; what was accepted goes on."""
-        self.state = State.DRAINING
+    async def drain(self) -> None:
+        """Refuse what comes and wait for what was accepted, no longer than `drain_timeout_s`.
 
-    def close(self) -> None:
-        self._render_pool.shutdown(wait=False, cancel_futures=True)
-        self.engine.close()
+        Requests whose body is still on its way are not waited for.
+        """
+        self.state = State.DRAINING
+        options = self.settings.options
+        with suppress(TimeoutError):
+            async with asyncio.timeout(options.drain_timeout_s):
+                await asyncio.sleep(options.drain_notice_s)
+                while self._answering:
+                    self._nothing_to_answer.clear()
+                    await self._nothing_to_answer.wait()
+        if self._answering:
+            log.error("%d requests were not done within %g s of draining", self._answering, options.drain_timeout_s)
+
+    async def close(self) -> None:
+        await self._dispatcher.close()
 
     def resolve(self, word: str | None) -> str:
         """The model that a request names, the default when it names none. Raises UnknownModel."""
@@ -123,14 +133,104 @@ class Service:
         """What is known of a model before it is loaded. Raises ModelUnavailable."""
         if name not in self.infos:
             with self._noting_failure(name):
-                self.infos[name] = await self.engine.describe(name)
+                self.infos[name] = await self._engine(name).describe(name)
         return self.infos[name]
+
+    def loaded(self, name: str) -> list[LoadedInfo]:
+        """On each device that holds it."""
+        return [info for engine in self._dispatcher.engines if (info := engine.loaded(name)) is not None]
 
     def model_state(self, name: str) -> str:
         """`loaded`, `not loaded` or `failed`."""
-        if self.engine.loaded(name):
+        if self.loaded(name):
             return "loaded"
         return "failed" if name in self._failed else "not loaded"
+
+    def check_ready(self) -> None:
+        """Raises Unavailable unless requests are taken."""
+        match self.state:
+            case State.STARTING:
+                raise Unavailable("the server is still loading its models; try again in a few seconds")
+            case State.DRAINING:
+                raise Unavailable("the server is shutting down and takes no new requests; try again later")
+            case State.FAILED:
+                raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
+        if not any(engine.is_alive for engine in self._dispatcher.engines):
+            raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
+
+    def check_can_serve(self) -> None:
+        """Raises Unavailable unless requests are taken and there is a model that has not failed to load."""
+        self.check_ready()
+        if self._failed >= self.settings.models.keys():
+            raise Unavailable("no model of this server loads; its log says why, tell its operator")
+
+    def check_bytes(self, size_bytes: int) -> None:
+        """Raises QueueFull when so much more would be too much; one request alone is never."""
+        if self._admissions and self._size_bytes + size_bytes > self.settings.options.max_queue_mb << 20:
+            raise self._queue_full("the accepted requests hold as many bytes as this server allows")
+
+    @asynccontextmanager
+    async def admitted(self, patience_s: float | None = None) -> AsyncIterator[Admission]:
+        """A place among the accepted requests. One deadline covers all of it, the client's if that is earlier.
+
+        Raises Unavailable, QueueFull, DeadlinePassed.
+        """
+        self.check_ready()
+        options = self.settings.options
+        timeout_s = min(options.request_timeout_s, patience_s or math.inf)
+        if len(self._admissions) >= options.max_queue * len(self._dispatcher.engines):
+            raise self._queue_full(f"{len(self._admissions)} requests wait already")
+        admission = Admission(self, asyncio.get_running_loop().time() + timeout_s)
+        self._admissions.add(admission)
+        try:
+            async with asyncio.timeout_at(admission.deadline):
+                yield admission
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"not done after {timeout_s:g} s, the deadline of a request; "
+                "send fewer or smaller latents, or try later"
+            ) from None
+        finally:
+            self._admissions.discard(admission)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """From when the whole request is here until its answer is sent: what a drain waits for."""
+        self._answering += 1
+        try:
+            yield
+        finally:
+            self._answering -= 1
+            if not self._answering:
+                self._nothing_to_answer.set()
+
+    async def decode(self, request: DecodeRequest, admission: Admission) -> Answer:
+        """Queue, decode, render. Raises what the engine raises."""
+        job = self._job(request, admission)
+        try:
+            with self._noting_failure(request.job.model):
+                done = await self._dispatcher.answer(job)
+        except asyncio.CancelledError:
+            if asyncio.get_running_loop().time() < admission.deadline:
+                self.metrics.cancelled.labels("queued" if job.started is None else "running").inc()
+            raise
+        started = job.arrived if job.started is None else job.started
+        return self._account(job, done, queue_s=started - job.arrived)
+
+    def _job(self, request: DecodeRequest, admission: Admission) -> Job:
+        loop, decode = asyncio.get_running_loop(), request.job
+        pixels = decode.geometry.pixels
+        return Job(
+            model=decode.model,
+            key=(decode.model, decode.geometry.latent_shape[1:], decode.layout),
+            pixels=pixels,
+            seconds=pixels * self._s_per_pixel.get(decode.model, FIRST_GUESS_S_PER_PIXEL),
+            size_bytes=admission.size_bytes,
+            arrived=loop.time(),
+            deadline=admission.deadline,
+            request=request,
+            answer=loop.create_future(),
+        )
 
     @contextmanager
     def _noting_failure(self, name: str) -> Iterator[None]:
@@ -142,84 +242,49 @@ class Service:
             raise
         self._failed.discard(name)
 
-    def check_ready(self) -> None:
-        """Raises Unavailable unless requests are taken."""
-        match self.state:
-            case State.STARTING:
-                raise Unavailable("the server is still loading its models; try again in a few seconds")
-            case State.DRAINING:
-                raise Unavailable("the server is shutting down and takes no new requests; try again later")
-            case State.FAILED:
-                raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
-
-    def check_can_serve(self) -> None:
-        """Raises Unavailable unless requests are taken and there is a model that has not failed to load."""
-        self.check_ready()
-        if self._failed >= self.settings.models.keys():
-            raise Unavailable("no model of this server loads; its log says why, tell its operator")
-
-    @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """A place among the accepted requests, from before the body is read until the answer is rendered.
-
-        One deadline covers all of it. Raises Unavailable, QueueFull, DeadlinePassed.
-        """
-        self.check_ready()
-        options = self.settings.options
-        if self._accepted >= options.max_queue:
-            wait_s = max(1, math.ceil(self._accepted * self._last_decode_s))
-            raise QueueFull(f"{self._accepted} requests wait already; try again in {wait_s} s", wait_s)
-        self._count(accepted=1)
-        try:
-            async with asyncio.timeout(options.request_timeout_s):
-                yield
-        except TimeoutError:
-            raise DeadlinePassed(
-                f"not done after {options.request_timeout_s:g} s, the deadline of a request; "
-                "send fewer or smaller latents, or try later"
-            ) from None
-        finally:
-            self._count(accepted=-1)
-
-    async def decode(self, request: DecodeRequest) -> Answer:
-        """Queue, decode, render, for a request that was admitted. Raises what the engine and the renderer raise."""
-        arrived = time.perf_counter()
-        self._count(on_device=1)
-        try:
-            with self._noting_failure(request.job.model):
-                decoded = await self.engine.decode(request.job)
-        finally:
-            self._count(on_device=-1)
-        done = time.perf_counter()
-        chosen = format_named(request.format)
-        # Tensors must not wait behind an MP4.
-        pool = self._render_pool if chosen.is_encoded else None
-        rendered = await asyncio.get_running_loop().run_in_executor(pool, chosen.render, decoded.tensor, request.render)
-        return self._account(request, rendered, decoded, done - arrived, time.perf_counter() - done)
-
-    def _count(self, accepted: int = 0, on_device: int = 0) -> None:
-        self._accepted += accepted
-        self._on_device += on_device
-        running = min(1, self._on_device)  # the engine decodes one at a time
-        self.metrics.running.set(running)
-        self.metrics.queue_depth.set(self._accepted - running)
-
-    def _account(
-        self, request: DecodeRequest, rendered: Rendered, decoded: Decoded, engine_s: float, render_s: float
-    ) -> Answer:
-        job, metrics = request.job, self.metrics
-        decode_s = decoded.decode_ms / 1e3
-        queue_s = max(0.0, engine_s - decode_s)
-        self._last_decode_s = decode_s
-        metrics.model_loaded.labels(job.model).set(1)
+    def _account(self, job: Job, done: Done, queue_s: float) -> Answer:
+        metrics, model = self.metrics, job.model
+        decode_s = done.decode_ms / 1e3
+        latest = decode_s / (done.batch_size * job.pixels)
+        self._s_per_pixel[model] = (1 - MEMORY) * self._s_per_pixel.get(model, latest) + MEMORY * latest
         metrics.queue_wait_s.observe(queue_s)
-        metrics.decode_s.labels(job.model).observe(decode_s)
-        metrics.render_s.labels(request.format).observe(render_s)
-        metrics.request_bytes.observe(len(job.tensor.data))
-        metrics.response_bytes.observe(len(rendered.body))
-        g = job.geometry
-        metrics.output_pixels.labels(job.model).inc(g.batch * g.num_frames * g.height * g.width)
-        return Answer(rendered, queue_s * 1e3, decoded.decode_ms, render_s * 1e3)
+        metrics.decode_s.labels(model).observe(decode_s)
+        metrics.render_s.labels(job.request.format).observe(done.render_ms / 1e3)
+        metrics.request_bytes.observe(job.request.job.tensor.data.nbytes)
+        metrics.response_bytes.observe(done.rendered.body.nbytes)
+        metrics.output_pixels.labels(model).inc(job.pixels)
+        metrics.batch_size.observe(done.batch_size)
+        for step in done.oom_steps:
+            metrics.out_of_memory.labels(step).inc()
+        if done.is_upcast:
+            metrics.nonfinite.labels("output").inc()
+        return Answer(done.rendered, queue_s * 1e3, done.decode_ms, done.render_ms, done.is_upcast)
+
+    def _queue_full(self, what: str) -> QueueFull:
+        wait_s = max(1, math.ceil(self._dispatcher.seconds_ahead))
+        return QueueFull(f"{what}; try again in {wait_s} s", wait_s)
+
+    def _holders(self, model: str) -> int:
+        return len(self.loaded(model))
+
+    @property
+    def _running(self) -> int:
+        return sum(job.is_wanted for batch in self._dispatcher.batches if batch.started.done() for job in batch.jobs)
+
+    @property
+    def _waiting(self) -> int:
+        staged = (job for batch in self._dispatcher.batches if not batch.started.done() for job in batch.jobs)
+        return len(self._dispatcher.queue) + sum(job.is_wanted for job in staged)
+
+    @property
+    def _size_bytes(self) -> int:
+        return sum(admission.size_bytes for admission in self._admissions)
+
+    def _engines(self, model: str) -> list[Engine]:
+        return [engine for engine in self._dispatcher.engines if engine.can_run(model)]
+
+    def _engine(self, model: str) -> Engine:
+        return self._engines(model)[0]
 
     def _aliases(self) -> set[str]:
         return {alias for entry in self.settings.models.values() for alias in entry.aliases}

@@ -28,11 +28,11 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor as bytes: C order, little endian. `len(data) == prod(shape) * itemsize`."""
+    """A tensor as bytes: C order, little endian. `data.nbytes == prod(shape) * itemsize`."""
 
     shape: tuple[int, ...]
     dtype: str
-    data: bytes | bytearray | memoryview
+    data: memoryview
 
     @staticmethod
     def bytes_needed(shape: tuple[int, ...], dtype: str) -> int:
@@ -92,6 +92,11 @@ class Geometry:
     def batch(self) -> int:
         return self.latent_shape[0]
 
+    @property
+    def pixels(self) -> int:
+        """Of all pictures and frames."""
+        return self.batch * self.num_frames * self.height * self.width
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -126,10 +131,17 @@ class DecodeJob:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What an engine gives back; `decode_ms` is the device's time, from the bytes in to the bytes out."""
+    """What comes off the device.
+
+    decode_ms: the device's time, from the bytes in to the bytes out, of the whole batch.
+    oom_steps: what was done about a lack of memory. is_upcast: decoded in float32, because half precision overflowed.
+    """
 
     tensor: RawTensor
     decode_ms: float
+    batch_size: int = 1
+    oom_steps: tuple[str, ...] = ()
+    is_upcast: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +157,21 @@ class RenderOptions:
 class Rendered:
     """An answer's body and the headers that describe it."""
 
-    body: bytes | memoryview
+    body: memoryview
     media_type: str
     headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What an engine answers a request with."""
+
+    rendered: Rendered
+    decode_ms: float
+    render_ms: float
+    batch_size: int = 1
+    oom_steps: tuple[str, ...] = ()
+    is_upcast: bool = False
 
 
 @dataclass(frozen=True, slots=True)

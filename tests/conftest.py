@@ -47,10 +47,11 @@ def models_yaml(vaes: dict[str, LocalVae], tmp_path_factory: pytest.TempPathFact
 
 @contextmanager
 def running(settings: Settings, engine: Any = None, until_started: bool = True) -> Iterator[str]:
-    """The server's URL, while it runs in a thread of this process."""
+    """The server's URL, while it runs in a thread of this process; engine: makes one of the settings and metrics."""
     started = threading.Event()
     listener = bind("127.0.0.1", 0)
-    service = Service(settings, engine or LocalEngine(settings), Metrics())
+    metrics = Metrics()
+    service = Service(settings, [engine(settings, metrics) if engine else LocalEngine(settings)], metrics)
     server = uvicorn.Server(uvicorn.Config(create_app(service, started.set), log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -80,6 +81,6 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         def start(models: dict[str, Any], engine: Any = None, until_started: bool = True, **flags: Any) -> str:
             config = write_models_yaml(tmp_path / "models.yaml", models, next(iter(models)))
             settings = load_settings(config=config, **flags)
-            return stack.enter_context(running(settings, engine and engine(settings), until_started))
+            return stack.enter_context(running(settings, engine, until_started))
 
         yield start

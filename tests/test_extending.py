@@ -47,7 +47,7 @@ def test_a_new_output_is_one_function_and_one_line(serve: Serve, vaes: Vaes) -> 
     def render_webp(pixels: RawTensor, options: RenderOptions) -> Rendered:
         buffer = io.BytesIO()
         picture(pixels).save(buffer, "WEBP", lossless=True)
-        return Rendered(buffer.getvalue(), options.media_type)
+        return Rendered(buffer.getbuffer(), options.media_type)
 
     FORMATS.append(Format(("webp",), ("image/webp",), outputs.IMAGE, outputs.PIL, render_webp))
     try:

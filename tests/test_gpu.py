@@ -10,7 +10,7 @@ import torch
 from diffusers.utils.remote_utils import remote_decode
 
 from server.config import load_settings
-from server.engine.local import SyncEngine
+from server.engine.sync import SyncEngine
 from server.errors import TooLargeForDevice
 from server.families import FAMILIES
 from server.types import DecodeJob, Geometry, Layout, RawTensor, Scaling

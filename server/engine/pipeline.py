@@ -1,20 +1,23 @@
-"""The whole story of a request on the device: bytes -> unpack -> unscale -> decode -> postprocess -> bytes."""
+"""The whole story of a batch on the device: bytes -> unpack -> unscale -> decode -> postprocess -> bytes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from server.engine.decoders import Decoder
-from server.errors import NonFiniteInput, TooLargeForDevice
+from server.errors import NonFiniteInput, ServerError, TooLargeForDevice
 from server.families import Family
-from server.types import Decoded, DecodeJob, LatentSpec, LoadedInfo, RawTensor
+from server.types import Decoded, DecodeJob, LatentSpec, Layout, LoadedInfo, RawTensor
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SMALLEST_BUDGET_BYTES = 1  # an exact decoder then takes its lowest bands and recomputes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,34 +29,128 @@ class LoadedModel:
     decoder: Decoder
     device: torch.device
     dtype: torch.dtype
+    weight_bytes: int
     info: LoadedInfo
 
 
-def run(model: LoadedModel, job: DecodeJob) -> Decoded:
-    """Decode one request.
+class NonFiniteOutput(ServerError):
+    """Half precision overflowed: the decode is worth another try in float32."""
 
-    Raises NonFiniteInput, TooLargeForDevice.
+
+class Stream(Protocol):
+    """Where the frames of one clip go as they are done. What was written must not be used once it is abandoned."""
+
+    def write(self, frames: torch.Tensor) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+def run(model: LoadedModel, jobs: Sequence[DecodeJob], stream: Stream | None = None) -> list[Decoded | ServerError]:
+    """Decode jobs of one key together; each gets what it would have got alone, or its own error.
+
+    stream: for one job, receives its frames as they are done. The errors: NonFiniteInput, TooLargeForDevice, and
+    NonFiniteOutput of a half-precision decode that overflowed.
     """
     started = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            latents = to_device(job.tensor, model.device)
-            latents = model.family.prepare(latents, model.spec, job.geometry, job.scaling).to(model.dtype)
-            _check_finite(latents, model.dtype)
-            output = to_host(model.decoder.decode(latents, job.layout))
-    except (torch.OutOfMemoryError, MemoryError):
-        raise _out_of_memory(model, job) from None
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch's CPU allocator has no error class of its own
-            raise
-        raise _out_of_memory(model, job) from None
-    return Decoded(output, (time.perf_counter() - started) * 1e3)
+    with torch.inference_mode():
+        prepared = [_prepared(model, job) for job in jobs]
+        good = [latents for latents in prepared if isinstance(latents, torch.Tensor)]
+        if not good:
+            return [error for error in prepared if isinstance(error, ServerError)]
+        try:
+            output, oom_steps = _decode(model, torch.cat(good), jobs[0].layout, stream)
+        except (_OutOfMemory, NonFiniteOutput) as error:
+            if len(jobs) > 1:  # whoever is to blame, the others must not pay
+                return [run(model, [job])[0] for job in jobs]
+            return [_too_large(jobs[0]) if isinstance(error, _OutOfMemory) else error]
+        rows = output.shape[0] // sum(len(latents) for latents in good)  # a clip's frames may be the first axis
+        parts = iter(torch.split(output, [rows * len(latents) for latents in good]))
+        tensors = [to_host(next(parts)) if isinstance(latents, torch.Tensor) else latents for latents in prepared]
+    decode_ms = (time.perf_counter() - started) * 1e3
+    return [
+        Decoded(tensor, decode_ms, len(good), oom_steps) if isinstance(tensor, RawTensor) else tensor
+        for tensor in tensors
+    ]
+
+
+def _prepared(model: LoadedModel, job: DecodeJob) -> torch.Tensor | ServerError:
+    """The latents as the VAE takes them, or why it cannot."""
+    latents = to_device(job.tensor, model.device)
+    latents = model.family.prepare(latents, model.spec, job.geometry, job.scaling).to(model.dtype)
+    if bool(torch.isfinite(latents).all()):
+        return latents
+    bad = int((~torch.isfinite(latents)).sum())
+    return NonFiniteInput(
+        f"{bad} of {latents.numel()} latent values are NaN or infinite after unscaling to {NAMES[model.dtype]}; "
+        "send finite latents, and check scaling_factor and dtype"
+    )
+
+
+class _OutOfMemory(Exception):
+    """Not even the smallest decode fits."""
+
+
+def _decode(
+    model: LoadedModel, latents: torch.Tensor, layout: Layout, stream: Stream | None
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Decode, walking down when memory runs out: free the caches, then the smallest bands.
+
+    Returns the steps that were needed too. Raises _OutOfMemory, NonFiniteOutput.
+    """
+    decoder, usual = model.decoder, model.decoder.memory_budget_bytes
+    emit = stream.write if stream else None
+    steps: list[str] = []
+    for step in ("", "free_caches", "smallest_bands"):
+        if step:
+            steps.append(step)
+            _free_caches(model.device)
+        try:
+            decoder.memory_budget_bytes = SMALLEST_BUDGET_BYTES if step == "smallest_bands" else usual
+            output = decoder.decode(latents, layout, emit)
+        except Exception as error:
+            _abandon(stream)
+            stream = emit = None
+            if not _is_out_of_memory(error):
+                raise
+            continue
+        finally:
+            decoder.memory_budget_bytes = usual
+        if not bool(decoder.finite):
+            _abandon(stream)
+            raise NonFiniteOutput
+        return output, tuple(steps)
+    raise _OutOfMemory
+
+
+def _abandon(stream: Stream | None) -> None:
+    if stream is not None:
+        stream.abandon()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's CPU allocator has no error class of its own
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def _free_caches(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _too_large(job: DecodeJob) -> TooLargeForDevice:
+    g = job.geometry
+    return TooLargeForDevice(
+        f"{g.batch} x {g.num_frames} x {g.height}x{g.width} does not fit this server's memory; "
+        "send fewer or smaller latents per request"
+    )
 
 
 def to_device(tensor: RawTensor, device: torch.device) -> torch.Tensor:
     """Checked bytes to a float32 tensor: the scaling is done in float32 whatever was sent."""
-    # A bytearray is writable, which torch.frombuffer wants; nobody writes to it.
-    data = tensor.data if isinstance(tensor.data, bytearray) else bytearray(tensor.data)
+    # torch.frombuffer wants to be able to write; nobody does.
+    data = bytearray(tensor.data) if memoryview(tensor.data).readonly else tensor.data
     return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape).to(device, torch.float32)
 
 
@@ -67,23 +164,3 @@ def to_host(tensor: torch.Tensor) -> RawTensor:
 def is_finite(tensor: RawTensor) -> bool:
     """Whether no value is NaN or infinite."""
     return bool(torch.isfinite(torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[tensor.dtype])).all())
-
-
-def _check_finite(latents: torch.Tensor, dtype: torch.dtype) -> None:
-    if bool(torch.isfinite(latents).all()):
-        return
-    bad = int((~torch.isfinite(latents)).sum())
-    raise NonFiniteInput(
-        f"{bad} of {latents.numel()} latent values are NaN or infinite after unscaling to {NAMES[dtype]}; "
-        "send finite latents, and check scaling_factor and dtype"
-    )
-
-
-def _out_of_memory(model: LoadedModel, job: DecodeJob) -> TooLargeForDevice:
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-    g = job.geometry
-    return TooLargeForDevice(
-        f"{g.batch} x {g.num_frames} x {g.height}x{g.width} does not fit this server's memory; "
-        "send fewer or smaller latents per request"
-    )

@@ -15,7 +15,7 @@ from server.http.auth import RequireKey
 from server.http.failures import on_http_exception, on_server_error
 from server.http.frame import Frame
 from server.http.routes import routes
-from server.service import Service
+from server.service import Service, State
 
 
 def create_app(service: Service, on_started: Callable[[], None] | None = None) -> Starlette:
@@ -27,9 +27,9 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
         if on_started:
             starting.add_done_callback(lambda _: on_started())
         yield
-        service.drain()
+        service.state = State.DRAINING
         starting.cancel()
-        service.close()
+        await service.close()
 
     app = Starlette(
         routes=routes,

@@ -14,22 +14,40 @@ from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from server.config import ROUTE_WORDS
-from server.errors import NotSupportedYet, TooLarge
+from server.errors import DeadlinePassed, NotSupportedYet, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
 from server.outputs import FORMATS
-from server.service import Answer, Service
+from server.service import Admission, Answer, Service
 from server.types import DecodeRequest, ModelInfo
 
 
-async def decode(request: Request) -> Response:
-    """POST /, /predict, /{model}."""
-    service: Service = request.app.state.service
-    async with service.admitted():
-        answer = await _unless_client_left(request, service.decode(await _read(request, service)))
-    return _respond(answer)
+class Decode:
+    """POST /, /predict, /{model}. An ASGI application, because the answer's sending is part of the request's time."""
+
+    __name__ = "decode"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        service: Service = request.app.state.service
+        is_sending = False
+        try:
+            async with service.admitted(wire.patience_s(request.headers.get("x-request-timeout"))) as admission:
+                job = await _read(request, service, admission)
+                with service.answering():
+                    answer = await _unless_client_left(request, service.decode(job, admission))
+                    is_sending = True
+                    await _respond(answer)(scope, receive, send)
+        except DeadlinePassed:
+            if is_sending:  # whoever reads so slowly gets no more of it
+                raise ClientDisconnect from None
+            raise
+
+
+decode = Decode()
 
 
 async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
@@ -50,7 +68,7 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer
             task.cancel()
 
 
-async def _read(request: Request, service: Service) -> DecodeRequest:
+async def _read(request: Request, service: Service, admission: Admission) -> DecodeRequest:
     """Headers and query first, so that what they rule out is refused before the body is read."""
     options = service.settings.options
     defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
@@ -59,21 +77,25 @@ async def _read(request: Request, service: Service) -> DecodeRequest:
     limit = options.max_body_mb << 20
     query = request.query_params.multi_items()
     _check_declared(headers.get("content-length"), limit)
+    declared = headers.get("content-length", "")
     if wire.is_json_body(headers.get("content-type"), headers.get("content-encoding")):
+        admission.reserve(int(declared) if declared.isdecimal() else limit)
         body = await _body(request, limit)
         if len(body) > limit:
             raise _body_too_large(limit)
         data, sent = await asyncio.to_thread(wire.read_json, body)
         parameters = wire.Parameters(query, sent)
         info = await _model(request, service, parameters)
-        return wire.prepare(parameters, accept, info, defaults).with_data(data)
+        prepared = wire.prepare(parameters, accept, info, defaults)
+        admission.reserve(prepared.bytes_held)
+        return prepared.with_data(data)
     parameters = wire.Parameters(query)
     info = await _model(request, service, parameters)
     prepared = wire.prepare(parameters, accept, info, defaults)
     _check_declared(str(prepared.bytes_needed), limit)
-    declared = headers.get("content-length", "")
     if declared.isdecimal():
         prepared.check_length(int(declared))
+    admission.reserve(prepared.bytes_held)
     return prepared.with_data(await _body(request, prepared.bytes_needed))
 
 
@@ -107,6 +129,8 @@ def _respond(answer: Answer) -> Response:
     timing = f"queue;dur={answer.queue_ms:.1f}, decode;dur={answer.decode_ms:.1f}, render;dur={answer.render_ms:.1f}"
     rendered = answer.rendered
     headers = {**rendered.headers, "Server-Timing": timing}
+    if answer.is_upcast:
+        headers["X-VAE-Upcast"] = "float32"
     response = Response(rendered.body, headers=headers)
     # Set after the fact: Starlette would add a charset to text/plain, which here is a video.
     response.headers["content-type"] = rendered.media_type
@@ -156,11 +180,11 @@ def _listed(service: Service, name: str) -> dict[str, Any]:
         "limits": entry.limits.model_dump(),
         "dtypes": list(wire.LATENT_DTYPES),
     }
-    info, loaded = service.infos.get(name), service.engine.loaded(name)
+    info, loaded = service.infos.get(name), service.loaded(name)
     if info:
         known |= {"latents": asdict(info.latents), "outputs": _outputs(info.latents.kind)}
     if loaded:
-        known |= {"device": loaded.device, "dtype": loaded.dtype, "decoder": loaded.decoder, "note": loaded.note}
+        known |= {**asdict(loaded[0]), "device": ", ".join(device.device for device in loaded)}
     return known | {"state": service.model_state(name)}
 
 

@@ -39,6 +39,8 @@ DECIMAL = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[
 KNOWN = frozenset({"shape", "dtype", "scaling_factor", "shift_factor", "do_scaling", "output_type", "image_format"}) | {
     *("partial_postprocess", "height", "width", "model", "fps", "quality")
 }
+# A pixel's, of three channels: raw samples and denormalized ones may be float32.
+OUTPUT_BYTES = {Layout.SAMPLE: 12, Layout.UNIT: 12, Layout.PIXELS: 3}
 NOT_SENT = frozenset({"", "none", "null"})
 MAX_DIMENSIONS = 5
 
@@ -190,6 +192,11 @@ class Prepared:
     def bytes_needed(self) -> int:
         return RawTensor.bytes_needed(self.shape, self.dtype)
 
+    @property
+    def bytes_held(self) -> int:
+        """Of the request and, at most, its answer."""
+        return self.bytes_needed + self.geometry.pixels * OUTPUT_BYTES[self.layout]
+
     def check_length(self, found: int) -> None:
         """Raises WrongLength, with a guess at the mistake."""
         if found == self.bytes_needed:
@@ -204,7 +211,7 @@ class Prepared:
     def with_data(self, data: bytes | bytearray) -> DecodeRequest:
         """Raises WrongLength."""
         self.check_length(len(data))
-        tensor = RawTensor(self.shape, self.dtype, data)
+        tensor = RawTensor(self.shape, self.dtype, memoryview(data))
         job = DecodeJob(self.model, tensor, self.geometry, self.scaling, self.layout)
         return DecodeRequest(job, self.format, self.render)
 
@@ -307,6 +314,11 @@ def _preferences(accept: str) -> tuple[list[str], set[str]]:
             ranked.append((quality, media_type))
     wanted = [media_type for quality, media_type in sorted(ranked, key=lambda pair: -pair[0]) if quality > 0]
     return wanted, {media_type for quality, media_type in ranked if quality <= 0}
+
+
+def patience_s(header: str | None) -> float | None:
+    """`X-Request-Timeout`, the seconds after which the client wants no answer any more. Raises BadRequest."""
+    return Parameters([("X-Request-Timeout", header)] if header else []).number("X-Request-Timeout", 0.001, 1e6)
 
 
 def is_json_body(content_type: str | None, content_encoding: str | None) -> bool:

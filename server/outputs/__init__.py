@@ -5,12 +5,12 @@ Which representation answers a request is read off that table; nothing else in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.outputs.image import render_jpeg, render_png
 from server.outputs.tensor import render_base64, render_binary
-from server.outputs.video import render_mp4
+from server.outputs.video import render_mp4, render_mp4_frames
 from server.types import Kind, RawTensor, Rendered, RenderOptions
 
 
@@ -24,6 +24,7 @@ class Format:
     is_encoded: made of uint8 pixels, one picture or clip a response.
     quality: the range of the query's `quality`, None where it has none.
     max_side: the most pixels in a row or column that the format holds.
+    render_frames: renders a clip that comes in chunks of frames, for formats that need not wait for all of it.
     """
 
     names: tuple[str, ...]
@@ -35,6 +36,7 @@ class Format:
     is_encoded: bool = True
     quality: tuple[float, float] | None = None
     max_side: int | None = None
+    render_frames: Callable[[Iterable[RawTensor], RenderOptions], Rendered] | None = None
 
 
 IMAGE: frozenset[Kind] = frozenset({"image"})
@@ -44,7 +46,16 @@ PIL, PT, MP4 = frozenset({"pil"}), frozenset({"pt"}), frozenset({"mp4"})
 FORMATS: list[Format] = [
     Format(("jpg", "jpeg"), ("image/jpeg",), IMAGE, PIL, render_jpeg, quality=(1, 100), max_side=65500),
     Format(("png",), ("image/png",), IMAGE, PIL, render_png),
-    Format(("mp4",), ("video/mp4", "text/plain"), VIDEO, MP4, render_mp4, quality=(1, 10), max_side=16384),
+    Format(
+        ("mp4",),
+        ("video/mp4", "text/plain"),
+        VIDEO,
+        MP4,
+        render_mp4,
+        quality=(1, 10),
+        max_side=16384,
+        render_frames=render_mp4_frames,
+    ),
     Format(("binary",), ("tensor/binary", "application/octet-stream"), IMAGE | VIDEO, PT, render_binary, PIL, False),
     Format(("base64",), ("tensor/base64", "application/json"), IMAGE | VIDEO, PT, render_base64, PIL, False),
 ]

@@ -37,8 +37,8 @@ def render_jpeg(tensor: RawTensor, options: RenderOptions) -> Rendered:
     buffer = io.BytesIO()
     # simplejpeg takes a millisecond less at 1024² and loses 0.02 dB (benchmarks/codecs.py).
     image.save(buffer, "JPEG", quality=int(options.quality or 75), subsampling="4:2:0")
-    return Rendered(buffer.getvalue(), options.media_type)
+    return Rendered(buffer.getbuffer(), options.media_type)
 
 
 def render_png(tensor: RawTensor, options: RenderOptions) -> Rendered:
-    return Rendered(encode_png(pixels_of(tensor)), options.media_type)
+    return Rendered(memoryview(encode_png(pixels_of(tensor))), options.media_type)

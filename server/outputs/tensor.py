@@ -10,11 +10,11 @@ from server.types import RawTensor, Rendered, RenderOptions
 
 def render_binary(tensor: RawTensor, options: RenderOptions) -> Rendered:
     headers = {"shape": json.dumps(list(tensor.shape)), "dtype": tensor.dtype}
-    return Rendered(memoryview(tensor.data), options.media_type, headers)
+    return Rendered(tensor.data, options.media_type, headers)
 
 
 def render_base64(tensor: RawTensor, options: RenderOptions) -> Rendered:
-    return Rendered(json.dumps(as_json(tensor)).encode(), options.media_type)
+    return Rendered(memoryview(json.dumps(as_json(tensor)).encode()), options.media_type)
 
 
 def as_json(tensor: RawTensor) -> dict[str, object]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -20,27 +24,61 @@ TO_YUV = (
 
 
 def render_mp4(pixels: RawTensor, options: RenderOptions) -> Rendered:
-    """Quality 1 to 10 on imageio's scale: 5 is crf 25. yuv420p needs even sizes, so an odd edge is repeated once."""
-    _, height, width, channels = pixels.shape
+    """A whole clip: see `render_mp4_frames`."""
+    return render_mp4_frames([pixels], options)
+
+
+def render_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Rendered:
+    """A clip that comes in chunks of frames; the first are encoded while the later ones are still decoded.
+
+    Quality 1 to 10 on imageio's scale: 5 is crf 25. yuv420p needs even sizes, so an odd edge is repeated once.
+    """
+    chunks = iter(chunks)
+    first = next(chunks)
+    _, height, width, channels = first.shape
     if channels != 3:
         raise Impossible(f"a video of {channels} channels has no file format; ask for output_type=pt")
     # crf 0 would be lossless, in a profile that browsers do not play.
     crf = max(1, int((1 - (5 if options.quality is None else options.quality) / 10) * 51))
-    with tempfile.TemporaryDirectory(prefix="vae-mp4-") as folder:
-        path = Path(folder) / "video.mp4"
+    with _output_file() as path, tempfile.TemporaryFile() as errors:
         # fmt: off
         command = [
             imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{options.fps:g}", "-i", "pipe:0",
             "-vf", _filters(height, width), "-c:v", "libx264", "-crf", str(crf),
-            "-movflags", "+faststart", str(path),
+            "-movflags", "+faststart", "-f", "mp4", str(path),
         ]
         # fmt: on
-        # ffmpeg reads the decoder's own buffer: the frames are never held twice.
-        ran = subprocess.run(command, input=memoryview(pixels.data), capture_output=True, check=False)
-        if ran.returncode != 0:
-            raise RuntimeError(f"ffmpeg ended with {ran.returncode}: {ran.stderr.decode(errors='replace')[-500:]}")
-        return Rendered(path.read_bytes(), options.media_type)
+        inherited = [int(path.name)] if path.parent.name == "fd" else []
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors, pass_fds=inherited) as ffmpeg:
+            try:
+                assert ffmpeg.stdin is not None
+                with suppress(BrokenPipeError):  # ffmpeg ended: its status says why
+                    for chunk in chain([first], chunks):
+                        ffmpeg.stdin.write(chunk.data)  # the decoder's own buffer: frames are never held twice
+                    ffmpeg.stdin.close()
+                status = ffmpeg.wait()
+            except BaseException:  # no more frames will come
+                ffmpeg.kill()
+                raise
+        if status != 0:
+            errors.seek(0)
+            raise RuntimeError(f"ffmpeg ended with {status}: {errors.read()[-500:].decode(errors='replace')}")
+        return Rendered(memoryview(path.read_bytes()), options.media_type)
+
+
+@contextmanager
+def _output_file() -> Iterator[Path]:
+    """Where ffmpeg may seek back to put the index first: in memory on Linux, so no disk fills and nothing stays."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("video")
+        try:
+            yield Path(f"/proc/self/fd/{file}")
+        finally:
+            os.close(file)
+    else:
+        with tempfile.TemporaryDirectory(prefix="vae-mp4-") as folder:
+            yield Path(folder) / "video.mp4"
 
 
 def _filters(height: int, width: int) -> str:

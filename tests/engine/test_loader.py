@@ -19,7 +19,7 @@ from server.engine import loader
 from server.engine.decoders import build_decoder
 from server.engine.decoders.exact import preferred_cpu_dtype
 from server.engine.loader import Source, choose_dtype, read_info
-from server.engine.local import SyncEngine
+from server.engine.sync import SyncEngine
 from server.errors import ModelUnavailable
 from server.families import FAMILIES
 from server.types import Layout

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import requests
 
+from server.config import Settings
+from server.dispatch import Batch
 from server.engine import loader
 from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.decoders.stock import StockDecoder
 from server.engine.local import LocalEngine
-from server.types import Decoded, DecodeJob, ModelInfo
+from server.types import ModelInfo
 from tests.conftest import Serve
 from tests.vaes import LocalVae
 
@@ -233,17 +235,25 @@ def test_a_key_is_required_when_keys_are_set(serve: Serve, vaes: dict[str, Local
 class Gate(LocalEngine):
     """A device that is busy until the test opens it."""
 
-    opened: threading.Event
+    def __init__(self, settings: Settings, opened: threading.Event) -> None:
+        super().__init__(settings)
+        self.opened = opened
+        self.turn = asyncio.Lock()
 
-    async def decode(self, job: DecodeJob) -> Decoded:
-        await asyncio.to_thread(self.opened.wait, 30)
-        return await super().decode(job)
+    async def run(self, batch: Batch) -> None:
+        async with self.turn:
+            batch.start()
+            await asyncio.to_thread(self.opened.wait, 30)
+            await super().run(batch)
+
+
+def gate(opened: threading.Event) -> Any:
+    return lambda settings, metrics: Gate(settings, opened)
 
 
 def test_a_full_queue_is_429_with_retry_after(serve: Serve, vaes: dict[str, LocalVae]) -> None:
     opened = threading.Event()
-    gate = type("OneGate", (Gate,), {"opened": opened})
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate, max_queue=2)
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate(opened), max_queue=2)
     answers: list[int] = []
     waiting = [threading.Thread(target=lambda: answers.append(post(address).status_code)) for _ in range(2)]
     for thread in waiting:
@@ -265,8 +275,7 @@ def test_a_client_that_leaves_takes_its_request_along(
     serve: Serve, vaes: dict[str, LocalVae], decodes: list[str]
 ) -> None:
     opened = threading.Event()
-    gate = type("OneGate", (Gate,), {"opened": opened})
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate)
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate(opened))
     head = b"POST /?shape=1,4,8,8&dtype=float32 HTTP/1.1\r\nHost: x\r\nContent-Length: 1024\r\n\r\n"
     with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), 10) as client:
         client.sendall(head + BODY)
@@ -329,14 +338,13 @@ def test_a_start_that_fails_in_an_unknown_way_is_a_failed_start(serve: Serve, va
         async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
             raise ZeroDivisionError
 
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=Broken)
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=lambda settings, _: Broken(settings))
     assert_refused(requests.get(address + "health", timeout=10), 503, "unavailable", "did not load")
 
 
 def test_a_request_past_its_deadline_is_504(serve: Serve, vaes: dict[str, LocalVae]) -> None:
     opened = threading.Event()
-    gate = type("OneGate", (Gate,), {"opened": opened})
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate, request_timeout_s=0.2)
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate(opened), request_timeout_s=0.2)
     try:
         assert_refused(post(address), 504, "deadline_passed", "not done after 0.2 s")
     finally:
@@ -345,10 +353,10 @@ def test_a_request_past_its_deadline_is_504(serve: Serve, vaes: dict[str, LocalV
 
 def test_a_bug_is_500_with_a_fixed_sentence(serve: Serve, vaes: dict[str, LocalVae]) -> None:
     class Broken(LocalEngine):
-        async def decode(self, job: DecodeJob) -> Decoded:
+        async def run(self, batch: Batch) -> None:
             raise ZeroDivisionError("/tmp/secret at 0x7fffdeadbeef")
 
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=Broken)
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=lambda settings, _: Broken(settings))
     assert_refused(post(address), 500, "internal", "the server failed on this request")
 
 
@@ -386,7 +394,11 @@ def test_a_server_that_still_loads_is_503_until_it_can_serve(serve: Serve, vaes:
             await asyncio.to_thread(opened.wait, 30)
             await super().load(model)
 
-    address = serve({"sd": {"repo": str(vaes["sd"].folder), "preload": True}}, engine=SlowToLoad, until_started=False)
+    address = serve(
+        {"sd": {"repo": str(vaes["sd"].folder), "preload": True}},
+        engine=lambda settings, _: SlowToLoad(settings),
+        until_started=False,
+    )
     for response in (requests.get(address + "health", timeout=10), post(address)):
         assert_refused(response, 503, "unavailable", "still loading")
         assert response.headers["retry-after"]

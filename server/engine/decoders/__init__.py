@@ -8,17 +8,26 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
 from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
-from server.engine.decoders.stock import StockDecoder
+from server.engine.decoders.stock import Emit, StockDecoder
 from server.types import Layout
 
 
 class Decoder(Protocol):
-    """A VAE on its device; `name` is what `GET /models` calls this way of decoding."""
+    """A VAE on its device.
+
+    name: what `GET /models` calls this way of decoding. finite: whether the last decode's sample was, a 0-d tensor.
+    memory_budget_bytes: bounds an exact decoder's activations; None is what is free at each decode.
+    """
 
     name: str
+    finite: torch.Tensor
+    memory_budget_bytes: int | None
 
-    def decode(self, latents: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """`[B, C, h, w]` or `[B, C, F, h, w]`, unscaled, on any device and dtype, to pixels as `layout` says."""
+    def decode(self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None) -> torch.Tensor:
+        """`[B, C, h, w]` or `[B, C, F, h, w]`, unscaled, on any device and dtype, to pixels as `layout` says.
+
+        emit: receives the pictures or frames in order, on the device, each as soon as it is done.
+        """
         ...
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from server.engine.postprocess import postprocess
 from server.types import Layout
+
+Emit = Callable[[torch.Tensor], None]
 
 
 class StockDecoder:
@@ -17,8 +20,14 @@ class StockDecoder:
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
+        self.memory_budget_bytes: int | None = None  # the library has no use for it
+        self.finite = torch.ones((), dtype=torch.bool)
 
-    def decode(self, latents: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None) -> torch.Tensor:
         parameter = next(self.vae.parameters())
         sample = self.vae.decode(latents.to(parameter.device, parameter.dtype), return_dict=False)[0]
-        return postprocess(sample, layout)
+        self.finite = torch.isfinite(sample).all()
+        output = postprocess(sample, layout)
+        if emit is not None:
+            emit(output)
+        return output

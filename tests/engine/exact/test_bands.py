@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from server.engine.decoders.exact import ExactKLDecoder
 from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import GroupNorm
+from server.engine.decoders.exact.moments import GroupNorm, Moments
+from server.engine.decoders.exact.network import Network
 from server.engine.decoders.exact.plan import SMALLEST_BAND_BYTES, Plan, fit, footprint
 from server.types import Layout
 from tests.engine.exact.networks import build, exact, latents_for, stock
@@ -29,34 +32,37 @@ def decoder(dtype: torch.dtype, plain: bool) -> ExactKLDecoder:
 
 
 def with_plain_kernels(made: ExactKLDecoder, dtype: torch.dtype) -> ExactKLDecoder:
-    from server.engine.decoders.exact.network import Network
-
     made.kernels = Kernels()
     made.network = Network.take(build("sd", dtype), made.kernels)
     return made
 
 
 @settings(deadline=None, max_examples=40)
-@given(shape=shapes, band=band_bytes, scores=st.integers(1, 4000), plain=st.booleans())
+@given(shape=shapes, band=band_bytes, scores=st.integers(1, 4000), plain=st.booleans(), recomputes=st.booleans())
 def test_any_band_height_gives_the_float32_picture(
-    shape: tuple[int, int, int], band: int, scores: int, plain: bool
+    shape: tuple[int, int, int], band: int, scores: int, plain: bool, recomputes: bool
 ) -> None:
     made, latents = decoder(torch.float32, plain), latents_for(build("sd"), *shape)
     images = shape[0] if plain else 1  # the CPU's kernels take one image at a time
     with torch.inference_mode():
-        banded = made.run(Plan(images, 4, band, scores, unit_bytes=1), latents, Layout.SAMPLE)
+        banded, _ = made.run(Plan(images, 4, band, scores, 1, recomputes), latents, Layout.SAMPLE)
     torch.testing.assert_close(banded, stock(build("sd"), latents), atol=1e-4, rtol=0)
 
 
 @settings(deadline=None, max_examples=25)
-@given(shape=pictures, band=band_bytes, unit=st.integers(16_384, 40_000))  # a unit of one or two pixels is no unit
+@given(
+    shape=pictures,
+    band=band_bytes,
+    unit=st.integers(16_384, 40_000),  # a unit of one or two pixels is no unit
+    recomputes=st.booleans(),
+)
 def test_any_band_height_gives_bfloat16_pixels_within_two_levels(
-    shape: tuple[int, int, int], band: int, unit: int
+    shape: tuple[int, int, int], band: int, unit: int, recomputes: bool
 ) -> None:
     made, latents = decoder(torch.bfloat16, False), latents_for(build("sd", torch.bfloat16), *shape)
     with torch.inference_mode():
-        banded = made.run(Plan(1, 2, band, WHOLE, unit), latents, Layout.PIXELS)
-        whole = made.run(Plan(1, 2, WHOLE, WHOLE, unit), latents, Layout.PIXELS)
+        banded, _ = made.run(Plan(1, 2, band, WHOLE, unit, recomputes), latents, Layout.PIXELS)
+        whole, _ = made.run(Plan(1, 2, WHOLE, WHOLE, unit), latents, Layout.PIXELS)
     assert (banded.int() - whole.int()).abs().max() <= 2
 
 
@@ -84,6 +90,50 @@ def test_a_smaller_budget_first_takes_images_apart_and_then_lowers_the_bands() -
     assert plans[1].band_bytes == wanted.band_bytes
     assert plans[2].images == 1
     assert plans[2].band_bytes == SMALLEST_BAND_BYTES
+    assert [plan.recomputes for plan in plans] == [False, False, True]
+
+
+class CountingKernels(Kernels):
+    """Knows the most bytes of convolutions' outputs that were alive at once."""
+
+    def __init__(self) -> None:
+        self.alive = self.most = 0
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1) -> Tensor:
+        return self.count(super().conv(x, weight, bias, columns))
+
+    def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:
+        picture, moments = super().interleave(phases, bias, unit)
+        return self.count(picture), moments
+
+    def count(self, made: Tensor) -> Tensor:
+        storage = made.untyped_storage()
+        self.alive += storage.nbytes()
+        self.most = max(self.most, self.alive)
+        weakref.finalize(storage, self.forget, storage.nbytes())
+        return made
+
+    def forget(self, size: int) -> None:
+        self.alive -= size
+
+
+def test_recomputing_keeps_half_of_what_bands_keep_and_bands_less_than_whole_pictures() -> None:
+    made = exact(build("sd"))
+    made.kernels = counting = CountingKernels()
+    made.network = Network.take(build("sd"), counting)
+    latents, most = latents_for(build("sd"), 1, 64, 64), []
+    largest = footprint(made.network, 64, 64).largest
+    for plan in (
+        Plan(1, 4, WHOLE, WHOLE, 1),
+        Plan(1, 4, largest >> 4, WHOLE, 1),
+        Plan(1, 4, largest >> 4, WHOLE, 1, True),
+    ):
+        counting.most = 0
+        with torch.inference_mode():
+            made.run(plan, latents, Layout.PIXELS)
+        most.append(counting.most)
+    assert most[1] < 0.6 * most[0]
+    assert most[2] < 0.7 * most[1]
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.5])

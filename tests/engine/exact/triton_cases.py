@@ -103,11 +103,12 @@ def test_attention_equals_torch(kernels: Kernels, positions: int) -> None:
     torch.testing.assert_close(kernels.attend(query, key, value), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_whole_decode_in_bands_equals_diffusers(kernels: Kernels) -> None:
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_whole_decode_in_bands_equals_diffusers(kernels: Kernels, recomputes: bool) -> None:
     vae = build("one-block").to(DEVICE)
     decoder = exact(vae)
     decoder.kernels, decoder.network = kernels, Network.take(build("one-block").to(DEVICE), kernels)
     latents = latents_for(vae, 2, 6, 5)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        got = decoder.run(Plan(2, 4, 2000, 1 << 20, unit_bytes=1), latents, Layout.SAMPLE)
+        got, _ = decoder.run(Plan(2, 4, 2000, 1 << 20, 1, recomputes), latents, Layout.SAMPLE)
         torch.testing.assert_close(got, stock(vae, latents), atol=1e-4, rtol=0)

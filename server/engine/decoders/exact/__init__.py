@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -49,6 +50,7 @@ class ExactKLDecoder:
         self.kernels = kernels_for(weight.device, weight.dtype)
         self.network = Network.take(vae, self.kernels)
         self.graphs = Graphs(GRAPHS) if weight.device.type == "cuda" else None
+        self.finite = torch.ones((), dtype=torch.bool)
 
     def plan(self, batch: int, height: int, width: int) -> Plan:
         """For latents of height x width."""
@@ -66,21 +68,26 @@ class ExactKLDecoder:
         return footprint(self.network, height, width).peak(self.plan(batch, height, width))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, layout: Layout) -> Tensor:
+    def decode(self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None) -> Tensor:
         """Unscaled latents `[B, C, h, w]` to the layout; equals diffusers' `decode` within the dtype's rounding."""
         latents = latents.to(self.network.device, self.network.dtype)  # [B, C, h, w]
         batch, _, height, width = latents.shape
         plan = self.plan(batch, height, width)
         if self.graphs is None or batch * height * width * self.network.upsampling**2 > GRAPH_PIXELS:
-            return self.run(plan, latents, layout)
-        return self.graphs.run((latents.shape, layout), partial(self.run, plan, layout=layout), latents)
+            picture, self.finite = self.run(plan, latents, layout)
+        else:
+            launch = partial(self.run, plan, layout=layout)
+            picture, self.finite = self.graphs.run((latents.shape, layout), launch, latents)
+        if emit is not None:
+            emit(picture)
+        return picture
 
-    def run(self, plan: Plan, latents: Tensor, layout: Layout) -> Tensor:  # [B, C, h, w]
-        """One decode as planned, launched operation by operation."""
+    def run(self, plan: Plan, latents: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:  # [B, C, h, w]
+        """One decode as planned, launched operation by operation: the picture, and whether it is finite."""
         batch, _, height, width = latents.shape
         ratio = self.network.upsampling
         output = Output(layout, (batch, ratio * height, ratio * width, self.network.conv_out.out_channels), latents)
         for image in range(0, batch, plan.images):
             emit = partial(output.write, image)
             decode(self.network, self.kernels, plan, latents[image : image + plan.images], emit)
-        return output.tensor
+        return output.tensor, output.finite

@@ -14,7 +14,7 @@ from torch import Tensor
 class Recording:
     graph: torch.cuda.CUDAGraph
     input: Tensor
-    output: Tensor
+    outputs: tuple[Tensor, ...]
 
 
 class Graphs:
@@ -28,7 +28,7 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._recordings)
 
-    def run(self, key: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def run(self, key: Hashable, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = self._record(function, x)
@@ -37,9 +37,9 @@ class Graphs:
         self._recordings.move_to_end(key)
         recording.input.copy_(x)
         recording.graph.replay()
-        return recording.output.clone()
+        return tuple(output.clone() for output in recording.outputs)
 
-    def _record(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Recording:
+    def _record(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> Recording:
         stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):  # the first run picks algorithms and compiles kernels, which a recording cannot
@@ -48,5 +48,5 @@ class Graphs:
         torch.cuda.empty_cache()  # what that run took is wanted again by the graphs' own pool
         graph, static = torch.cuda.CUDAGraph(), x.clone()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = function(static)
-        return Recording(graph, static, output)
+            outputs = function(static)
+        return Recording(graph, static, outputs)

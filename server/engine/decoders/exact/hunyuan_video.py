@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,10 +55,16 @@ class ExactHunyuanVideoDecoder:
         self.memory_budget_bytes = memory_budget_bytes
         self.kernels = kernels_for(self.device, self.dtype)
         self.network = _take(vae, self.kernels)
+        self.finite = torch.ones((), dtype=torch.bool)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, layout: Layout) -> Tensor:  # [B, C, F, h, w]
-        """Unscaled latents to the layout; equals diffusers' untiled `decode` within the dtype's rounding."""
+    def decode(
+        self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None
+    ) -> Tensor:  # [B, C, F, h, w]
+        """Unscaled latents to the layout; equals diffusers' untiled `decode` within the dtype's rounding.
+
+        emit: receives the layout's frames `[n, …]` in order, each chunk while the next is still to be computed.
+        """
         latents = latents.to(self.device, self.dtype)
         batch, _, _, height, width = latents.shape
         steps = [step for step in self.network.steps if isinstance(step, clip.Upsample)]
@@ -70,10 +76,13 @@ class ExactHunyuanVideoDecoder:
         chunk_bytes = self._chunk_bytes(frames, shape[1] * shape[2])
         for index, one in enumerate(latents):  # [C, F, h, w]
 
-            def emit(frame: int, sample: Tensor, start: int = index * frames) -> None:
+            def write(frame: int, sample: Tensor, start: int = index * frames) -> None:
                 output.write(start + frame, 0, sample)
+                if emit is not None:
+                    emit(output.tensor[start + frame : start + frame + len(sample)])
 
-            clip.decode(self.network, self.kernels, chunk_bytes, QUERY_BYTES, one, emit)
+            clip.decode(self.network, self.kernels, chunk_bytes, QUERY_BYTES, one, write)
+        self.finite = output.finite
         if layout is not Layout.SAMPLE:
             return output.tensor  # [B F, ...]
         return output.tensor.view(batch, frames, *output.tensor.shape[1:]).transpose(1, 2)  # [B, C, F, H, W]

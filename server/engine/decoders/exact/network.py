@@ -76,6 +76,11 @@ class Network:
         """Pixels per latent, along one side."""
         return int(2 ** sum(isinstance(step, Upsample) for step in self.steps))
 
+    @property
+    def last_upsample(self) -> int:
+        """The index of the step from which on the picture has its full size."""
+        return max((i for i, step in enumerate(self.steps) if isinstance(step, Upsample)), default=len(self.steps))
+
     @classmethod
     def take(cls, vae: Any, kernels: Kernels) -> Network:
         """Move the weights out of an AutoencoderKL whose structure is known. Its own decode no longer works after."""

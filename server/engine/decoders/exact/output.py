@@ -9,11 +9,14 @@ from server.types import Layout
 
 
 class Output:
+    """`finite` is whether every value written was, a 0-d tensor on the device: rounding to uint8 would hide a NaN."""
+
     def __init__(self, layout: Layout, shape: tuple[int, int, int, int], like: Tensor) -> None:  # (B, H, W, C)
         """like: of the dtype and on the device of the decode."""
         self.layout = layout
         batch, height, width, channels = shape
         dtype, device = like.dtype, like.device
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # []
         if layout is Layout.PIXELS:
             self.tensor = torch.empty(shape, dtype=torch.uint8, device=device)  # [B, H, W, C]
         else:
@@ -22,6 +25,7 @@ class Output:
             self.tensor = torch.empty(batch, channels, height, width, dtype=dtype, device=device)  # [B, C, H, W]
 
     def write(self, image: int, top: int, sample: Tensor) -> None:  # [b, n, W, C]
+        self.finite &= torch.isfinite(sample).all()
         images, rows = slice(image, image + sample.shape[0]), slice(top, top + sample.shape[1])
         match self.layout:
             case Layout.SAMPLE:

@@ -3,6 +3,8 @@
 A 3x3 convolution needs one row of its input above and below the band, so bands advance together through one layer, and
 a layer starts when the one before is complete: GroupNorm needs the whole picture's statistics anyway. What is stored is
 the layer's input, freed row by row as it is consumed, and its output: two pictures at most, never an expanded one.
+Where that is too much (`Plan.recomputes`), the layers at the full size keep their output alone: what is between is
+computed once for its statistics and again where it is read.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, GroupNorm
+from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
 from server.engine.decoders.exact.network import Attention, Conv, Network, Resnet, Step, Upsample
-from server.engine.decoders.exact.picture import Picture, spans
+from server.engine.decoders.exact.picture import Picture, Recomputed, Rows, spans
 from server.engine.decoders.exact.plan import Plan
 
 Emit = Callable[[int, Tensor], None]
@@ -24,13 +26,17 @@ Emit = Callable[[int, Tensor], None]
 
 def decode(network: Network, kernels: Kernels, plan: Plan, latents: Tensor, emit: Emit) -> None:  # [B, C, h, w]
     """Run the decoder; `emit(top, sample [B, n, W, 3])` receives the picture from top to bottom."""
-    picture = first(network, kernels, plan, latents)
-    for step in network.steps:
+    picture: Rows = first(network, kernels, plan, latents)
+    stored = network.steps[: network.last_upsample] if plan.recomputes else network.steps
+    for step in stored:
         picture = advance(step, kernels, plan, picture)
+    for step in network.steps[len(stored) :]:
+        picture = advance_recomputing(step, kernels, plan, picture)
     last(network.norm_out, network.conv_out, kernels, picture, emit)
 
 
-def advance(step: Step, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
+def advance(step: Step, kernels: Kernels, plan: Plan, x: Rows) -> Picture:
+    assert isinstance(x, Picture)
     match step:
         case Resnet():
             return resnet(step, kernels, x)
@@ -38,6 +44,16 @@ def advance(step: Step, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
             return attention(step, kernels, plan, x)
         case Upsample():
             return upsample(step.conv, kernels, plan, x)
+
+
+def advance_recomputing(step: Step, kernels: Kernels, plan: Plan, x: Rows) -> Rows:
+    match step:
+        case Resnet():
+            return resnet_recomputing(step, kernels, x)
+        case Upsample():
+            return upsample_recomputing(step.conv, kernels, plan, x)
+        case Attention():
+            raise AssertionError("the attention comes before the last upsample")
 
 
 def first(network: Network, kernels: Kernels, plan: Plan, latents: Tensor) -> Picture:  # [B, C, h, w]
@@ -90,6 +106,45 @@ def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
     return picture
 
 
+def resnet_recomputing(block: Resnet, kernels: Kernels, x: Rows) -> Picture:
+    norm1 = kernels.affine(block.norm1, x.moments)
+
+    def conv1(top: int, bottom: int) -> Tensor:  # [B, n, W, C']
+        return kernels.conv(with_halo(kernels, x, top, bottom, norm1), block.conv1.weight, None)
+
+    hidden = Recomputed(x.unit, x.spans, conv1, lambda row: x.release_above(row - 1))
+    hidden.moments = [kernels.moments(conv1(top, bottom), x.unit) for top, bottom in x.spans]
+    norm2 = kernels.affine(block.norm2, hidden.moments, offset=block.conv1.bias)
+    total = Picture(x.unit)  # not x in place: the next band's hidden rows are made of this band's x
+    for top, bottom in x.spans:
+        y = with_halo(kernels, hidden, top, bottom, norm2)  # [B, n + 2, W, C']
+        (band,) = x.rows(top, bottom)  # [B, n, W, C]
+        change = block.shortcut
+        band = F.linear(band, change.weight, change.bias) if change else band.clone()  # [B, n, W, C']
+        total.append(band, kernels.add_conv_(band, y, block.conv2.weight, block.conv2.bias, x.unit))
+        hidden.release_above(bottom - 1)
+    return total
+
+
+def upsample_recomputing(conv: Conv, kernels: Kernels, plan: Plan, x: Rows) -> Recomputed:
+    (row,) = x.rows(0, 1)  # [B, 1, W, C]
+    width = 2 * row.shape[2]
+
+    def grown(top: int, bottom: int) -> tuple[Tensor, Moments]:  # rows of x -> [B, 2 n, 2 W, C']
+        phases = kernels.conv(with_halo(kernels, x, top, bottom), conv.weight, None)  # [B, n + 1, W + 1, 4 C']
+        return kernels.interleave(phases, conv.bias, picture.unit)
+
+    def rows(top: int, bottom: int) -> Tensor:  # [B, n, 2 W, C']
+        first = top // 2
+        return grown(first, (bottom + 1) // 2)[0][:, top - 2 * first : bottom - 2 * first]
+
+    bands = spans(x.height, max(1, plan.rows(width, conv.out_channels) // 2))
+    unit, doubled = plan.unit_rows(width, conv.out_channels), [(2 * top, 2 * bottom) for top, bottom in bands]
+    picture = Recomputed(unit, doubled, rows, lambda row: x.release_above(row // 2 - 1))
+    picture.moments = [grown(top, bottom)[1] for top, bottom in bands]
+    return picture
+
+
 def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
     """Every position attends to all positions; only the queries are taken in chunks."""
     affine = kernels.affine(block.norm, x.moments)
@@ -107,7 +162,7 @@ def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Pic
     return x
 
 
-def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Picture, emit: Emit) -> None:
+def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Rows, emit: Emit) -> None:
     affine = kernels.affine(norm, x.moments)
     for top, bottom in x.spans:
         y = with_halo(kernels, x, top, bottom, affine)  # [B, n + 2, W, C]
@@ -115,7 +170,7 @@ def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Picture, emit: Emit) 
         emit(top, kernels.conv(y, conv.weight, conv.bias))  # [B, n, W, 3]
 
 
-def with_halo(kernels: Kernels, x: Picture, top: int, bottom: int, affine: Affine | None = None) -> Tensor:
+def with_halo(kernels: Kernels, x: Rows, top: int, bottom: int, affine: Affine | None = None) -> Tensor:
     """Rows [top - 1, bottom + 1) of x, of silu(affine(x)) if given; rows outside the picture are the zero padding."""
     pieces = list(x.rows(top - 1, bottom + 1))  # each [B, some rows, W, C]
     batch, _, width, channels = pieces[0].shape

@@ -1,8 +1,8 @@
-"""A whole activation kept as row bands, so that its memory is returned as the next layer consumes it."""
+"""A whole activation as row bands: kept until the next layer has consumed them, or computed whenever they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -62,3 +62,24 @@ class Picture:
         for index, (_, stop) in enumerate(self.spans):
             if stop <= row:
                 self._bands[index] = None
+
+
+class Recomputed:
+    """A picture of which nothing is kept: its rows are computed from another one every time they are read."""
+
+    def __init__(
+        self, unit: int, spans: list[Span], make: Callable[[int, int], Tensor], release: Callable[[int], None]
+    ) -> None:
+        """make: rows [top, bottom), `[B, n, W, C]`. release: frees what only rows above the given one are made of."""
+        self.unit = unit
+        self.spans = spans
+        self.moments: list[Moments] = []
+        self.height = spans[-1][1]
+        self._make = make
+        self.release_above = release
+
+    def rows(self, top: int, bottom: int) -> Iterator[Tensor]:
+        yield self._make(max(top, 0), min(bottom, self.height))
+
+
+Rows = Picture | Recomputed

@@ -8,7 +8,11 @@ from server.engine.decoders.exact.network import Attention, Network, Resnet, Ups
 
 # Beside the stored pictures a pass holds a band with its halo, the convolution's output and its four phases.
 WORKING_BANDS = 4
+# Recomputing it holds a band of each of the layers that it computes anew.
+RECOMPUTING_BANDS = 6
 SMALLEST_BAND_BYTES = 1 << 20
+# A band's halo is recomputed with it, so low bands cost time: 8 MB were the fastest on a CPU.
+RECOMPUTED_BAND_BYTES = 8 << 20
 SMALLEST_SCORES_BYTES = 16 << 20
 
 
@@ -19,6 +23,7 @@ class Plan:
     band_bytes: int  # one band of an activation
     scores_bytes: int  # one chunk of the attention's scores
     unit_bytes: int = SMALLEST_BAND_BYTES
+    recomputes: bool = False  # at the full size, what lies between two layers' outputs
 
     def unit_rows(self, width: int, channels: int) -> int:
         """Bands are whole units, and a unit's statistics are taken by themselves, whatever the band: the merged ones,
@@ -41,12 +46,19 @@ class Footprint:
     """What one image needs at its fullest step, in bytes: the network's arithmetic, nothing measured."""
 
     stored: int  # whole pictures that cannot be banded away
+    kept: int  # the same where the full size is recomputed
     attended: int  # the same during the attention, which is long over where the pictures are largest
     largest: int  # the largest single activation: a band can be no larger
 
     def peak(self, plan: Plan) -> int:
-        banded = plan.images * self.stored + WORKING_BANDS * min(plan.band_bytes, plan.images * self.largest)
-        return max(banded, self.attention_peak(plan))
+        return max(plan.images * self.whole(plan) + self.bands(plan), self.attention_peak(plan))
+
+    def whole(self, plan: Plan) -> int:
+        return self.kept if plan.recomputes else self.stored
+
+    def bands(self, plan: Plan) -> int:
+        count = RECOMPUTING_BANDS if plan.recomputes else WORKING_BANDS
+        return count * min(plan.band_bytes, plan.images * self.largest)
 
     def attention_peak(self, plan: Plan) -> int:
         return plan.images * self.attended + plan.scores_bytes
@@ -55,27 +67,30 @@ class Footprint:
 def footprint(network: Network, height: int, width: int) -> Footprint:
     """For a latent of height x width."""
     pixels, channels = height * width, network.conv_in.out_channels
-    stored = largest = pixels * channels
+    stored = kept = largest = pixels * channels
     attended = 0
-    for step in network.steps:
+    for index, step in enumerate(network.steps):
+        recomputed = index >= network.last_upsample
         match step:
             case Resnet():  # the input is freed as the hidden picture, and where there is a shortcut the output, grow
                 before, channels = channels, step.conv1.out_channels
-                needed = pixels * max(before, 2 * channels)
+                needed, least = pixels * max(before, 2 * channels), pixels * channels
             case Attention():  # x, its normalised copy, keys, values
-                attended = needed = pixels * 4 * channels
+                attended = needed = least = pixels * 4 * channels
             case Upsample():
+                least = pixels * channels
                 pixels, channels = pixels * 4, step.conv.out_channels
                 needed = pixels * channels
-        stored, largest = max(stored, needed), max(largest, pixels * channels)
+        stored, kept = max(stored, needed), max(kept, least if recomputed else needed)
+        largest = max(largest, pixels * channels)
     itemsize = network.dtype.itemsize
-    return Footprint(stored * itemsize, attended * itemsize, largest * itemsize)
+    return Footprint(stored * itemsize, kept * itemsize, attended * itemsize, largest * itemsize)
 
 
 def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
-    """The wanted plan, with fewer images together and then lower bands until its peak is within the budget.
+    """The wanted plan, with fewer images together, then lower bands, then recomputing, until its peak is in the budget.
 
-    If even the lowest bands are over it they are returned all the same: the decode may still fit, and none needs less.
+    If even that is over it, it is returned all the same: the decode may still fit, and none needs less.
     """
     plan = wanted
     while plan.images > 1 and need.peak(plan) > budget_bytes:
@@ -83,6 +98,14 @@ def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
     while need.attention_peak(plan) > budget_bytes and plan.scores_bytes > SMALLEST_SCORES_BYTES:
         plan = replace(plan, scores_bytes=plan.scores_bytes // 2)
     if need.peak(plan) > budget_bytes:
-        band_bytes = (budget_bytes - plan.images * need.stored) // WORKING_BANDS
-        plan = replace(plan, band_bytes=max(SMALLEST_BAND_BYTES, min(band_bytes, plan.band_bytes)))
+        plan = _lowered(need, plan, budget_bytes)
+    if need.peak(plan) > budget_bytes:
+        wanted_bytes = max(wanted.band_bytes, RECOMPUTED_BAND_BYTES)
+        plan = _lowered(need, replace(plan, band_bytes=wanted_bytes, recomputes=True), budget_bytes)
     return plan
+
+
+def _lowered(need: Footprint, plan: Plan, budget_bytes: int) -> Plan:
+    count = RECOMPUTING_BANDS if plan.recomputes else WORKING_BANDS
+    band_bytes = (budget_bytes - plan.images * need.whole(plan)) // count
+    return replace(plan, band_bytes=max(SMALLEST_BAND_BYTES, min(band_bytes, plan.band_bytes)))

@@ -1,0 +1,86 @@
+"""The queue: who goes next, and with whom. Knows keys, pixels, seconds and deadlines; no HTTP, no tensors, no clock.
+
+Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996) between keys: while several keys wait, each gets the
+same share of the device's time. A ticket is tagged with the queue's virtual time, or with the end of the ticket before
+it of its key if that is later; the lowest tag is next. So a picture waits for the batch that runs and for its like, not
+for the videos that were queued before it, and however many pictures come, a video gets its share.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+
+@dataclass(eq=False, kw_only=True)
+class Ticket:
+    """One request's place in the queue. Times are seconds of the caller's clock."""
+
+    model: str
+    key: Hashable  # tickets of one key may be decoded together
+    pixels: int
+    seconds: float  # what its work takes
+    size_bytes: int  # of its input and its answer
+    arrived: float
+    deadline: float
+    is_alone: bool = False  # it may have brought a worker down: nobody shall go down with it
+    tag: float | None = None  # its place, from when it is first put
+
+
+T = TypeVar("T", bound=Ticket)
+
+
+class Queue(Generic[T]):
+    """Tickets that wait, the next one first."""
+
+    def __init__(self, batch_pixels: int, max_batch: int) -> None:
+        """batch_pixels, max_batch: bounds of a batch; a ticket alone may be larger."""
+        self.batch_pixels = batch_pixels
+        self.max_batch = max_batch
+        self._waiting: list[T] = []
+        self._virtual_s = 0.0  # the tag of the ticket that was taken last
+        self._ends: dict[Hashable, float] = {}  # of each key's last ticket, in virtual time
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._waiting)
+
+    def put(self, ticket: T) -> None:
+        """Again with a ticket that was taken before, and it has the place that it had."""
+        if ticket.tag is None:
+            ticket.tag = max(self._virtual_s, self._ends.get(ticket.key, 0.0))
+            self._ends[ticket.key] = ticket.tag + ticket.seconds
+        bisect.insort(self._waiting, ticket, key=lambda waiting: (waiting.tag, waiting.arrived))
+
+    def remove(self, ticket: T) -> None:
+        """Forget the ticket, if it still waits."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+
+    def expire(self, now: float) -> list[T]:
+        """Take out those whose deadline has passed: they never start."""
+        late = [ticket for ticket in self._waiting if ticket.deadline <= now]
+        for ticket in late:
+            self._waiting.remove(ticket)
+        return late
+
+    def take(self, can_run: Callable[[str], bool]) -> list[T]:
+        """The next batch for a device that runs these models: the ticket of the lowest tag, and others of its key."""
+        head = next((ticket for ticket in self._waiting if can_run(ticket.model)), None)
+        if head is None:
+            return []
+        batch, pixels = [head], head.pixels
+        for ticket in self._waiting:
+            is_alike = ticket.key == head.key and ticket is not head and not (ticket.is_alone or head.is_alone)
+            if is_alike and len(batch) < self.max_batch and pixels + ticket.pixels <= self.batch_pixels:
+                batch.append(ticket)
+                pixels += ticket.pixels
+        for ticket in batch:
+            self._waiting.remove(ticket)
+        self._virtual_s = max(self._virtual_s, head.tag or 0.0)
+        self._ends = {key: end for key, end in self._ends.items() if end > self._virtual_s}
+        return batch

@@ -1,0 +1,272 @@
+"""A worker process as an Engine: started, listened to, restarted when it ends. This side never imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import multiprocessing
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from server.config import Settings
+from server.dispatch import Batch, WorkerDied
+from server.engine import messages
+from server.errors import ConfigError, Unavailable
+from server.metrics import Metrics
+from server.types import LoadedInfo, ModelInfo
+
+log = logging.getLogger(__name__)
+
+WORKER = "server.engine.worker"
+READ_AHEAD_BYTES = 16 << 20
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
+DEATHS_AT_START = 3
+CLOSE_S = 2.0
+
+# Forked from a process that has imported torch and touched no device: a worker is there again within a second, and the
+# libraries' memory is shared.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([WORKER])
+
+
+class ProcessEngine:
+    """One device, `device` as `--device` spells it."""
+
+    def __init__(
+        self, settings: Settings, device: str, metrics: Metrics, *, takes_any: bool = True, worker: str = WORKER
+    ) -> None:
+        """takes_any: also models that name no device. worker: the module whose `main` is the process."""
+        self.device = device
+        self.is_alive = False
+        self._devices = 1
+        options = settings.options.model_copy(update={"device": device, "api_key": None})
+        self._settings = settings.model_copy(update={"options": options, "api_keys": ()})
+        self._metrics = metrics
+        self._takes_any = takes_any
+        self._worker = worker
+        self._changed: Callable[[], None] = lambda: None
+        self._ids = itertools.count()
+        self._process: BaseProcess | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._held: dict[str, LoadedInfo] = {}
+        self._wanted: set[str] = set()
+        self._batches: dict[int, tuple[Batch, asyncio.Future[None]]] = {}
+        self._calls: dict[int, asyncio.Future[ModelInfo | None]] = {}
+        self._supervising: asyncio.Task[None] | None = None
+        self._first: asyncio.Future[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self, changed: Callable[[], None]) -> Sequence[ProcessEngine]:
+        """Raises ConfigError when there is no such device, or the process ends again and again before it is ready."""
+        self._changed = changed
+        self._first = asyncio.get_running_loop().create_future()
+        self._supervising = asyncio.create_task(self._supervise())
+        await self._first
+        if self.device not in ("auto", "cuda"):
+            return []
+        others = range(1, self._devices)
+        return [ProcessEngine(self._settings, f"cuda:{i}", self._metrics, worker=self._worker) for i in others]
+
+    def can_run(self, model: str) -> bool:
+        wanted = self._settings.models[model].device
+        if wanted in (None, "auto"):
+            return self._takes_any
+        return _full_name(wanted) == _full_name(self.device)
+
+    def loaded(self, model: str) -> LoadedInfo | None:
+        return self._held.get(model)
+
+    async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
+        info = await self._call(lambda call: messages.Describe(call, model, is_local_only))
+        assert info is not None
+        return info
+
+    async def load(self, model: str) -> None:
+        await self._call(lambda call: messages.Load(call, model))
+
+    async def run(self, batch: Batch) -> None:
+        number, ended = next(self._ids), asyncio.get_running_loop().create_future()
+        self._batches[number] = batch, ended
+        for index, job in enumerate(batch.jobs):
+            job.answer.add_done_callback(partial(self._after, number, index))
+        try:
+            await self._send(messages.Decode(number, [job.request for job in batch.jobs]))
+            await ended
+        finally:
+            del self._batches[number]
+
+    def kill(self) -> None:
+        if self._process:
+            self._process.kill()
+
+    async def close(self) -> None:
+        """The worker ends when its connection does."""
+        if self._supervising:
+            self._supervising.cancel()
+            await asyncio.wait([self._supervising])
+        if self._process:
+            await asyncio.to_thread(self._process.join, CLOSE_S)
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+
+    def _after(self, number: int, index: int, answer: asyncio.Future[Any]) -> None:
+        """A client has its answer, or left."""
+        if number not in self._batches:
+            return
+        if answer.cancelled() and self._writer:
+            self._writer.write(messages.encode(messages.Drop(number, index)))
+        self._end_if_done(number)
+
+    def _end_if_done(self, number: int) -> None:
+        batch, ended = self._batches[number]
+        if batch.decoded.done() and all(job.answer.done() for job in batch.jobs) and not ended.done():
+            ended.set_result(None)
+
+    async def _call(self, make: Callable[[int], messages.ToWorker]) -> ModelInfo | None:
+        number = next(self._ids)
+        reply: asyncio.Future[ModelInfo | None] = asyncio.get_running_loop().create_future()
+        self._calls[number] = reply
+        try:
+            await self._send(make(number))
+            return await reply
+        except WorkerDied:
+            raise Unavailable("the worker of this device is restarting; try again in a few seconds") from None
+        finally:
+            del self._calls[number]
+
+    async def _send(self, message: messages.ToWorker) -> None:
+        if self._writer is None:
+            raise WorkerDied
+        self._writer.write(messages.encode(message))
+        try:
+            await self._writer.drain()
+        except ConnectionError:
+            raise WorkerDied from None
+
+    async def _supervise(self) -> None:
+        """One worker after another."""
+        deaths = 0
+        while True:
+            try:
+                was_ready = await self._live()
+            finally:
+                self._bury()
+            deaths = 0 if was_ready else deaths + 1
+            assert self._first is not None
+            if deaths >= DEATHS_AT_START and not self._first.done():
+                self._first.set_exception(ConfigError("the worker process ends as it starts; the log above says why"))
+                return
+            self._metrics.worker_restarts.labels(await self._cause()).inc()
+            await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**deaths))
+
+    async def _live(self) -> bool:
+        """From start to end of one worker; whether it was ever ready."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = processes.Process(
+                target=run_worker,
+                args=(theirs, self._settings, self._worker),
+                name=f"worker-{self.device}",
+                daemon=True,
+            )
+            await asyncio.to_thread(self._process.start)
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=READ_AHEAD_BYTES)
+        try:
+            while True:
+                length = int.from_bytes(await reader.readexactly(messages.LENGTH_BYTES), "little")
+                self._hear(messages.from_worker.decode(await reader.readexactly(length)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return self.is_alive
+
+    def _hear(self, message: messages.FromWorker) -> None:
+        match message:
+            case messages.Ready(devices):
+                self._be_ready(devices)
+            case messages.Unusable(sentence):
+                assert self._first is not None
+                if not self._first.done():
+                    self._first.set_exception(ConfigError(sentence))
+            case messages.Holds(models):
+                self._held, self._wanted = models, set(models)
+            case messages.Replied(call, info, failure):
+                reply = self._calls.get(call)
+                if reply and not reply.done():
+                    reply.set_exception(failure.error()) if failure else reply.set_result(info)
+            case _:
+                self._hear_of_batch(message)
+
+    def _be_ready(self, devices: int) -> None:
+        self.is_alive, self._devices = True, devices
+        assert self._first is not None
+        assert self._writer is not None
+        if not self._first.done():
+            self._first.set_result(None)
+        for model in self._wanted:  # what the last worker held; nobody waits for the reply
+            self._writer.write(messages.encode(messages.Load(next(self._ids), model)))
+        self._changed()
+
+    def _hear_of_batch(
+        self, message: messages.Started | messages.Decoded | messages.Answered | messages.Failed
+    ) -> None:
+        if message.batch not in self._batches:
+            return
+        batch, _ = self._batches[message.batch]
+        match message:
+            case messages.Started():
+                batch.start()
+            case messages.Decoded():
+                batch.free_device()
+                self._end_if_done(message.batch)
+            case messages.Answered(_, index, done):
+                batch.jobs[index].done(done)
+            case messages.Failed(_, index, failure):
+                batch.jobs[index].failed(failure.error())
+
+    def _bury(self) -> None:
+        """Whoever waits for this worker is told."""
+        self.is_alive, self._held = False, {}
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+        waiting = [ended for _, ended in self._batches.values()] + list(self._calls.values())
+        for future in waiting:
+            if not future.done():
+                future.set_exception(WorkerDied())
+        self._changed()
+
+    async def _cause(self) -> str:
+        """How the last worker ended."""
+        assert self._process is not None
+        await asyncio.to_thread(self._process.join, CLOSE_S)
+        if self._process.exitcode is None:  # it closed its connection and hangs
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+        code = self._process.exitcode or 0
+        log.error("the worker of %s ended (%s); another one starts", self.device, code)
+        return f"signal_{-code}" if code < 0 else f"exit_{code}"
+
+
+def run_worker(connection: socket.socket, settings: Settings, module: str) -> None:
+    """In the new process."""
+    import_module(module).main(connection, settings)
+
+
+def _full_name(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
+
+
+def engines_for(settings: Settings, metrics: Metrics) -> list[ProcessEngine]:
+    """One for each device of `--device`, and one for each that only a model names."""
+    shared = settings.options.device.split(",")
+    own = {entry.device for entry in settings.models.values() if entry.device not in (None, "auto")}
+    others = sorted({_full_name(device) for device in own if device} - {_full_name(device) for device in shared})
+    engines = [ProcessEngine(settings, device, metrics) for device in shared]
+    return engines + [ProcessEngine(settings, device, metrics, takes_any=False) for device in others]

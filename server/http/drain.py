@@ -1,0 +1,48 @@
+"""uvicorn, but the first signal drains and the second ends: accepted requests are answered, new ones are told."""
+
+from __future__ import annotations
+
+import asyncio
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from server.service import Service
+
+# Answers are sent before uvicorn is told to stop: what is open then are idle connections and half-sent uploads.
+CLOSE_S = 1
+
+
+class DrainingServer(uvicorn.Server):
+    """Exits with status 0 after a signal, unlike uvicorn's own, which raises the signal again."""
+
+    def __init__(self, service: Service, app: ASGIApp) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=CLOSE_S,
+            )
+        )
+        self._service = service
+        self._is_told = False
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn calls this on SIGTERM and SIGINT."""
+        if self._is_told:
+            self.force_exit = self.should_exit = True
+        self._is_told = True
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        if self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        await self._service.drain()
+        self.should_exit = True

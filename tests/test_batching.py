@@ -1,0 +1,162 @@
+"""The queue on a virtual clock: order, batches, deadlines, fairness; every ticket leaves it exactly once."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from server.batching import Queue, Ticket
+
+
+def ticket(**changes: object) -> Ticket:
+    usual = {
+        "model": "sd",
+        "key": "sd",
+        "pixels": 1,
+        "seconds": 1.0,
+        "size_bytes": 1,
+        "arrived": 0.0,
+        "deadline": 300.0,
+    }
+    return Ticket(**{**usual, **changes})  # type: ignore[arg-type]
+
+
+def anything(_: str) -> bool:
+    return True
+
+
+def test_tickets_alike_go_together_within_the_pixels_and_the_count() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
+    for arrived in range(5):
+        queue.put(ticket(arrived=arrived))
+    queue.put(ticket(arrived=0.5, key="other"))
+    assert [t.arrived for t in queue.take(anything)] == [0, 1, 2]
+    assert [t.key for t in queue.take(anything)] == ["other"]
+    assert [t.arrived for t in queue.take(anything)] == [3, 4]
+    assert queue.take(anything) == []
+
+
+def test_a_ticket_over_the_pixels_goes_alone_and_one_under_suspicion_too() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
+    for arrived, changes in enumerate([{"pixels": 9}, {"pixels": 9}, {"is_alone": True}, {}, {}]):
+        queue.put(ticket(arrived=arrived, **changes))
+    assert [len(queue.take(anything)) for _ in range(4)] == [1, 1, 1, 2]
+
+
+def test_a_device_takes_only_the_models_that_it_runs() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
+    queue.put(ticket(model="flux", key="flux"))
+    queue.put(ticket(arrived=5))
+    assert [t.model for t in queue.take(lambda model: model == "sd")] == ["sd"]
+    assert queue.take(lambda model: model == "sd") == []
+
+
+def test_who_waits_past_the_deadline_never_starts() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
+    late, early = ticket(deadline=10), ticket(deadline=20)
+    queue.put(late)
+    queue.put(early)
+    assert queue.expire(now=10) == [late]
+    assert queue.take(anything) == [early]
+
+
+def simulate(queue: Queue[Ticket], arrivals: list[Ticket], watch: Callable[[Ticket, float], None]) -> None:
+    """One device on a virtual clock; `watch` is told each ticket and when it started."""
+    coming = [(t.arrived, i, t) for i, t in enumerate(arrivals)]
+    heapq.heapify(coming)
+    now = 0.0
+    while coming or len(queue):
+        while coming and coming[0][0] <= now:
+            queue.put(heapq.heappop(coming)[2])
+        batch = queue.take(anything)
+        if not batch:
+            now = coming[0][0]
+            continue
+        for started in batch:
+            watch(started, now)
+        now += sum(t.seconds for t in batch)
+
+
+def test_a_picture_waits_for_the_video_that_runs_and_not_for_those_that_wait() -> None:
+    videos = [ticket(key="video", pixels=99, seconds=30.0, arrived=0.1 * i) for i in range(4)]
+    pictures = [ticket(seconds=0.5, arrived=2.0 * i) for i in range(100)]
+    waited: dict[str, list[float]] = {"sd": [], "video": []}
+    simulate(Queue(2, 16), videos + pictures, lambda t, now: waited[str(t.key)].append(now - t.arrived))
+    # A picture waits for the one video that runs, 30 s, and the 15 pictures that came meanwhile; in the order of
+    # arrival the first of them would have waited for all four videos.
+    assert max(waited["sd"]) <= 30 + 15 * 0.5
+    assert max(waited["video"]) <= 3 * 30 / 0.75 + 0.5  # pictures take a quarter of the time
+
+
+def test_a_video_gets_its_share_however_many_pictures_come() -> None:
+    pictures = [ticket(seconds=0.5, arrived=0.25 * i) for i in range(800)]  # twice what the device can do
+    video, started = ticket(key="video", pixels=99, seconds=30.0, arrived=10.0), []
+    second = ticket(key="video", pixels=99, seconds=30.0, arrived=10.0)
+    simulate(Queue(2, 16), [*pictures, video, second], lambda t, now: started.append(now) if t.key == "video" else None)
+    assert started[0] - video.arrived <= 1.0
+    assert 60 - 1 <= started[1] - started[0] <= 60 + 1  # its own 30 s, and as much for the pictures
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Any order of arrivals, departures, deadlines and batches: nothing is lost, doubled or started too late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: Queue[Ticket] = Queue(batch_pixels=10, max_batch=4)
+        self.waiting: list[Ticket] = []
+        self.now = 0.0
+
+    @rule(
+        model=st.sampled_from(["sd", "flux"]),
+        key=st.integers(0, 2),
+        pixels=st.integers(1, 12),
+        seconds=st.floats(0.01, 60),
+        patience=st.floats(0.1, 100),
+        is_alone=st.booleans(),
+    )
+    def arrive(self, model: str, key: int, pixels: int, seconds: float, patience: float, is_alone: bool) -> None:
+        came = ticket(model=model, key=(model, key), pixels=pixels, seconds=seconds, is_alone=is_alone)
+        came.arrived, came.deadline = self.now, self.now + patience
+        self.queue.put(came)
+        self.waiting.append(came)
+
+    @rule(seconds=st.floats(0.01, 50))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        late = self.queue.expire(self.now)
+        assert set(late) == {t for t in self.waiting if t.deadline <= self.now}
+        self.waiting = [t for t in self.waiting if t not in late]
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        if self.waiting:
+            gone = data.draw(st.sampled_from(self.waiting))
+            self.waiting.remove(gone)
+            self.queue.remove(gone)
+            self.queue.remove(gone)  # twice is once
+
+    @rule(models=st.sets(st.sampled_from(["sd", "flux"])))
+    def take(self, models: set[str]) -> None:
+        runnable = [t for t in self.waiting if t.model in models]
+        batch = self.queue.take(models.__contains__)
+        assert bool(batch) == bool(runnable)
+        if not batch:
+            return
+        assert batch[0].tag == min(t.tag or 0 for t in runnable)
+        assert len({t.key for t in batch}) == 1
+        assert len(batch) == 1 or (sum(t.pixels for t in batch) <= 10 and len(batch) <= 4)
+        assert len(batch) == 1 or not any(t.is_alone for t in batch)
+        self.waiting = [t for t in self.waiting if t not in batch]
+
+    @invariant()
+    def the_queue_holds_who_waits(self) -> None:
+        assert sorted(map(id, self.queue)) == sorted(map(id, self.waiting))
+        assert len(self.queue) == len(self.waiting)
+
+
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

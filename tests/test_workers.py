@@ -1,0 +1,256 @@
+"""The worker process: killed, hung, out of memory, overflowing. The front process lives and every client is answered."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+from server.config import Settings, load_settings
+from server.engine.process import ProcessEngine
+from server.metrics import Metrics
+from tests import faults
+from tests.conftest import running, write_models_yaml
+from tests.http.test_errors import LEAKS
+from tests.vaes import LocalVae
+
+BINARY = {"Content-Type": "tensor/binary"}
+KILLS = int(os.environ.get("VAE_TEST_KILLS", "20"))
+
+
+class Served:
+    """A server whose worker has faults."""
+
+    def __init__(self, url: str, folder: Path, engine: ProcessEngine) -> None:
+        self.url, self.folder, self.engine = url, folder, engine
+
+    def post(
+        self, first: float = 0.5, side: int = 8, model: str = "", patience_s: float = 60, headers: Any = None
+    ) -> requests.Response:
+        latents = np.random.default_rng(side).normal(size=(1, 4, side, side)).astype("float32")
+        latents[0, 0, 0, 0] = first
+        sent = {"shape": latents.shape, "dtype": "float32", "image_format": "png"}
+        return requests.post(
+            self.url + model,
+            params=sent,
+            data=latents.tobytes(),
+            headers={**BINARY, **(headers or {})},
+            timeout=patience_s,
+        )
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", requests.get(self.url + "metrics", timeout=10).text, re.M)
+        return float(found[1]) if found else 0.0
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        stop = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < stop, "it never came true"
+
+    def decodes(self) -> int:
+        counted = self.folder / "decodes"
+        return len(counted.read_text()) if counted.exists() else 0
+
+    def open_gate(self) -> None:
+        (self.folder / "open").touch()
+
+    def close_gate(self) -> None:
+        (self.folder / "open").unlink(missing_ok=True)
+
+
+Start = Callable[..., Served]
+
+
+@pytest.fixture
+def start(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[Start]:
+    stops = []
+
+    def begin(**flags: Any) -> Served:
+        models = {"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32", "preload": True}}
+        models["half"] = {"repo": str(vaes["sd"].folder), "dtype": "bfloat16"}
+        settings = load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "sd"), **flags)
+        engines: list[ProcessEngine] = []
+
+        def engine(settings: Settings, metrics: Metrics) -> ProcessEngine:
+            engines.append(ProcessEngine(settings, "cpu", metrics, worker="tests.faults"))
+            return engines[-1]
+
+        context = running(settings, engine)
+        url = context.__enter__()
+        stops.append(context)
+        return Served(url, tmp_path, engines[0])
+
+    yield begin
+    for context in stops:
+        context.__exit__(None, None, None)
+
+
+def test_a_killed_worker_loses_nothing(start: Start) -> None:
+    served, back_s = start(), []
+    served.open_gate()
+    expected = served.post(faults.WAIT)
+    with ThreadPoolExecutor(8) as clients:
+        for _ in range(KILLS):
+            served.close_gate()
+            answers = [clients.submit(served.post, faults.WAIT) for _ in range(6)]
+            served.until(lambda: served.metric("vae_inflight") >= 1 and served.metric("vae_queue_depth") >= 1)
+            killed, pid = time.monotonic(), served.engine.pid
+            assert pid
+            os.kill(pid, signal.SIGKILL)
+            served.until(lambda pid=pid: served.engine.is_alive and served.engine.pid != pid)  # type: ignore[misc]
+            back_s.append(time.monotonic() - killed)
+            served.open_gate()
+            for answer in answers:
+                assert answer.result().content == expected.content
+    assert served.metric('vae_worker_restarts_total{cause="signal_9"}') == KILLS
+    print(f"\n{KILLS} kills: 0 of {6 * KILLS} requests lost, ready again after {np.median(back_s):.2f} s (median)")
+
+
+def test_while_no_worker_lives_new_requests_and_health_are_503(start: Start) -> None:
+    served = start()
+    served.engine._worker = "tests.no_such_worker"
+    assert served.engine.pid
+    os.kill(served.engine.pid, signal.SIGKILL)
+    served.until(lambda: not served.engine.is_alive)
+    for refused in (served.post(), requests.get(served.url + "health", timeout=10)):
+        assert refused.status_code == 503
+        assert "restarting" in refused.json()["error"]
+        assert refused.headers["retry-after"]
+    assert requests.get(served.url + "health/live", timeout=10).ok
+    served.engine._worker = "tests.faults"
+    served.until(lambda: requests.get(served.url + "health", timeout=10).ok)
+    assert served.post().ok
+
+
+def test_a_poisonous_request_is_500_after_two_tries_and_the_rest_goes_on(start: Start) -> None:
+    served = start()
+    with ThreadPoolExecutor(8) as clients:
+        poison = clients.submit(served.post, faults.CRASH)
+        others = [clients.submit(served.post) for _ in range(6)]
+        answered = poison.result()
+        assert [other.result().status_code for other in others] == [200] * 6
+    assert answered.status_code == 500
+    assert answered.json()["code"] == "worker_crashed"
+    assert served.metric('vae_worker_restarts_total{cause="signal_9"}') == 2
+
+
+def test_a_request_whose_worker_died_once_is_answered(start: Start) -> None:
+    served = start()
+    for fault, cause in ((faults.CRASH_ONCE, "signal_9"), (faults.LOST_DEVICE_ONCE, "exit_70")):
+        assert served.post(fault).ok
+        assert served.metric(f'vae_worker_restarts_total{{cause="{cause}"}}') == 1
+
+
+def test_a_hung_worker_is_ended_past_the_deadline_and_those_who_wait_are_served(start: Start) -> None:
+    served = start(hang_grace_s=0.5)
+    with ThreadPoolExecutor(8) as clients:
+        hung = clients.submit(served.post, faults.HANG, headers={"X-Request-Timeout": "1"})
+        served.until(lambda: served.metric("vae_inflight") == 1)
+        others = [clients.submit(served.post, side=16) for _ in range(3)]
+        assert hung.result().status_code == 504
+        assert [other.result().status_code for other in others] == [200] * 3
+
+
+def test_out_of_memory_walks_down_and_ends_in_413(start: Start) -> None:
+    served = start()
+    expected = served.post(faults.MEMORY_TWICE + 100).content
+    assert served.post(faults.MEMORY_ONCE).ok
+    assert served.metric('vae_oom_total{step="free_caches"}') == 1
+    assert served.post(faults.MEMORY_TWICE).ok
+    assert served.metric('vae_oom_total{step="smallest_bands"}') == 1
+    refused = served.post(faults.MEMORY_ALWAYS)
+    assert (refused.status_code, refused.json()["code"]) == (413, "too_large_for_device")
+    assert served.post(faults.MEMORY_TWICE + 100).content == expected
+
+
+def test_one_out_of_memory_in_a_batch_does_not_fail_the_others(start: Start) -> None:
+    served = start()
+    expected = served.post(0.25).content
+    with ThreadPoolExecutor(8) as clients:
+        first = [clients.submit(served.post, faults.WAIT, side=16) for _ in range(2)]
+        served.until(lambda: served.metric("vae_inflight") == 1 and served.metric("vae_queue_depth") == 1)
+        bad = clients.submit(served.post, faults.MEMORY_ALWAYS)
+        good = [clients.submit(served.post, 0.25) for _ in range(4)]
+        served.until(lambda: served.metric("vae_queue_depth") == 6)
+        served.open_gate()
+        assert bad.result().status_code == 413
+        assert [answer.result().content for answer in good] == [expected] * 4
+        assert all(answer.result().ok for answer in first)
+
+
+def test_what_half_precision_overflows_is_decoded_in_float32_and_counted(start: Start) -> None:
+    served = start()
+    overflowed, single = served.post(faults.OVERFLOW, model="half"), served.post(faults.OVERFLOW, model="sd")
+    assert overflowed.headers["x-vae-upcast"] == "float32"
+    assert overflowed.content == single.content
+    assert served.metric('vae_nonfinite_total{where="output"}') == 1
+    assert "x-vae-upcast" not in served.post(model="half").headers
+
+
+def test_bugs_and_full_disks_are_500_with_a_fixed_sentence(start: Start) -> None:
+    served = start()
+    for fault in (faults.BUG, faults.DISK_FULL):
+        answer = served.post(fault)
+        assert (answer.status_code, answer.json()["code"]) == (500, "internal")
+        assert not LEAKS.search(answer.text)
+    assert served.post().ok
+
+
+def test_a_slow_render_does_not_keep_the_device(start: Start) -> None:
+    served = start(render_threads=2)
+    with ThreadPoolExecutor(2) as clients:
+        slow = clients.submit(served.post, faults.SLOW_RENDER)
+        served.until(lambda: served.decodes() >= 1)
+        assert served.post().ok
+        assert not slow.done()
+        (served.folder / "rendered").touch()
+        assert slow.result().ok
+
+
+def test_a_client_that_leaves_while_it_waits_never_reaches_the_device(start: Start) -> None:
+    served = start(max_queue=64)
+    leaver = threading.Thread(target=served.post, args=(faults.WAIT,))
+    leaver.start()
+    served.until(lambda: served.decodes() == 1)
+
+    def give_up() -> None:
+        with pytest.raises(requests.ReadTimeout):
+            served.post(side=16, patience_s=1)
+
+    with ThreadPoolExecutor(20) as clients:
+        for gone in [clients.submit(give_up) for _ in range(20)]:
+            gone.result()
+    served.until(lambda: served.metric("vae_queue_depth") == 0)
+    served.open_gate()
+    leaver.join()
+    assert served.post().ok
+    assert served.decodes() == 2
+    assert served.metric('vae_cancelled_total{stage="queued"}') == 20
+
+
+def test_a_model_that_is_not_used_is_unloaded_and_comes_back(start: Start) -> None:
+    served = start(idle_unload_s=0.5)
+    assert served.post().ok
+    served.until(lambda: served.metric('vae_model_loaded{model="sd"}') == 0)
+    assert served.post().ok
+    assert served.metric('vae_model_loaded{model="sd"}') == 1
+
+
+def test_the_least_recently_used_model_leaves_when_memory_is_short(start: Start) -> None:
+    served = start(model_memory_mb=1)
+    assert served.post().ok
+    assert served.post(model="half").ok
+    states = {
+        model["name"]: model["state"] for model in requests.get(served.url + "models", timeout=10).json()["models"]
+    }
+    assert states["half"] == "loaded"
