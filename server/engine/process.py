@@ -170,14 +170,15 @@ class ProcessEngine:
     async def _live(self) -> bool:
         """From start to end of one worker; whether it was ever ready."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = processes.Process(
-                target=run_worker,
-                args=(theirs, self._settings, self._worker),
-                name=f"worker-{self.device}",
-                daemon=True,
-            )
-            await asyncio.to_thread(self._process.start)
+        arguments = theirs, self._settings, self._worker
+        process = processes.Process(target=run_worker, args=arguments, name=f"worker-{self.device}", daemon=True)
+        try:
+            with theirs:
+                await asyncio.to_thread(process.start)
+        except BaseException:  # cancelled: a worker that starts all the same finds its connection closed
+            ours.close()
+            raise
+        self._process = process
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=READ_AHEAD_BYTES)
         try:
             while True:

@@ -86,7 +86,7 @@ def test_a_tensor_is_its_bytes() -> None:
     rendered = format_named("binary").render(raw(values), options())
     assert bytes(rendered.body) == values.tobytes()
     assert rendered.headers == {"shape": "[1, 3, 4]", "dtype": "float32"}
-    content = json.loads(format_named("base64").render(raw(values), options()).body)
+    content = json.loads(bytes(format_named("base64").render(raw(values), options()).body))
     assert content["parameters"] == {"shape": [1, 3, 4], "dtype": "float32"}
     assert base64.b64decode(content["inputs"]) == values.tobytes()
 
