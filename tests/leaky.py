@@ -1,0 +1,22 @@
+"""A worker that keeps a copy of every picture: the control that the soak must find."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from server.config import Settings
+from server.engine import runner, worker
+
+kept: list[bytes] = []
+
+
+def main(connection: socket.socket, settings: Settings) -> None:
+    render = runner.Runner._render
+
+    def keeping(self: Any, request: Any, decoded: Any, *rest: Any) -> None:
+        kept.append(bytes(decoded.tensor.data) + b"\1" * 65536)
+        render(self, request, decoded, *rest)
+
+    runner.Runner._render = keeping  # type: ignore[method-assign]
+    worker.main(connection, settings)

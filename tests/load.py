@@ -1,0 +1,141 @@
+"""Clients for load: keep-alive connections, every answer kept, and the memory of a server's processes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+import numpy as np
+import psutil
+
+from tests.conftest import REPOSITORY
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One decode request."""
+
+    path: str
+    body: bytes
+    accept: str = "*/*"
+
+    @classmethod
+    def of(cls, shape: Sequence[int], seed: int = 0, model: str = "", accept: str = "*/*", **params: Any) -> Ask:
+        latents = np.random.default_rng(seed).normal(size=shape).astype("float32")
+        query = urlencode({"shape": list(shape), "dtype": "float32", **params}, doseq=True)
+        return cls(f"/{model}?{query}", latents.tobytes(), accept)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One answer."""
+
+    status: int
+    body: bytes
+    retry_after: str | None
+    seconds: float
+
+
+class Connection:
+    """One client that keeps its connection."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def ask(self, ask: Ask) -> Told:
+        started = time.perf_counter()
+        headers = {"Content-Type": "tensor/binary", "Accept": ask.accept}
+        self._connection.request("POST", ask.path, ask.body, headers)
+        response = self._connection.getresponse()
+        body = response.read()
+        return Told(response.status, body, response.getheader("Retry-After"), time.perf_counter() - started)
+
+    def get(self, path: str) -> str:
+        self._connection.request("GET", path)
+        return self._connection.getresponse().read().decode()
+
+    def waiting(self) -> float:
+        """Accepted requests without an answer."""
+        lines = dict(line.rsplit(" ", 1) for line in self.get("/metrics").splitlines() if line[0] != "#")
+        return float(lines["vae_inflight"]) + float(lines["vae_queue_depth"])
+
+
+def all_of(url: str, asks: Sequence[Ask], clients: int) -> list[Told]:
+    """Ask everything with so many clients at once; the answers in the order of the requests."""
+    turn = iter(range(len(asks)))
+    told: dict[int, Told] = {}
+
+    def client() -> None:
+        with Connection(url) as connection:
+            for index in turn:  # one iterator for all: each index is taken once
+                told[index] = connection.ask(asks[index])
+
+    with ThreadPoolExecutor(clients) as pool:
+        for done in [pool.submit(client) for _ in range(clients)]:
+            done.result()
+    return [told[index] for index in range(len(asks))]
+
+
+@contextmanager
+def process(config: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`python -m server serve` as a user starts it: its URL and its process."""
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "serve",
+        "--port",
+        "0",
+        "--log-level",
+        "warning",
+        "--config",
+        str(config),
+    ]
+    server = subprocess.Popen([*command, *flags], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    assert server.stderr
+    try:
+        first = server.stderr.readline()
+        assert first.startswith("ready: "), first + server.stderr.read()
+        yield first.split()[1], server
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=60)
+
+
+def tree_bytes(pid: int) -> int:
+    """Resident memory of a process and its descendants; what they share is counted once."""
+    root = psutil.Process(pid)
+    return sum(process.memory_full_info().uss for process in (root, *root.children(recursive=True)))
+
+
+def percentile(seconds: Sequence[float], percent: float) -> float:
+    """In milliseconds."""
+    return float(np.percentile(seconds, percent)) * 1e3 if seconds else float("nan")
+
+
+def until(holds: Callable[[], bool], limit_s: float = 60) -> None:
+    stop = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < stop, "it never came true"
+
+
+def error_of(told: Told) -> str:
+    return str(json.loads(told.body)["code"])
