@@ -119,6 +119,7 @@ class ServerOptions(BaseSettings):
     video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
     fps: float = Field(10, gt=0, le=240, description="MP4 frames per second unless the request says them")
     render_threads: int = Field(2, ge=1, description="threads that render JPEG, PNG and MP4")
+    log_format: Literal["text", "json"] = Field("text", description="log lines as text or as JSON objects")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     api_key_file: Path | None = Field(None, description="file of accepted keys, one a line; default: no key needed")
     api_key: SecretStr | None = Field(
