@@ -94,6 +94,7 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
 
     from server.engine.local import LocalEngine, check_device
     from server.http.app import create_app
+    from server.http.protocol import uvicorn_config
     from server.metrics import Metrics
     from server.service import Service, State
 
@@ -107,9 +108,7 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
             announce(settings, listener)
 
     app = create_app(service, on_started)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, server_header=False, date_header=False)
-    )
+    server = uvicorn.Server(uvicorn_config(app))
     server.run(sockets=[listener])
     if service.failure:
         raise service.failure

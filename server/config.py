@@ -20,6 +20,7 @@ from server.types import Limits
 
 SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent / "models.yaml"
 ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json"})
+SLOWEST_BYTES_PER_S = 64 << 10  # a client below it, once its grace has passed, is cut off
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}:", re.ASCII)
@@ -122,6 +123,14 @@ class ServerOptions(BaseSettings):
     video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
     fps: float = Field(10, gt=0, le=240, description="MP4 frames per second unless the request says them")
     render_threads: int = Field(2, ge=1, description="threads that render JPEG, PNG and MP4")
+    head_timeout_s: float = Field(10, gt=0, description="most time for a request's line and headers, in seconds")
+    body_timeout_s: float = Field(
+        30, gt=0, description="most time for a request's body, in seconds, beside a second for each 64 KiB of it"
+    )
+    send_timeout_s: float = Field(
+        30, gt=0, description="most time for a client to take its answer, in seconds, beside a second for each 64 KiB"
+    )
+    max_connections: int = Field(800, ge=1, description="open connections, idle ones too; one more is answered 503")
     log_format: Literal["text", "json"] = Field("text", description="log lines as text or as JSON objects")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     api_key_file: Path | None = Field(None, description="file of accepted keys, a line each: KEY, or NAME: KEY")

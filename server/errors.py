@@ -3,10 +3,12 @@
     ServerError 500 internal
     ├── BadRequest 400 bad_request
     │   ├── WrongLength wrong_length · WrongShape wrong_shape · NonFiniteInput nonfinite_input
+    │   ├── MalformedRequest malformed_request · UpgradeRefused upgrade_refused
     ├── Unauthorized 401 · NotFound 404 (UnknownModel unknown_model) · MethodNotAllowed 405
-    ├── NotAcceptable 406 · TooLarge 413 (TooLargeForDevice) · UnsupportedBody 415 · Impossible 422
+    ├── NotAcceptable 406 · RequestTooSlow 408 · TooLarge 413 (TooLargeForDevice) · UnsupportedBody 415
+    ├── WrongHost 421 · Impossible 422 · HeadTooLarge 431
     ├── NotSupportedYet 501
-    ├── QueueFull 429 · Unavailable 503 (ModelUnavailable) · DeadlinePassed 504      (worth a retry)
+    ├── QueueFull 429 · Unavailable 503 (ModelUnavailable, TooManyConnections) · DeadlinePassed 504   (worth a retry)
     └── ConfigError: models.yaml, a flag or an environment variable; ends the process with exit status 2
 
 The text of an error is one sentence for its reader: what was wrong, what was expected, what to do next. It never holds
@@ -49,6 +51,18 @@ class NonFiniteInput(BadRequest):
     code = "nonfinite_input"
 
 
+class MalformedRequest(BadRequest):
+    """Not HTTP/1.1, or HTTP/1.1 that can be read in two ways."""
+
+    code = "malformed_request"
+
+
+class UpgradeRefused(BadRequest):
+    """WebSocket, HTTP/2 over cleartext, CONNECT."""
+
+    code = "upgrade_refused"
+
+
 class Unauthorized(ServerError):
     """A key is required."""
 
@@ -83,6 +97,13 @@ class NotAcceptable(ServerError):
     code = "not_acceptable"
 
 
+class RequestTooSlow(ServerError):
+    """Head or body did not come in time."""
+
+    status = 408
+    code = "request_too_slow"
+
+
 class TooLarge(ServerError):
     """Body, pixels, frames or batch over a limit."""
 
@@ -103,11 +124,25 @@ class UnsupportedBody(ServerError):
     code = "unsupported_body"
 
 
+class WrongHost(ServerError):
+    """A name that this server does not answer for."""
+
+    status = 421
+    code = "wrong_host"
+
+
 class Impossible(ServerError):
     """Understood, and impossible."""
 
     status = 422
     code = "impossible"
+
+
+class HeadTooLarge(ServerError):
+    """Request line and headers over their limit."""
+
+    status = 431
+    code = "head_too_large"
 
 
 class QueueFull(ServerError):
@@ -145,6 +180,12 @@ class ModelUnavailable(Unavailable):
     def __init__(self, model: str, detail: str) -> None:
         super().__init__(f"the model '{model}' cannot be loaded on this server; its log says why, tell its operator")
         self.detail = detail
+
+
+class TooManyConnections(Unavailable):
+    """More open connections than the server keeps."""
+
+    code = "too_many_connections"
 
 
 class DeadlinePassed(ServerError):

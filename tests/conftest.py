@@ -16,6 +16,7 @@ from server.cli import bind
 from server.config import Settings, load_settings
 from server.engine.local import LocalEngine
 from server.http.app import create_app
+from server.http.protocol import uvicorn_config
 from server.metrics import Metrics
 from server.service import Service
 from tests.vaes import MODELS, LocalVae, build
@@ -51,7 +52,7 @@ def running(settings: Settings, engine: Any = None, until_started: bool = True) 
     started = threading.Event()
     listener = bind("127.0.0.1", 0)
     service = Service(settings, engine or LocalEngine(settings), Metrics())
-    server = uvicorn.Server(uvicorn.Config(create_app(service, started.set), log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn_config(create_app(service, started.set)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from server.config import ROUTE_WORDS
-from server.errors import NotSupportedYet, TooLarge
+from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S
+from server.errors import NotSupportedYet, RequestTooSlow, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
 from server.outputs import FORMATS
@@ -60,7 +60,7 @@ async def _read(request: Request, service: Service) -> DecodeRequest:
     query = request.query_params.multi_items()
     _check_declared(headers.get("content-length"), limit)
     if wire.is_json_body(headers.get("content-type"), headers.get("content-encoding")):
-        body = await _body(request, limit)
+        body = await _body(request, limit, options.body_timeout_s)
         if len(body) > limit:
             raise _body_too_large(limit)
         data, sent = await asyncio.to_thread(wire.read_json, body)
@@ -74,7 +74,7 @@ async def _read(request: Request, service: Service) -> DecodeRequest:
     declared = headers.get("content-length", "")
     if declared.isdecimal():
         prepared.check_length(int(declared))
-    return prepared.with_data(await _body(request, prepared.bytes_needed))
+    return prepared.with_data(await _body(request, prepared.bytes_needed, options.body_timeout_s))
 
 
 async def _model(request: Request, service: Service, parameters: wire.Parameters) -> ModelInfo:
@@ -93,13 +93,21 @@ def _body_too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than the {limit} bytes this server reads; send fewer or smaller latents")
 
 
-async def _body(request: Request, limit: int) -> bytearray:
-    """The body, read no further than one chunk past `limit` bytes."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            break
+async def _body(request: Request, limit: int, grace_s: float) -> bytearray:
+    """The body, read no further than one chunk past `limit` bytes.
+
+    Raises RequestTooSlow, later the more has come: the sum bounds the time, and the rate refuses a byte at a time.
+    """
+    body, started = bytearray(), asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(started + grace_s) as deadline:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    break
+                deadline.reschedule(started + grace_s + len(body) / SLOWEST_BYTES_PER_S)
+    except TimeoutError:
+        raise RequestTooSlow(f"{len(body)} bytes of the body came in time; send it faster") from None
     return body
 
 
