@@ -123,6 +123,11 @@ class ServerOptions(BaseSettings):
     video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
     fps: float = Field(10, gt=0, le=240, description="MP4 frames per second unless the request says them")
     render_threads: int = Field(2, ge=1, description="threads that render JPEG, PNG and MP4")
+    allowed_hosts: str | None = Field(
+        None,
+        description="Host names and addresses to answer for, with commas between them, or *; "
+        "default: on a loopback address loopback names alone, else any",
+    )
     head_timeout_s: float = Field(10, gt=0, description="most time for a request's line and headers, in seconds")
     body_timeout_s: float = Field(
         30, gt=0, description="most time for a request's body, in seconds, beside a second for each 64 KiB of it"
