@@ -16,6 +16,7 @@ from server.http.failures import on_http_exception, on_server_error
 from server.http.frame import Frame
 from server.http.hosts import CheckHost
 from server.http.routes import routes
+from server.http.tracing import tracing
 from server.service import Service
 
 
@@ -35,6 +36,7 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
     app = Starlette(
         routes=routes,
         middleware=[
+            *tracing(),
             Middleware(Frame),
             Middleware(CheckHost, options=service.settings.options),
             Middleware(RequireKey, keys=service.settings.api_keys),
