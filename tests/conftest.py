@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import uvicorn
 import yaml
 
@@ -84,3 +85,12 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             return stack.enter_context(running(settings, engine and engine(settings), until_started))
 
         yield start
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """The smallest VAE gains nothing by two, and OpenMP's threads wait for each other for seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import re
+import socket
 import threading
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -59,18 +60,22 @@ def test_half_a_head_is_408(brief: str) -> None:
         assert_refused_and_closed(client, 408, "request_too_slow", "the request's head")
 
 
+def drip(client: Connection, data: bytes) -> None:
+    """Send it twenty times a second until there is an answer; the servers here allow half a second."""
+    client.socket.settimeout(0.05)
+    for _ in range(200):
+        client.send(data)
+        with suppress(TimeoutError):
+            client.socket.recv(1, socket.MSG_PEEK)
+            client.socket.settimeout(20)
+            return
+    pytest.fail("ten seconds of drops were taken")
+
+
 def test_a_head_is_late_even_when_bytes_keep_coming(brief: str) -> None:
     with connected(brief) as client:
         client.send(b"GET /health HTTP/1.1\r\n")
-        client.socket.settimeout(0.05)
-        for _ in range(200):  # ten seconds, of which the server allows half a one
-            try:
-                client.send(b"X: y\r\n")
-                client.socket.recv(1, 2)  # MSG_PEEK: the answer is there
-                break
-            except TimeoutError:
-                pass
-        client.socket.settimeout(20)
+        drip(client, b"X: y\r\n")
         assert_refused_and_closed(client, 408, "request_too_slow", "the request's head")
 
 
@@ -113,15 +118,7 @@ def test_half_a_body_is_408(brief: str, part: bytes) -> None:
 def test_a_body_that_drips_is_408(brief: str) -> None:
     with connected(brief) as client:
         client.send(head("POST", "/?shape=1,4,8,8&dtype=float32", "Content-Length: 1024"))
-        client.socket.settimeout(0.05)
-        for _ in range(200):
-            try:
-                client.send(b"x")
-                client.socket.recv(1, 2)
-                break
-            except TimeoutError:
-                pass
-        client.socket.settimeout(20)
+        drip(client, b"x")
         assert_refused_and_closed(client, 408, "request_too_slow", "bytes of the body came in time")
 
 
@@ -139,6 +136,14 @@ def test_a_refused_body_that_does_come_leaves_the_connection_open(brief: str) ->
         assert_refused(client.answer(), 404, "unknown_model", "no such model")
         client.send(b"x" * 1000 + HEALTH)
         assert client.answer().status == 200
+
+
+def test_a_refused_body_that_does_come_leaves_no_connection_idle(brief: str) -> None:
+    with connected(brief) as client:
+        client.send(head("POST", "/nobody", "Content-Length: 1000"))
+        assert client.answer().status == 404
+        client.send(b"x" * 1000)
+        assert client.rest() == b""
 
 
 @pytest.mark.parametrize("part", [HEALTH[:-2], HEALTH[:-2] + b"X: "], ids=["between headers", "in a header"])
@@ -189,7 +194,7 @@ def open_sockets(url: str) -> int:
 @pytest.fixture
 def large(serve: Serve, vaes: dict[str, LocalVae]) -> str:
     models = {"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32", "limits": {"max_pixels": 1 << 24}}}
-    return serve(models, send_timeout_s=0.5)
+    return serve(models, send_timeout_s=0.5, head_timeout_s=1)
 
 
 LARGE = "/?shape=3,4,96,96&dtype=float32&output_type=pt"  # an answer of 21 MB, more than any socket's buffer
@@ -209,9 +214,13 @@ def test_a_large_answer_that_nobody_reads_is_dropped(
             pass
 
 
-def test_a_large_answer_that_is_read_slowly_enough_arrives_whole(large: str) -> None:
+def test_a_large_answer_has_time_by_its_size(large: str) -> None:
     with connected(large, receive_buffer=1 << 16, timeout_s=60) as client:
         client.send(head("POST", LARGE, f"Content-Length: {len(LARGE_BODY)}") + LARGE_BODY)
+        client.socket.recv(1, socket.MSG_PEEK)
+        with connected(large) as clock:
+            clock.send(HEALTH[:-4])
+            assert clock.answer().status == 408  # so more than send_timeout_s has passed
         assert len(client.answer().body) == 3 * 3 * 768 * 768 * 4
 
 
@@ -339,13 +348,15 @@ def test_half_a_head_waits_while_the_request_before_it_runs(serve: Serve, vaes: 
         assert client.answer().status == 200
 
 
-def test_a_broken_body_stops_its_request(url: str) -> None:
-    with connected(url) as client:
+def test_a_broken_body_stops_its_request(brief: str, caplog: pytest.LogCaptureFixture) -> None:
+    with connected(brief) as client:
         client.send(head("POST", f"/?{QUERY}", CHUNKED) + b"10\r\n" + b"x" * 16 + b"\r\n")
         client.send(b"nonsense\r\n")
         assert_refused_and_closed(client, 400, "malformed_request", "not an HTTP/1.1 request")
-    while "inf_queue_size 0.0\n" not in requests.get(url + "metrics", timeout=10).text:
+    while "inf_queue_size 0.0\n" not in requests.get(brief + "metrics", timeout=10).text:
         pass
+    refusals = [record for record in caplog.records if record.name == "server.http.frame" and "status" in vars(record)]
+    assert 408 not in [record.__dict__["status"] for record in refusals], "the request went on after its refusal"
 
 
 def test_uvicorn_still_has_what_the_protocol_leans_on() -> None:

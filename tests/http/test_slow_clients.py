@@ -61,6 +61,7 @@ def served_ms(session: requests.Session, url: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_core")
 def test_slow_clients_are_closed_while_others_are_served(
     serve: Serve, vaes: dict[str, LocalVae], capsys: pytest.CaptureFixture[str]
 ) -> None:
