@@ -338,6 +338,15 @@ def test_a_bug_is_500_with_a_fixed_sentence(serve: Serve, vaes: dict[str, LocalV
     assert_refused(post(address), 500, "internal", "the server failed on this request")
 
 
+def test_a_request_that_a_shutdown_cancels_is_503(serve: Serve, vaes: dict[str, LocalVae]) -> None:
+    class Cancelled(LocalEngine):
+        async def decode(self, job: DecodeJob) -> Decoded:
+            raise asyncio.CancelledError
+
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=Cancelled)
+    assert_refused(post(address), 503, "unavailable", "shutting down and did not finish")
+
+
 def test_out_of_memory_is_413(serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*_: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
