@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-from importlib.util import find_spec
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -22,13 +21,14 @@ def tracing() -> list[Middleware]:
     """The outermost middleware, or none."""
     if not any(map(os.environ.get, ENDPOINTS)):
         return []
-    if find_spec("opentelemetry") is None:
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        return [traced_by(BatchSpanProcessor(OTLPSpanExporter()))]
+    except ModuleNotFoundError:  # some of them may be there for other packages' sake
         log.warning("an OTLP endpoint is set, but requirements-otel.txt is not installed: no traces")
         return []
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
-    return [traced_by(BatchSpanProcessor(OTLPSpanExporter()))]
 
 
 def traced_by(processor: Any) -> Middleware:
