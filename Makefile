@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-gpu test-dockerfile check format bench demo browser clean
+.PHONY: help setup serve test torture test-gpu test-dockerfile check format bench demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ serve: $(INSTALLED) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for ju
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+torture: $(INSTALLED) ## Send a million malformed requests, and 500 slow clients (COUNT for another number)
+	VAE_TEST_MALFORMED=$(or $(COUNT),1000000) $(BIN)/python -m pytest tests/http/test_malformed.py tests/http/test_slow_clients.py $(ARGS)
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

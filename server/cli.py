@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ import click
 from server import __version__
 from server.config import ServerOptions, Settings, load_settings
 from server.errors import ConfigError, ModelUnavailable, ServerError
+from server.logs import write_logs
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -69,11 +69,7 @@ def serve(models: tuple[str, ...], **flags: Any) -> None:
         signal.signal(ending, lambda *_: sys.exit(0))
     settings = load_settings(models, **flags)
     listener = bind(settings.options.host, settings.options.port)
-    logging.basicConfig(
-        level=settings.options.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    write_logs(settings.options.log_level, settings.options.log_format)
     run_server(settings, listener)
 
 

@@ -6,7 +6,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,10 @@ from server.types import Limits
 
 SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent / "models.yaml"
 ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json"})
+SLOWEST_BYTES_PER_S = 64 << 10  # a client below it, once its grace has passed, is cut off
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}:", re.ASCII)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Pixels = Annotated[int, Field(ge=64)]
@@ -136,11 +140,33 @@ class ServerOptions(BaseSettings):
     video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
     fps: float = Field(10, gt=0, le=240, description="MP4 frames per second unless the request says them")
     render_threads: int = Field(2, ge=1, description="threads that render JPEG, PNG and MP4")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
-    api_key_file: Path | None = Field(None, description="file of accepted keys, one a line; default: no key needed")
-    api_key: SecretStr | None = Field(
-        None, description="accepted key; by environment only, so that no process list shows it"
+    allowed_hosts: str | None = Field(
+        None,
+        description="Host names and addresses to answer for, with commas between them, or *; "
+        "default: on a loopback address loopback names alone, else any",
     )
+    head_timeout_s: float = Field(10, gt=0, description="most time for a request's line and headers, in seconds")
+    body_timeout_s: float = Field(
+        30, gt=0, description="most time for a request's body, in seconds, beside a second for each 64 KiB of it"
+    )
+    send_timeout_s: float = Field(
+        30, gt=0, description="most time for a client to take its answer, in seconds, beside a second for each 64 KiB"
+    )
+    max_connections: int = Field(800, ge=1, description="open connections, idle ones too; one more is answered 503")
+    log_format: Literal["text", "json"] = Field("text", description="log lines as text or as JSON objects")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+    api_key_file: Path | None = Field(None, description="file of accepted keys, a line each: KEY, or NAME: KEY")
+    api_key: SecretStr | None = Field(
+        None, description="accepted keys, with commas between them; by environment only, for process lists show flags"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """The name is for the log, which never holds the key."""
+
+    name: str
+    key: SecretStr
 
 
 class Settings(_Strict):
@@ -152,7 +178,7 @@ class Settings(_Strict):
     source: Path
     default: str
     models: dict[str, ModelEntry]
-    api_keys: tuple[SecretStr, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()
 
     def name_of(self, word: str) -> str | None:
         """The model that a name or an alias means, whatever its case."""
@@ -213,23 +239,41 @@ def _models_yaml(chosen: Path | None) -> Path:
     return chosen.resolve()
 
 
-def _api_keys(options: ServerOptions) -> tuple[SecretStr, ...]:
-    keys = []
+def _api_keys(options: ServerOptions) -> tuple[ApiKey, ...]:
+    keys: list[ApiKey] = []
     if options.api_key is not None:
-        if not options.api_key.get_secret_value().strip():
+        keys += _named_keys(options.api_key.get_secret_value().split(","), "VAE_SERVER_API_KEY")
+        if not keys:
             raise ConfigError("VAE_SERVER_API_KEY: is set and empty; unset it for a server without keys")
-        keys.append(options.api_key)
     if options.api_key_file:
+        source = f"--api-key-file {options.api_key_file}"
         try:
             lines = options.api_key_file.read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise ConfigError(f"--api-key-file {options.api_key_file}: {error.strerror}") from None
+            raise ConfigError(f"{source}: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise ConfigError(f"--api-key-file {options.api_key_file}: is not text in UTF-8") from None
-        keys += [SecretStr(line.strip()) for line in lines if line.strip()]
-        if not keys:
-            raise ConfigError(f"--api-key-file {options.api_key_file}: holds no key; put one on each line")
+            raise ConfigError(f"{source}: is not text in UTF-8") from None
+        found = _named_keys(lines, source)
+        if not found:
+            raise ConfigError(f"{source}: holds no key; put one on each line")
+        keys += found
     return tuple(keys)
+
+
+def _named_keys(entries: Sequence[str], source: str) -> list[ApiKey]:
+    """`KEY` or `NAME: KEY`; the space tells a name from a key with a colon. Raises ConfigError, which shows no key."""
+    keys = []
+    for number, entry in enumerate(entries, 1):
+        match entry.split():
+            case []:
+                continue
+            case [key] if not KEY_NAME.fullmatch(key):
+                keys.append(ApiKey(f"key-{number}", SecretStr(key)))
+            case [name, key] if KEY_NAME.fullmatch(name):
+                keys.append(ApiKey(name[:-1], SecretStr(key)))
+            case _:
+                raise ConfigError(f"{source}: entry {number}: expected KEY or NAME: KEY; a key has no spaces")
+    return keys
 
 
 def _parse_models(source: Path) -> _ModelsFile:

@@ -3,11 +3,13 @@
     ServerError 500 internal
     ├── BadRequest 400 bad_request
     │   ├── WrongLength wrong_length · WrongShape wrong_shape · NonFiniteInput nonfinite_input
+    │   ├── MalformedRequest malformed_request · UpgradeRefused upgrade_refused
     ├── Unauthorized 401 · NotFound 404 (UnknownModel unknown_model) · MethodNotAllowed 405
-    ├── NotAcceptable 406 · TooLarge 413 (TooLargeForDevice) · UnsupportedBody 415 · Impossible 422
+    ├── NotAcceptable 406 · RequestTooSlow 408 · TooLarge 413 (TooLargeForDevice) · UnsupportedBody 415
+    ├── WrongHost 421 · Impossible 422 · HeadTooLarge 431
     ├── NotSupportedYet 501
     ├── WorkerCrashed 500 worker_crashed
-    ├── QueueFull 429 · Unavailable 503 (ModelUnavailable) · DeadlinePassed 504      (worth a retry)
+    ├── QueueFull 429 · Unavailable 503 (ModelUnavailable, TooManyConnections) · DeadlinePassed 504   (worth a retry)
     └── ConfigError: models.yaml, a flag or an environment variable; ends the process with exit status 2
 
 The text of an error is one sentence for its reader: what was wrong, what was expected, what to do next. It never holds
@@ -50,6 +52,18 @@ class NonFiniteInput(BadRequest):
     code = "nonfinite_input"
 
 
+class MalformedRequest(BadRequest):
+    """Not HTTP/1.1, or HTTP/1.1 that can be read in two ways."""
+
+    code = "malformed_request"
+
+
+class UpgradeRefused(BadRequest):
+    """WebSocket, HTTP/2 over cleartext, CONNECT."""
+
+    code = "upgrade_refused"
+
+
 class Unauthorized(ServerError):
     """A key is required."""
 
@@ -84,6 +98,13 @@ class NotAcceptable(ServerError):
     code = "not_acceptable"
 
 
+class RequestTooSlow(ServerError):
+    """Head or body did not come in time."""
+
+    status = 408
+    code = "request_too_slow"
+
+
 class TooLarge(ServerError):
     """Body, pixels, frames or batch over a limit."""
 
@@ -104,11 +125,25 @@ class UnsupportedBody(ServerError):
     code = "unsupported_body"
 
 
+class WrongHost(ServerError):
+    """A name that this server does not answer for."""
+
+    status = 421
+    code = "wrong_host"
+
+
 class Impossible(ServerError):
     """Understood, and impossible."""
 
     status = 422
     code = "impossible"
+
+
+class HeadTooLarge(ServerError):
+    """Request line and headers over their limit."""
+
+    status = 431
+    code = "head_too_large"
 
 
 class QueueFull(ServerError):
@@ -153,6 +188,12 @@ class WorkerCrashed(ServerError):
     """The process that decoded the request ended, twice."""
 
     code = "worker_crashed"
+
+
+class TooManyConnections(Unavailable):
+    """More open connections than the server keeps."""
+
+    code = "too_many_connections"
 
 
 class DeadlinePassed(ServerError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import uvicorn
 import yaml
 
@@ -16,6 +17,7 @@ from server.cli import bind
 from server.config import Settings, load_settings
 from server.engine.local import LocalEngine
 from server.http.app import create_app
+from server.http.protocol import uvicorn_config
 from server.metrics import Metrics
 from server.service import Service
 from tests.vaes import MODELS, LocalVae, build
@@ -52,7 +54,7 @@ def running(settings: Settings, engine: Any = None, until_started: bool = True) 
     listener = bind("127.0.0.1", 0)
     metrics = Metrics()
     service = Service(settings, [engine(settings, metrics) if engine else LocalEngine(settings)], metrics)
-    server = uvicorn.Server(uvicorn.Config(create_app(service, started.set), log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn_config(create_app(service, started.set)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -84,3 +86,12 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             return stack.enter_context(running(settings, engine, until_started))
 
         yield start
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """The smallest VAE gains nothing by two, and OpenMP's threads wait for each other for seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

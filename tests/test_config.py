@@ -104,5 +104,37 @@ def test_named_models_are_kept_in_order_and_aliases_count(tmp_path: Path) -> Non
 def test_a_key_never_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAE_SERVER_API_KEY", "hush-hush")
     settings = load_settings(config=write(tmp_path, GOOD))
-    assert settings.api_keys[0].get_secret_value() == "hush-hush"
+    assert settings.api_keys[0].key.get_secret_value() == "hush-hush"
     assert "hush-hush" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("k1\n\n  k2  \n", [("key-1", "k1"), ("key-3", "k2")]),
+        ("alice: k1\nbob:\tk2", [("alice", "k1"), ("bob", "k2")]),
+        ("alice:k1", [("key-1", "alice:k1")]),
+        ("alice: old\nalice: new", [("alice", "old"), ("alice", "new")]),
+    ],
+)
+def test_a_key_may_have_a_name(text: str, keys: list[tuple[str, str]], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(text)
+    settings = load_settings(config=write(tmp_path, GOOD), api_key_file=tmp_path / "keys")
+    assert [(known.name, known.key.get_secret_value()) for known in settings.api_keys] == keys
+
+
+@pytest.mark.parametrize("text", ["two words", "a b: hush", "a: hush hush", "alice:", "al/ice: hush"])
+def test_a_line_that_is_no_key_is_an_error_that_does_not_show_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(ConfigError, match=r"entry \d: expected KEY or NAME: KEY") as caught:
+        load_settings(config=write(tmp_path, GOOD), api_key_file=tmp_path / "keys")
+    assert "hush" not in str(caught.value)
+
+
+def test_the_environment_holds_several_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAE_SERVER_API_KEY", "k1, ci: k2")
+    settings = load_settings(config=write(tmp_path, GOOD))
+    assert [known.name for known in settings.api_keys] == ["key-1", "ci"]
+    monkeypatch.setenv("VAE_SERVER_API_KEY", " , ")
+    with pytest.raises(ConfigError, match="VAE_SERVER_API_KEY: is set and empty"):
+        load_settings(config=write(tmp_path, GOOD))

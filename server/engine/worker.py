@@ -17,6 +17,7 @@ from server.engine import messages
 from server.engine.loader import choose_device
 from server.engine.runner import Runner
 from server.errors import ServerError
+from server.logs import write_logs
 from server.types import Done, LoadedInfo
 
 log = logging.getLogger(__name__)
@@ -30,9 +31,7 @@ def main(connection: socket.socket, settings: Settings) -> None:
     # Whoever signals a process group means the front process: it drains, and then closes the connection.
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.SIG_IGN)
-    logging.basicConfig(
-        level=settings.options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    write_logs(settings.options.log_level, settings.options.log_format)
     Worker(connection, settings).serve()
     logging.shutdown()
     os._exit(0)  # a decode may be running: nobody waits for it any more

@@ -14,7 +14,9 @@ from server.errors import ServerError
 from server.http.auth import RequireKey
 from server.http.failures import on_http_exception, on_server_error
 from server.http.frame import Frame
+from server.http.hosts import CheckHost
 from server.http.routes import routes
+from server.http.tracing import tracing
 from server.service import Service, State
 
 
@@ -33,7 +35,12 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
 
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Frame), Middleware(RequireKey, keys=service.settings.api_keys)],
+        middleware=[
+            *tracing(),
+            Middleware(Frame),
+            Middleware(CheckHost, options=service.settings.options),
+            Middleware(RequireKey, keys=service.settings.api_keys),
+        ],
         exception_handlers={ServerError: on_server_error, HTTPException: on_http_exception},
         lifespan=lifespan,
     )

@@ -7,11 +7,11 @@ import binascii
 import hmac
 from collections.abc import Sequence
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.config import ApiKey
 from server.errors import Unauthorized
 from server.http.failures import failure
 
@@ -21,20 +21,26 @@ PUBLIC_PATHS = frozenset({"/health", "/health/live"})
 class RequireKey:
     """Everything but health is closed when keys are configured."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self.app = app
-        self._keys = [key.get_secret_value().encode() for key in keys]
+        self._keys = [(known.name, known.key.get_secret_value().encode()) for known in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in PUBLIC_PATHS or self._knows(sent_key(scope)):
+        if scope["type"] != "http" or not self._keys or scope["path"] in PUBLIC_PATHS:
+            await self.app(scope, receive, send)
+            return
+        caller = self._name_of(sent_key(scope))
+        if caller is not None:
+            scope["state"]["caller"] = caller
             await self.app(scope, receive, send)
             return
         sentence = "a key is required: send Authorization: Bearer KEY, X-API-Key: KEY, or http://user:KEY@host/"
         await failure(Request(scope), Unauthorized(sentence))(scope, receive, send)
 
-    def _knows(self, key: bytes) -> bool:
+    def _name_of(self, key: bytes) -> str | None:
         # Every key is compared, each in constant time, so that timing tells neither the key nor its place.
-        return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
+        names = [name for name, known in self._keys if hmac.compare_digest(key, known)]
+        return names[0] if names else None
 
 
 def sent_key(scope: Scope) -> bytes:

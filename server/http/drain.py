@@ -6,8 +6,9 @@ import asyncio
 from types import FrameType
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
+from server.http.protocol import uvicorn_config
 from server.service import Service
 
 # Answers are sent before uvicorn is told to stop: what is open then are idle connections and half-sent uploads.
@@ -17,17 +18,9 @@ CLOSE_S = 1
 class DrainingServer(uvicorn.Server):
     """Exits with status 0 after a signal, unlike uvicorn's own, which raises the signal again."""
 
-    def __init__(self, service: Service, app: ASGIApp) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                timeout_graceful_shutdown=CLOSE_S,
-            )
-        )
+    def __init__(self, service: Service, app: Starlette) -> None:
+        super().__init__(uvicorn_config(app))
+        self.config.timeout_graceful_shutdown = CLOSE_S
         self._service = service
         self._is_told = False
         self._drain: asyncio.Task[None] | None = None

@@ -12,14 +12,23 @@ from server.errors import MethodNotAllowed, NotFound, ServerError
 OUR_FAULT = "the server failed on this request; its log has the reason under this request_id, tell its operator"
 
 
-def failure(request: Request, error: ServerError, sentence: str | None = None) -> JSONResponse:
+def as_json(error: ServerError, request_id: str, sentence: str | None = None) -> JSONResponse:
     """The response of an error; `sentence` replaces the error's own text."""
-    request.app.state.service.metrics.rejected.labels(error.code).inc()
-    body = {"error": sentence or str(error), "code": error.code, "request_id": request.state.request_id}
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
+    body = {"error": sentence or str(error), "code": error.code, "request_id": request_id}
+    headers = {"X-Request-Id": request_id}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = 'Bearer, Basic realm="vae"'
+    if error.status == 408:
+        headers["Connection"] = "close"  # the rest of the request may still come
     return JSONResponse(body, error.status, headers)
+
+
+def failure(request: Request, error: ServerError, sentence: str | None = None) -> JSONResponse:
+    """The same for a request that reached the application."""
+    request.app.state.service.metrics.rejected.labels(error.code).inc()
+    return as_json(error, request.state.request_id, sentence)
 
 
 async def on_server_error(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -11,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ServerError
+from server.errors import ServerError, Unavailable
 from server.http.failures import OUR_FAULT, failure
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,14 @@ class Frame:
         try:
             await self.app(scope, receive, send_framed)
         except ClientDisconnect:
-            log.debug("%s the client left while it was sending", request_id)
+            log.debug("the client left while it was sending", extra={"request_id": request_id})
+        except asyncio.CancelledError:  # by uvicorn, when the time to shut down is over
+            if status == CLIENT_LEFT:
+                error = Unavailable("the server is shutting down and did not finish this request; try again later")
+                await failure(Request(scope), error)(scope, receive, send_framed)
+            raise
         except Exception:  # the border of a request: whatever went wrong inside, its client gets an answer
-            log.exception("%s failed", request_id)
+            log.exception("failed", extra={"request_id": request_id})
             if status == CLIENT_LEFT:
                 await failure(Request(scope), ServerError(), OUR_FAULT)(scope, receive, send_framed)
         finally:
@@ -63,4 +69,5 @@ def _account(scope: Scope, status: int, seconds: float) -> None:
     metrics.requests.labels(route, model, str(status)).inc()
     metrics.duration_s.labels(route).observe(seconds)
     level = logging.DEBUG if route in PROBES else logging.INFO
-    log.log(level, "%s %s %s %d %.0f ms", state["request_id"], route, model, status, seconds * 1e3)
+    known = {"route": route, "model": model, "status": status, "ms": round(seconds * 1e3)}
+    log.log(level, "answered", extra={**known, **{key: state.get(key) for key in ("request_id", "caller")}})

@@ -16,8 +16,8 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from server.config import ROUTE_WORDS
-from server.errors import DeadlinePassed, NotSupportedYet, TooLarge
+from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S
+from server.errors import DeadlinePassed, NotSupportedYet, RequestTooSlow, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
 from server.outputs import FORMATS
@@ -80,7 +80,7 @@ async def _read(request: Request, service: Service, admission: Admission) -> Dec
     declared = headers.get("content-length", "")
     if wire.is_json_body(headers.get("content-type"), headers.get("content-encoding")):
         admission.reserve(int(declared) if declared.isdecimal() else limit)
-        body = await _body(request, limit)
+        body = await _body(request, limit, options.body_timeout_s)
         if len(body) > limit:
             raise _body_too_large(limit)
         data, sent = await asyncio.to_thread(wire.read_json, body)
@@ -96,7 +96,7 @@ async def _read(request: Request, service: Service, admission: Admission) -> Dec
     if declared.isdecimal():
         prepared.check_length(int(declared))
     admission.reserve(prepared.bytes_held)
-    return prepared.with_data(await _body(request, prepared.bytes_needed))
+    return prepared.with_data(await _body(request, prepared.bytes_needed, options.body_timeout_s))
 
 
 async def _model(request: Request, service: Service, parameters: wire.Parameters) -> ModelInfo:
@@ -115,13 +115,21 @@ def _body_too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than the {limit} bytes this server reads; send fewer or smaller latents")
 
 
-async def _body(request: Request, limit: int) -> bytearray:
-    """The body, read no further than one chunk past `limit` bytes."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            break
+async def _body(request: Request, limit: int, grace_s: float) -> bytearray:
+    """The body, read no further than one chunk past `limit` bytes.
+
+    Raises RequestTooSlow, later the more has come: the sum bounds the time, and the rate refuses a byte at a time.
+    """
+    body, started = bytearray(), asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(started + grace_s) as deadline:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    break
+                deadline.reschedule(started + grace_s + len(body) / SLOWEST_BYTES_PER_S)
+    except TimeoutError:
+        raise RequestTooSlow(f"{len(body)} bytes of the body came in time; send it faster") from None
     return body
 
 

@@ -1,0 +1,67 @@
+"""Which names the server answers for. A web page whose own name was made to lead to 127.0.0.1 must not reach it."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.config import ServerOptions
+from server.errors import BadRequest, ServerError, WrongHost
+from server.http.auth import PUBLIC_PATHS
+from server.http.failures import failure
+
+HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII)
+
+
+class CheckHost:
+    """A known `Host`, exactly one. Probes, which often know an address alone, may ask for health by any address."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        self.app = app
+        self._allowed = {_plain(name) for name in (options.allowed_hosts or "").split(",") if name.strip()}
+        if options.allowed_hosts is None and not _is_loopback(_plain(options.host)):
+            self._allowed = {"*"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._refusal(scope) if scope["type"] == "http" else None
+        if error is None:
+            await self.app(scope, receive, send)
+        else:
+            await failure(Request(scope), error)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ServerError | None:
+        sent = Headers(scope=scope).getlist("host")
+        if not sent and scope["http_version"] == "1.0":
+            return None  # it had no Host; every browser sends one
+        found = HOST.fullmatch(sent[0].strip()) if len(sent) == 1 else None
+        if found is None:
+            return BadRequest("send exactly one Host header, with the name or address of this server")
+        name = _plain(found["name"])
+        if self._answers_for(name) or (scope["path"] in PUBLIC_PATHS and _is_address(name)):
+            return None
+        return WrongHost("this server does not answer for that Host; its operator adds it with --allowed-hosts")
+
+    def _answers_for(self, name: str) -> bool:
+        if not self._allowed:
+            return _is_loopback(name)
+        return "*" in self._allowed or name in self._allowed
+
+
+def _plain(name: str) -> str:
+    return name.strip().strip("[]").rstrip(".").lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(name: str) -> bool:
+    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)

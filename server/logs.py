@@ -1,0 +1,55 @@
+"""Log lines as text or as JSON objects, with what is known of their request. No client can break or forge a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+# What `extra` of a log call may hold, in this order. None of them is a payload, a key or a path.
+FIELDS = ("request_id", "route", "model", "caller", "status", "ms")
+# C0, DEL, C1 and the line and paragraph separators: what ends a line or moves a terminal's cursor.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class TextFormatter(logging.Formatter):
+    """`TIME LEVEL LOGGER MESSAGE key=value …`; a traceback follows on lines of its own, indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = [_time(record), record.levelname, record.name, _escaped(record.getMessage())]
+        line += [f"{key}={value}" for key, value in _fields(record).items()]
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        return "".join([" ".join(line), *(f"\n    {_escaped(text)}" for text in trace.splitlines())])
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line; json.dumps escapes the rest of what is not ASCII."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {"time": _time(record), "level": record.levelname, "logger": record.name}
+        line |= {"message": record.getMessage(), **_fields(record)}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def write_logs(level: str, layout: str) -> None:
+    """Every logger's lines to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if layout == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: record.__dict__[key] for key in FIELDS if record.__dict__.get(key) is not None}
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+
+
+def _escaped(text: str) -> str:
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
