@@ -25,7 +25,7 @@ from server.http import protocol
 from server.http.protocol import HEAD_BYTES, MAX_PIPELINED, BoundedProtocol
 from tests.conftest import Serve
 from tests.http.raw import QUERY, Connection, RawAnswer, connected, good, head
-from tests.http.test_errors import BODY, LEAKS, Gate
+from tests.http.test_errors import BODY, LEAKS, gate
 from tests.vaes import LocalVae
 
 HEALTH = head("GET", "/health")
@@ -337,8 +337,7 @@ def test_a_flood_of_requests_is_answered_so_far_and_closed(url: str) -> None:
 
 def test_half_a_head_waits_while_the_request_before_it_runs(serve: Serve, vaes: dict[str, LocalVae]) -> None:
     opened = threading.Event()
-    gate = type("OneGate", (Gate,), {"opened": opened})
-    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate, head_timeout_s=0.3)
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate(opened), head_timeout_s=0.3)
     with connected(address) as client, connected(address) as other:
         client.send(good(BODY) + HEALTH[:20])
         other.send(HEALTH[:20])
