@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture test-gpu test-dockerfile check format bench demo browser clean
+.PHONY: help setup serve test torture test-gpu test-dockerfile check format bench bench-server demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ bench: $(INSTALLED) ## Decoders, outputs and videos beside their peers: tables a
 	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.plot
+
+bench-server: $(INSTALLED) ## Time this server, the hosted design and LitServe side by side (ten minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
+	$(BIN)/python -m benchmarks.server --save server $(ARGS)
+	$(BIN)/python -m benchmarks.plot_server server
 
 demo: $(INSTALLED) ## Train the embedded demo model again
 	$(BIN)/python server/demo/train.py $(ARGS)

@@ -1,0 +1,124 @@
+"""The servers under comparison as real processes on the same weights, each stopped while another one is measured."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import psutil
+
+READY_S = 120.0
+OURS, HOSTED = "ours", "hosted design"
+LIT, LIT_BATCHED, LIT_WORKERS = "LitServe", "LitServe, batches", "LitServe, a worker a core"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One running server."""
+
+    name: str
+    port: int
+    process: psutil.Process
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Stopped otherwise: LitServe's batching polls its queue a thousand times a second."""
+        self._signal("resume")
+        try:
+            yield
+        finally:
+            self._signal("suspend")
+
+    def rss_bytes(self) -> int:
+        """Of the whole process tree. What processes share counts for each."""
+        return sum(process.memory_info().rss for process in self._tree())
+
+    def pss_bytes(self) -> int:
+        """Of the whole process tree. What processes share, also those of other servers, counts by its share."""
+        return sum(process.memory_full_info().pss for process in self._tree())
+
+    def stop(self) -> None:
+        tree = self._tree()
+        self._signal("resume")
+        self.process.terminate()
+        _, alive = psutil.wait_procs(tree, timeout=10)
+        for process in alive:
+            process.kill()
+
+    def _signal(self, verb: str) -> None:
+        for process in self._tree():
+            getattr(process, verb)()
+
+    def _tree(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
+
+
+def commands(models_yaml: Path, dtype: str, most_clients: int) -> dict[str, list[str]]:
+    """Each server's own arguments. Ours takes a queue as long as the others', who refuse nobody."""
+    config = ["--config", str(models_yaml)]
+    lit = ["benchmarks.lit", *config]
+    cores = str(psutil.cpu_count(logical=False) or 1)
+    return {
+        OURS: ["server", "serve", *config, "--max-queue", str(most_clients), "--log-level", "warning"],
+        HOSTED: ["benchmarks.hosted", *config, "--dtype", dtype],
+        LIT: lit,
+        LIT_BATCHED: [*lit, "--batch-size", "16", "--wait-ms", "2"],
+        LIT_WORKERS: [*lit, "--workers", cores, "--threads", "1"],
+    }
+
+
+@contextmanager
+def running(models_yaml: Path, dtype: str, most_clients: int, names: Sequence[str]) -> Iterator[list[Peer]]:
+    """All of them, ready and stopped."""
+    with ExitStack() as stack:
+        peers = []
+        for name, arguments in commands(models_yaml, dtype, most_clients).items():
+            if name in names:
+                peers.append(stack.enter_context(_running(name, arguments)))
+        yield peers
+
+
+@contextmanager
+def _running(name: str, arguments: list[str]) -> Iterator[Peer]:
+    port = free_port()
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-m", *arguments, "--port", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        peer = Peer(name, port, psutil.Process(process.pid))
+        try:
+            if not _becomes_ready(process, port):
+                log.seek(0)
+                raise RuntimeError(f"{name} did not start:\n{log.read()[-3000:].decode(errors='replace')}")
+            with peer.measured():
+                pass
+            yield peer
+        finally:
+            peer.stop()
+            process.wait()
+
+
+def _becomes_ready(process: subprocess.Popen[bytes], port: int) -> bool:
+    deadline = time.monotonic() + READY_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except (URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
