@@ -189,10 +189,11 @@ def print_memory(memory: dict[str, dict[str, int]]) -> None:
 
 
 def machine_name(engine: str) -> str:
+    """What the numbers depend on; OpenMP's variables reach every server."""
+    openmp = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_"))]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    return (
-        f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {engine}, load {load} at the start"
-    )
+    facts = [f"{os.cpu_count()} cores", platform.machine(), f"torch {torch.__version__}", engine, *openmp]
+    return f"{', '.join(facts)}, load {load} at the start"
 
 
 if __name__ == "__main__":
