@@ -111,6 +111,11 @@ class ServerOptions(BaseSettings):
         description="auto, cpu, cuda, cuda:N or mps, or several with commas, each with a worker process of its own; "
         "auto and cuda take every CUDA device",
     )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of a worker's decode; default: the cores there are, shared by the CPU's workers",
+    )
     dtype: Dtype = Field(
         "auto", description="auto, float32, float16 or bfloat16, for models whose entry names none; auto: by the device"
     )

@@ -44,6 +44,8 @@ class Worker:
         self._connection = connection
         self._settings = settings
         self._sending = threading.Lock()
+        if settings.options.threads is not None:
+            torch.set_num_threads(settings.options.threads)
         self._runner = Runner(settings)
         self._files = ThreadPoolExecutor(2, thread_name_prefix="files")
         self._batches: dict[int, BatchListener] = {}
