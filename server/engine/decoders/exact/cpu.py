@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +13,11 @@ from server.engine.decoders.exact.moments import Affine, Moments
 
 _STRIDE = _DILATION = [1, 1]
 _PADDING = [0, 1]
-# The shape a weight is packed for. oneDNN packs a channels_last weight alike for every picture size we tried.
+# The shape a weight is packed for. oneDNN packs it alike for every picture size, or packs it again at each call within
+# some 40 µs; but of 96 channels that takes 3 ms where the picture is small, and such a weight is left as it is.
 _BAND_ROWS, _BAND_COLUMNS = 18, 256
+_SMALL_ROWS, _SMALL_COLUMNS = 10, 8
+SLOW_REORDER = 5
 
 
 def preferred_cpu_dtype() -> torch.dtype:
@@ -32,7 +37,7 @@ def _has(feature: str) -> bool:
 
 
 class CpuKernels(Kernels):
-    """One image at a time: batch norm's statistics are over the batch."""
+    """Norms go image by image, because batch norm's statistics are over the batch; convolutions take all at once."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         operators = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
@@ -47,15 +52,26 @@ class CpuKernels(Kernels):
             return super().pack(weight)
         shape = [1, weight.shape[1], _BAND_ROWS, _BAND_COLUMNS]
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, _STRIDE, _DILATION, 1, shape)
-        return packed
+        plain = super().pack(weight)
+        return plain if self._seconds(packed) > SLOW_REORDER * self._seconds(plain) else packed
+
+    def _seconds(self, weight: Tensor) -> float:
+        """Of one convolution of a picture much smaller than the one a weight is packed for."""
+        x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            self.conv(x, weight, None)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1) -> Tensor:
         if not self.prepacks:
             return super().conv(x, weight, bias, columns)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x.permute(0, 3, 1, 2), weight, bias, [0, columns], _STRIDE, _DILATION, 1, "none", [], ""
-        )  # [1, O, n, W]
-        return y.permute(0, 2, 3, 1).contiguous()  # [1, n, W, O], already in this order
+        )  # [B, O, n, W]
+        return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
         if not self.prepacks:
@@ -66,25 +82,33 @@ class CpuKernels(Kernels):
         )  # fmt: skip
         return self.moments(total, unit)
 
-    def moments(self, x: Tensor, unit: int) -> Moments:  # [1, n, W, C]
-        running = torch.zeros(2, x.shape[3], dtype=torch.float32)  # [2, C], asks for float32 results
-        parts = torch.split(x.permute(0, 3, 1, 2), unit, dim=2)  # each [1, C, unit, W]
+    def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
+        batch, rows, width, channels = x.shape
+        running = torch.zeros(2, channels, dtype=torch.float32)  # [2, C], asks for float32 results
+        parts = [
+            part for image in torch.split(x.permute(0, 3, 1, 2), 1) for part in torch.split(image, unit, 2)
+        ]  # [1, C, unit, W]
         statistics = [torch.batch_norm_update_stats(part, running[0], running[1], 0.0) for part in parts]  # [C] twice
-        count = torch.tensor([part.shape[2] * part.shape[3] for part in parts], dtype=torch.float32)  # [K]
-        mean = torch.stack([mean for mean, _ in statistics])[:, None]  # [K, 1, C]
-        variance = torch.stack([variance for _, variance in statistics])[:, None]  # [K, 1, C]
+        count = torch.tensor(
+            [min(unit, rows - top) * width for top in range(0, rows, unit)], dtype=torch.float32
+        )  # [K]
+        shape = batch, len(count), channels
+        mean = torch.stack([mean for mean, _ in statistics]).view(shape).transpose(0, 1)  # [K, B, C]
+        variance = torch.stack([variance for _, variance in statistics]).view(shape).transpose(0, 1)  # [K, B, C]
         return Moments(count, mean, variance * count[:, None, None])
 
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
         # Batch norm with mean 0, variance 1 and eps 0 is the affine map, one pass, float32 inside whatever the dtype.
         zeros, ones = torch.zeros_like(affine.scale[0]), torch.ones_like(affine.scale[0])  # [C]
         unused = x.new_empty(0, dtype=torch.float32)
-        torch.native_batch_norm(
-            x.permute(0, 3, 1, 2), affine.scale[0], affine.shift[0], zeros, ones, False, 0.0, 0.0,
-            out=(out.permute(0, 3, 1, 2), unused, unused),
-        )  # fmt: skip
+        for image in range(x.shape[0]):
+            one, written = x[image : image + 1], out[image : image + 1]  # [1, n, W, C]
+            torch.native_batch_norm(
+                one.permute(0, 3, 1, 2), affine.scale[image], affine.shift[image], zeros, ones, False, 0.0, 0.0,
+                out=(written.permute(0, 3, 1, 2), unused, unused),
+            )  # fmt: skip
         if silu:
             F.silu(out, inplace=True)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [1, t, C], [1, N, C] twice -> [1, t, C]
-        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [1, t, C]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]
