@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture test-gpu test-dockerfile check format bench bench-server demo browser clean
+.PHONY: help setup serve test torture soak figures test-gpu test-dockerfile check format bench bench-server demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,18 @@ serve: $(INSTALLED) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for ju
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-torture: $(INSTALLED) ## Send a million malformed requests, and 500 slow clients (COUNT for another number)
-	VAE_TEST_MALFORMED=$(or $(COUNT),1000000) $(BIN)/python -m pytest tests/http/test_malformed.py tests/http/test_slow_clients.py $(ARGS)
+PROMISES := tests/test_load.py tests/test_workers.py tests/http/test_malformed.py tests/http/test_slow_clients.py
+
+torture: $(INSTALLED) ## A million malformed requests, 100 kills, 50 drains, 10,000 compared answers (SCALE=5, hours)
+	VAE_TEST_MALFORMED=$(or $(COUNT),1000000) VAE_TEST_SCALE=$(or $(SCALE),5) $(BIN)/python -m pytest -s $(PROMISES) $(ARGS)
+
+soak: $(INSTALLED) ## 500,000 requests, memory watched, and a control that leaks (SCALE=125, hours)
+	VAE_TEST_SCALE=$(or $(SCALE),125) $(BIN)/python -m pytest -s tests/test_load.py -k memory $(ARGS)
+
+figures: $(INSTALLED) ## Measure the server's promises and write docs/figures.md
+	rm -f /tmp/vae-figures.jsonl
+	VAE_FIGURES=/tmp/vae-figures.jsonl $(BIN)/python -m pytest $(PROMISES)
+	$(BIN)/python -m tests.figures /tmp/vae-figures.jsonl
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -77,8 +77,11 @@ class Connection:
         return float(lines["vae_inflight"]) + float(lines["vae_queue_depth"])
 
 
-def all_of(url: str, asks: Sequence[Ask], clients: int) -> list[Told]:
-    """Ask everything with so many clients at once; the answers in the order of the requests."""
+def all_of(url: str, asks: Sequence[Ask], clients: int, pause_s: float = 0.0) -> list[Told]:
+    """Ask everything with so many clients at once; the answers in the order of the requests.
+
+    pause_s: how long a client that was refused waits before it asks for something else.
+    """
     turn = iter(range(len(asks)))
     told: dict[int, Told] = {}
 
@@ -86,6 +89,8 @@ def all_of(url: str, asks: Sequence[Ask], clients: int) -> list[Told]:
         with Connection(url) as connection:
             for index in turn:  # one iterator for all: each index is taken once
                 told[index] = connection.ask(asks[index])
+                if told[index].status == 429:
+                    time.sleep(pause_s)
 
     with ThreadPoolExecutor(clients) as pool:
         for done in [pool.submit(client) for _ in range(clients)]:

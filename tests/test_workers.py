@@ -21,11 +21,12 @@ from server.engine.process import ProcessEngine
 from server.metrics import Metrics
 from tests import faults
 from tests.conftest import running, write_models_yaml
+from tests.figures import figure
 from tests.http.test_errors import LEAKS
 from tests.vaes import LocalVae
 
 BINARY = {"Content-Type": "tensor/binary"}
-KILLS = int(os.environ.get("VAE_TEST_KILLS", "20"))
+KILLS = int(20 * float(os.environ.get("VAE_TEST_SCALE", "1")))
 
 
 class Served:
@@ -113,7 +114,10 @@ def test_a_killed_worker_loses_nothing(start: Start) -> None:
             for answer in answers:
                 assert answer.result().content == expected.content
     assert served.metric('vae_worker_restarts_total{cause="signal_9"}') == KILLS
-    print(f"\n{KILLS} kills: 0 of {6 * KILLS} requests lost, ready again after {np.median(back_s):.2f} s (median)")
+    figure(
+        "kill -9 of the worker mid-request",
+        f"{KILLS} kills, 0 of {6 * KILLS} requests lost; ready again after {np.median(back_s):.2f} s (median)",
+    )
 
 
 def test_while_no_worker_lives_new_requests_and_health_are_503(start: Start) -> None:

@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from tests.conftest import Serve
+from tests.figures import figure
 from tests.http.malformed import BODY, GOOD, KINDS, UNFRAMED
 from tests.http.raw import Connection, RawAnswer
 from tests.vaes import LocalVae
@@ -123,10 +124,11 @@ def test_wrong_requests_get_a_sentence_and_leave_the_server_as_it_was(
             future.result()
     spent_s = time.perf_counter() - started
     with capsys.disabled():
-        print(
-            f"\n{COUNT} malformed requests of {len(KINDS)} kinds in {spent_s:.0f} s, "
-            f"p99 {np.percentile(found.latencies_ms, 99):.0f} ms, {len(found.faults)} faults, "
-            f"answers {dict(sorted(found.statuses.items()))}"
+        figure(
+            "malformed requests",
+            f"{COUNT:,} of {len(KINDS)} kinds in {spent_s:.0f} s: {len(found.faults)} crashes, hangs, unintended 5xx, "
+            f"answers that are not JSON or leak; p99 {np.percentile(found.latencies_ms, 99):.0f} ms; "
+            f"answers {dict(sorted(found.statuses.items()))}",
         )
     assert not found.faults, "\n".join(found.faults[:20])
     assert sum(found.statuses.values()) == COUNT

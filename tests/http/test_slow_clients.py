@@ -16,6 +16,7 @@ import requests
 from server import cli
 from tests import conftest
 from tests.conftest import Serve
+from tests.figures import figure
 from tests.http.raw import QUERY, Connection, connected, head
 from tests.http.test_protocol import open_sockets
 from tests.vaes import LocalVae
@@ -81,8 +82,9 @@ def test_slow_clients_are_closed_while_others_are_served(
         closed_s = time.perf_counter() - started
         grown = psutil.Process().memory_info().rss - memory
     with capsys.disabled():
-        print(
-            f"\n{SLOW} slow clients, deadline {DEADLINE_S:g} s: all closed {closed_s:.1f} s after the first came; "
+        figure(
+            "slow clients",
+            f"{SLOW} at once, deadline {DEADLINE_S:g} s: all closed {closed_s:.1f} s after the first came; "
             f"p99 of {len(beside)} normal requests {np.percentile(beside, 99):.0f} ms, without them "
-            f"{np.percentile(alone, 99):.0f} ms; memory grew by {grown / 2**20:.0f} MiB"
+            f"{np.percentile(alone, 99):.0f} ms; memory grew by {grown / 2**20:.0f} MiB",
         )

@@ -1,0 +1,138 @@
+"""Frames go to the encoder as they are done, and the MP4 is the same as that of the whole clip."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.config import load_settings
+from server.engine import pipeline, runner
+from server.engine.decoders.exact import hunyuan_video
+from server.engine.pipeline import NonFiniteOutput
+from server.outputs import format_named
+from server.outputs.video import render_mp4_frames
+from server.types import DecodeJob, DecodeRequest, Done, Geometry, Layout, RawTensor, RenderOptions, Scaling
+from tests.conftest import write_models_yaml
+from tests.vaes import LocalVae
+
+
+class Listener:
+    """What a batch of one request came to."""
+
+    def __init__(self) -> None:
+        self.outcome: Done | Exception | None = None
+        self.ended = threading.Event()
+
+    def is_wanted(self, index: int) -> bool:
+        return True
+
+    def started(self) -> None: ...
+
+    def decoded(self) -> None: ...
+
+    def done(self, index: int, done: Done) -> None:
+        self.outcome = done
+        self.ended.set()
+
+    def failed(self, index: int, error: Exception) -> None:
+        self.outcome = error
+        self.ended.set()
+
+
+@pytest.fixture
+def request_and_runner(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[tuple[DecodeRequest, runner.Runner]]:
+    models: dict[str, Any] = {"hunyuan": {"repo": str(vaes["hunyuan"].folder), "dtype": "float32"}}
+    made = runner.Runner(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "hunyuan")))
+    latents = vaes["hunyuan"].latents(5, 4, 6)
+    data = memoryview(latents.numpy().tobytes())
+    geometry = Geometry((1, 16, 5, 4, 6), False, 17, 32, 48)
+    job = DecodeJob("hunyuan", RawTensor(tuple(latents.shape), "float32", data), geometry, Scaling(), Layout.PIXELS)
+    yield DecodeRequest(job, "mp4", RenderOptions(10, 5, "video/mp4")), made
+    made.close()
+
+
+def outcome_of(made: runner.Runner, request: DecodeRequest) -> Done | Exception | None:
+    listener = Listener()
+    made.submit([request], listener)
+    assert listener.ended.wait(60)
+    return listener.outcome
+
+
+def test_frames_are_encoded_while_later_ones_are_decoded(
+    request_and_runner: tuple[DecodeRequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, made = request_and_runner
+    monkeypatch.setattr(hunyuan_video, "CPU_CHUNK_BYTES", 1)  # a frame at a time
+    taken: list[int] = []
+    first_taken = threading.Event()
+
+    def watched(chunks: Iterable[RawTensor], options: RenderOptions) -> Any:
+        def seen() -> Iterator[RawTensor]:
+            for chunk in chunks:
+                taken.append(chunk.shape[0])
+                first_taken.set()
+                yield chunk
+
+        return render_mp4_frames(seen(), options)
+
+    write = runner.Film.write
+    written: list[bool] = []
+
+    def waits_for_the_first(self: Any, frames: Any) -> None:
+        if len(written) == 5:
+            assert first_taken.wait(30), "no frame was taken while others were still to be decoded"
+        written.append(True)
+        write(self, frames)
+
+    mp4 = format_named("mp4")
+    monkeypatch.setattr(runner, "format_named", lambda _: replace(mp4, render_frames=watched))
+    monkeypatch.setattr(runner.Film, "write", waits_for_the_first)
+    streamed = outcome_of(made, request)
+    assert isinstance(streamed, Done)
+    assert (sum(taken), max(taken)) == (17, 2)
+
+    whole = made.sync.decode([request.job])[0]
+    assert not isinstance(whole, Exception)
+    assert bytes(streamed.rendered.body) == bytes(mp4.render(whole.tensor, request.render).body)
+
+
+def test_a_clip_that_fails_on_the_way_ends_its_encoder_and_is_told(
+    request_and_runner: tuple[DecodeRequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, made = request_and_runner
+    write = runner.Film.write
+
+    def breaks(self: Any, frames: Any) -> None:
+        write(self, frames)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runner.Film, "write", breaks)
+    assert isinstance(outcome_of(made, request), ZeroDivisionError)
+
+
+def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
+    request_and_runner: tuple[DecodeRequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, made = request_and_runner
+    expected = outcome_of(made, request)
+    run, calls = pipeline.run, []
+
+    def overflows_once(model: Any, jobs: Any, stream: Any = None) -> Any:
+        calls.append(stream)
+        outcomes = run(model, jobs, stream)
+        if len(calls) == 1:
+            stream.abandon()
+            return [NonFiniteOutput()]
+        return outcomes
+
+    monkeypatch.setattr("server.engine.sync.run", overflows_once)
+    got = outcome_of(made, request)
+    assert isinstance(expected, Done)
+    assert isinstance(got, Done)
+    assert got.is_upcast
+    assert bytes(got.rendered.body) == bytes(expected.rendered.body)
