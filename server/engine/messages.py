@@ -55,6 +55,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
+    device: str  # what was asked for, as torch names it
     devices: int  # of the kind that was asked for, on this machine
 
 

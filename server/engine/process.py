@@ -47,16 +47,27 @@ class ProcessEngine:
     """One device, `device` as `--device` spells it."""
 
     def __init__(
-        self, settings: Settings, device: str, metrics: Metrics, *, takes_any: bool = True, worker: str = WORKER
+        self,
+        settings: Settings,
+        device: str,
+        metrics: Metrics,
+        *,
+        takes_any: bool = True,
+        others: Sequence[str] = (),
+        worker: str = WORKER,
     ) -> None:
-        """takes_any: also models that name no device. worker: the module whose `main` is the process."""
-        self.device = device
+        """takes_any: also models that name no device. others: devices that need an engine unless this one is theirs.
+
+        worker: the module whose `main` is the process.
+        """
+        self.device = device  # what it turns out to be, once started
         self.is_alive = False
         self._devices = 1
         options = settings.options.model_copy(update={"device": device, "api_key": None})
         self._settings = settings.model_copy(update={"options": options, "api_keys": ()})
         self._metrics = metrics
         self._takes_any = takes_any
+        self._others = others
         self._worker = worker
         self._changed: Callable[[], None] = lambda: None
         self._ids = itertools.count()
@@ -79,17 +90,20 @@ class ProcessEngine:
         self._changed = changed
         self._first = asyncio.get_running_loop().create_future()
         self._supervising = asyncio.create_task(self._supervise())
+        takes_all = self.device in ("auto", "cuda")
         await self._first
-        if self.device not in ("auto", "cuda"):
-            return []
-        others = range(1, self._devices)
-        return [ProcessEngine(self._settings, f"cuda:{i}", self._metrics, worker=self._worker) for i in others]
+        further = [f"cuda:{index}" for index in range(1, self._devices)] if takes_all else []
+        pinned = [device for device in self._others if device not in (self.device, *further)]
+        return [
+            ProcessEngine(self._settings, device, self._metrics, takes_any=device in further, worker=self._worker)
+            for device in (*further, *pinned)
+        ]
 
     def can_run(self, model: str) -> bool:
         wanted = self._settings.models[model].device
         if wanted in (None, "auto"):
             return self._takes_any
-        return _full_name(wanted) == _full_name(self.device)
+        return full_name(wanted) == full_name(self.device)
 
     def loaded(self, model: str) -> LoadedInfo | None:
         return self._held.get(model)
@@ -199,8 +213,8 @@ class ProcessEngine:
 
     def _hear(self, message: messages.FromWorker) -> None:
         match message:
-            case messages.Ready(devices):
-                self._be_ready(devices)
+            case messages.Ready(device, devices):
+                self._be_ready(device, devices)
             case messages.Unusable(sentence):
                 assert self._first is not None
                 if not self._first.done():
@@ -214,8 +228,8 @@ class ProcessEngine:
             case _:
                 self._hear_of_batch(message)
 
-    def _be_ready(self, devices: int) -> None:
-        self.is_alive, self._devices = True, devices
+    def _be_ready(self, device: str, devices: int) -> None:
+        self.is_alive, self.device, self._devices = True, full_name(device), devices
         assert self._first is not None
         assert self._writer is not None
         if not self._first.done():
@@ -270,7 +284,7 @@ def run_worker(connection: socket.socket, settings: Settings, module: str) -> No
     import_module(module).main(connection, settings)
 
 
-def _full_name(device: str) -> str:
+def full_name(device: str) -> str:
     return "cuda:0" if device == "cuda" else device
 
 
@@ -289,11 +303,15 @@ def threads_for(devices: Sequence[str]) -> int | None:
 
 
 def engines_for(settings: Settings, metrics: Metrics) -> list[ProcessEngine]:
-    """One for each device of `--device`, and one for each that only a model names."""
+    """One for each device of `--device`; once it is known what `auto` means, the first adds those that models name."""
     shared = settings.options.device.split(",")
     own = {entry.device for entry in settings.models.values() if entry.device not in (None, "auto")}
-    others = sorted({_full_name(device) for device in own if device} - {_full_name(device) for device in shared})
-    threads = settings.options.threads or threads_for([*shared, *others])
+    others = sorted({full_name(device) for device in own if device} - {full_name(device) for device in shared})
+    on_cpu = shared if "auto" in shared else [*shared, *others]  # auto may well be the CPU that a model names
+    threads = settings.options.threads or threads_for(on_cpu)
     settings = settings.model_copy(update={"options": settings.options.model_copy(update={"threads": threads})})
-    engines = [ProcessEngine(settings, device, metrics) for device in shared]
-    return engines + [ProcessEngine(settings, device, metrics, takes_any=False) for device in others]
+    first, *rest = shared
+    return [
+        ProcessEngine(settings, first, metrics, others=others),
+        *(ProcessEngine(settings, device, metrics) for device in rest),
+    ]

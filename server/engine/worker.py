@@ -57,7 +57,7 @@ class Worker:
         except ValueError as error:
             self.send(messages.Unusable(str(error)))
             return
-        self.send(messages.Ready(torch.cuda.device_count() if device.type == "cuda" else 1))
+        self.send(messages.Ready(str(device), torch.cuda.device_count() if device.type == "cuda" else 1))
         threading.Thread(target=self._keep_house, name="house", daemon=True).start()
         while (message := messages.receive(self._connection)) is not None:
             match message:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.batching import Queue
 from server.config import load_settings
+from server.dispatch import Dispatcher
 from server.engine import process
 from server.metrics import Metrics
 from tests.conftest import write_models_yaml
+from tests.vaes import LocalVae
 
 
 @pytest.fixture
@@ -42,12 +46,42 @@ def test_workers_share_the_cores_that_the_container_has(
     assert process.threads_for(devices) == threads
 
 
-def test_each_device_gets_a_worker_and_a_model_its_own_device(tmp_path: Path) -> None:
-    models: dict[str, Any] = {name: {"repo": "owner/name"} for name in ("a", "b", "c")}
-    models["b"]["device"] = "cuda:1"
-    models["c"]["device"] = "cpu"
-    config = write_models_yaml(tmp_path / "models.yaml", models, "a")
-    engines = process.engines_for(load_settings(config=config, device="cuda:0,cuda:1"), Metrics())
-    assert [engine.device for engine in engines] == ["cuda:0", "cuda:1", "cpu"]
-    runs = {engine.device: [name for name in models if engine.can_run(name)] for engine in engines}
-    assert runs == {"cuda:0": ["a"], "cuda:1": ["a", "b"], "cpu": ["c"]}
+def test_each_device_gets_a_worker_and_a_model_its_own_device(vaes: dict[str, LocalVae], tmp_path: Path) -> None:
+    models: dict[str, Any] = {name: {"repo": str(vaes["sd"].folder)} for name in ("any", "pinned")}
+    models["pinned"]["device"] = "cpu"
+    config = write_models_yaml(tmp_path / "models.yaml", models, "any")
+
+    async def started(device: str) -> list[tuple[str, list[str]]]:
+        dispatcher = Dispatcher(
+            process.engines_for(load_settings(config=config, device=device), Metrics()), Queue(1, 1), 1
+        )
+        await dispatcher.start()
+        runs = [(engine.device, [name for name in models if engine.can_run(name)]) for engine in dispatcher.engines]  # type: ignore[attr-defined]
+        await dispatcher.close()
+        return runs
+
+    assert asyncio.run(started("auto")) == [("cpu", ["any", "pinned"])]
+    assert asyncio.run(started("cpu,cpu")) == [("cpu", ["any", "pinned"])] * 2
+
+
+def test_cuda_devices_and_pinned_models_get_engines_of_their_own(tmp_path: Path) -> None:
+    models: dict[str, Any] = {name: {"repo": "owner/name"} for name in ("any", "second", "cpu")}
+    models["second"]["device"] = "cuda:1"
+    models["cpu"]["device"] = "cpu"
+    settings = load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "any"), device="cuda")
+    (first,) = process.engines_for(settings, Metrics())
+    first._be_ready = lambda device, devices: None  # type: ignore[method-assign]
+
+    async def grown() -> list[tuple[str, list[str]]]:
+        first._first = asyncio.get_running_loop().create_future()
+        first._supervise = asyncio.Event().wait  # type: ignore[method-assign,assignment]
+        starting = asyncio.create_task(first.start(lambda: None))
+        await asyncio.sleep(0)
+        first.device, first._devices = "cuda:0", 2
+        first._first.set_result(None)
+        engines = [first, *await starting]
+        assert first._supervising
+        first._supervising.cancel()
+        return [(engine.device, [name for name in models if engine.can_run(name)]) for engine in engines]
+
+    assert asyncio.run(grown()) == [("cuda:0", ["any"]), ("cuda:1", ["any", "second"]), ("cpu", ["cpu"])]
