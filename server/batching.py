@@ -68,8 +68,11 @@ class Queue(Generic[T]):
             self._waiting.remove(ticket)
         return late
 
-    def take(self, can_run: Callable[[str], bool]) -> list[T]:
-        """The next batch for a device that runs these models: the ticket of the lowest tag, and others of its key."""
+    def take(self, can_run: Callable[[str], bool], only_full: bool = False) -> list[T]:
+        """The next batch for a device that runs these models: the ticket of the lowest tag, and others of its key.
+
+        only_full: nothing, unless no ticket that came later could go with it.
+        """
         head = next((ticket for ticket in self._waiting if can_run(ticket.model)), None)
         if head is None:
             return []
@@ -79,6 +82,9 @@ class Queue(Generic[T]):
             if is_alike and len(batch) < self.max_batch and pixels + ticket.pixels <= self.batch_pixels:
                 batch.append(ticket)
                 pixels += ticket.pixels
+        has_room = len(batch) < self.max_batch and pixels + head.pixels <= self.batch_pixels and not head.is_alone
+        if only_full and has_room:
+            return []
         for ticket in batch:
             self._waiting.remove(ticket)
         self._virtual_s = max(self._virtual_s, head.tag or 0.0)

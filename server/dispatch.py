@@ -1,7 +1,8 @@
 """From the queue to the devices and back: batches, retries, hung workers. Knows engines, not what they do.
 
-Each engine gets its next batch while it decodes one, so that the device never waits for bytes. A worker that dies takes
-nothing along: what it had not started goes back to the queue, what it had started goes back once, alone.
+Each engine gets its next batch while it decodes one, if that batch is full, so that the device does not wait for bytes.
+A worker that dies takes nothing along: what it had not started goes back to the queue, what it had started goes back
+once, alone.
 """
 
 from __future__ import annotations
@@ -151,7 +152,12 @@ class Dispatcher:
     def pump(self) -> None:
         for late in self.queue.expire(asyncio.get_running_loop().time()):
             late.failed(DeadlinePassed("its deadline passed while it waited; try later"))
-        while (engine := self._emptiest()) and (jobs := self.queue.take(engine.can_run)):
+        while choice := self._emptiest():
+            engine, is_idle = choice
+            # While the device works, what waits may yet become a larger batch.
+            jobs = self.queue.take(engine.can_run, only_full=not is_idle)
+            if not jobs:
+                return
             batch = Batch(jobs)
             self.running[engine].add(batch)
             self._spawn(self._run(engine, batch))
@@ -162,7 +168,7 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(engine.close() for engine in self.engines))
 
-    def _emptiest(self) -> Engine | None:
+    def _emptiest(self) -> tuple[Engine, bool] | None:
         """Of those with room for something that waits the one with the least to do, best with the model loaded."""
         choices = [
             (sum(not batch.decoded.done() for batch in self.running[engine]), engine.loaded(job.model) is None, index)
@@ -170,7 +176,7 @@ class Dispatcher:
             if engine.is_alive and (job := next((j for j in self.queue if engine.can_run(j.model)), None))
         ]
         undecoded, _, index = min(choices, default=(STAGED, True, 0))
-        return self.engines[index] if undecoded < STAGED else None
+        return (self.engines[index], undecoded == 0) if undecoded < STAGED else None
 
     async def _run(self, engine: Engine, batch: Batch) -> None:
         batch.decoded.add_done_callback(lambda _: self.pump())

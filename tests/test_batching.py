@@ -47,6 +47,15 @@ def test_a_ticket_over_the_pixels_goes_alone_and_one_under_suspicion_too() -> No
     assert [len(queue.take(anything)) for _ in range(4)] == [1, 1, 1, 2]
 
 
+def test_only_a_batch_that_cannot_grow_goes_ahead_of_its_time() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
+    for count, size in ((1, 0), (2, 0), (3, 3)):
+        queue.put(ticket(arrived=count))
+        assert len(queue.take(anything, only_full=True)) == size
+    queue.put(ticket(pixels=2))
+    assert len(queue.take(anything, only_full=True)) == 1
+
+
 def test_a_device_takes_only_the_models_that_it_runs() -> None:
     queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
     queue.put(ticket(model="flux", key="flux"))
