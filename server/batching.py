@@ -1,9 +1,10 @@
 """The queue: who goes next, and with whom. Knows keys, pixels, seconds and deadlines; no HTTP, no tensors, no clock.
 
-Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996) between keys: while several keys wait, each gets the
-same share of the device's time. A ticket is tagged with the queue's virtual time, or with the end of the ticket before
-it of its key if that is later; the lowest tag is next. So a picture waits for the batch that runs and for its like, not
-for the videos that were queued before it, and however many pictures come, a video gets its share.
+Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996) between flows, a model's requests of about one size: while
+several flows wait, each gets the same share of the device's time. A ticket is tagged with the queue's virtual time, or
+with the end of the ticket before it of its flow if that is later; the lowest tag is next. So a picture waits for what
+runs and for its like, not for the videos that were queued before it, and however many pictures come, a video gets its
+share.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ class Ticket:
     key: Hashable  # tickets of one key may be decoded together
     pixels: int
     seconds: float  # what its work takes
-    size_bytes: int  # of its input and its answer
     arrived: float
     deadline: float
     is_alone: bool = False  # it may have brought a worker down: nobody shall go down with it
     tag: float | None = None  # its place, from when it is first put
+
+    @property
+    def flow(self) -> Hashable:
+        """A model's requests within a factor of four in pixels: so few that no choice of sizes is a choice of place."""
+        return self.model, self.pixels.bit_length() // 2
 
 
 T = TypeVar("T", bound=Ticket)
@@ -41,7 +46,7 @@ class Queue(Generic[T]):
         self.max_batch = max_batch
         self._waiting: list[T] = []
         self._virtual_s = 0.0  # the tag of the ticket that was taken last
-        self._ends: dict[Hashable, float] = {}  # of each key's last ticket, in virtual time
+        self._ends: dict[Hashable, float] = {}  # of each flow's last ticket, in virtual time
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -52,26 +57,28 @@ class Queue(Generic[T]):
     def put(self, ticket: T) -> None:
         """Again with a ticket that was taken before, and it has the place that it had."""
         if ticket.tag is None:
-            ticket.tag = max(self._virtual_s, self._ends.get(ticket.key, 0.0))
-            self._ends[ticket.key] = ticket.tag + ticket.seconds
+            ticket.tag = max(self._virtual_s, self._ends.get(ticket.flow, 0.0))
+            self._ends[ticket.flow] = ticket.tag + ticket.seconds
         bisect.insort(self._waiting, ticket, key=lambda waiting: (waiting.tag, waiting.arrived))
 
     def remove(self, ticket: T) -> None:
-        """Forget the ticket, if it still waits."""
+        """Forget the ticket, if it still waits; its flow is not charged for it."""
         if ticket in self._waiting:
             self._waiting.remove(ticket)
+            ends = [other.tag + other.seconds for other in self._waiting if other.flow == ticket.flow and other.tag]
+            self._ends[ticket.flow] = max(ends, default=0.0)
 
     def expire(self, now: float) -> list[T]:
         """Take out those whose deadline has passed: they never start."""
         late = [ticket for ticket in self._waiting if ticket.deadline <= now]
         for ticket in late:
-            self._waiting.remove(ticket)
+            self.remove(ticket)
         return late
 
-    def take(self, can_run: Callable[[str], bool], only_full: bool = False) -> list[T]:
+    def take(self, can_run: Callable[[str], bool], ahead_of_time_s: float | None = None) -> list[T]:
         """The next batch for a device that runs these models: the ticket of the lowest tag, and others of its key.
 
-        only_full: nothing, unless no ticket that came later could go with it.
+        ahead_of_time_s: for a device that is still at work. Nothing, unless the batch is full and takes no longer.
         """
         head = next((ticket for ticket in self._waiting if can_run(ticket.model)), None)
         if head is None:
@@ -83,7 +90,7 @@ class Queue(Generic[T]):
                 batch.append(ticket)
                 pixels += ticket.pixels
         has_room = len(batch) < self.max_batch and pixels + head.pixels <= self.batch_pixels and not head.is_alone
-        if only_full and has_room:
+        if ahead_of_time_s is not None and (has_room or head.seconds * len(batch) > ahead_of_time_s):
             return []
         for ticket in batch:
             self._waiting.remove(ticket)

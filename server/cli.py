@@ -97,8 +97,7 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     from server.service import Service, State
 
     metrics = Metrics()
-    engines = engines_for(settings, metrics)
-    service = Service(settings, engines, metrics)
+    service = Service(settings, engines_for(settings, metrics), metrics)
 
     def on_started() -> None:
         if service.state is State.FAILED:
@@ -111,7 +110,7 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     try:
         server.run(sockets=[listener])
     finally:
-        for engine in engines:  # a second signal leaves no time for their own end
+        for engine in service.engines:  # a second signal leaves no time for their own end
             engine.kill()
     if service.failure:
         raise service.failure

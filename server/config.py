@@ -136,7 +136,7 @@ class ServerOptions(BaseSettings):
     )
     max_body_mb: int = Field(128, ge=1, description="largest request body, in MiB")
     request_timeout_s: float = Field(300, gt=0, description="deadline of one request, in seconds; past it: 504")
-    hang_grace_s: float = Field(10, gt=0, description="a decode that runs so long past its deadline ends its worker")
+    hang_timeout_s: float = Field(600, gt=0, description="a decode that takes so long has hung: its worker is ended")
     drain_timeout_s: float = Field(25, gt=0, description="after SIGTERM accepted requests have so long to finish")
     drain_notice_s: float = Field(
         0, ge=0, description="after SIGTERM new requests are answered 503 for at least so long"

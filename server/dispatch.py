@@ -16,14 +16,15 @@ from itertools import chain
 from typing import Any, Protocol
 
 from server.batching import Queue, Ticket
-from server.errors import DeadlinePassed, ServerError, WorkerCrashed
+from server.errors import DeadlinePassed, ModelUnavailable, ServerError, Unavailable, WorkerCrashed
 from server.types import DecodeRequest, Done, LoadedInfo, ModelInfo
 
 log = logging.getLogger(__name__)
 
 STAGED = 2  # batches in an engine: one on the device, one ready to be
-MAX_DEATHS = 2  # of workers while they decoded it
-MAX_STARTS = 5  # whatever became of it then
+MAX_DEATHS = 2
+MAX_TRIES = 5
+STAGED_S = 0.25  # work that takes longer does not gain by being there early
 
 
 @dataclass(eq=False, kw_only=True)
@@ -33,8 +34,8 @@ class Job(Ticket):
     request: DecodeRequest
     answer: asyncio.Future[Done]
     started: float | None = None  # when a device last began with it
-    starts: int = 0
-    deaths: int = 0
+    deaths: int = 0  # of workers while they decoded it
+    tries: int = 0  # that a worker's death ended, wherever the job was
 
     def done(self, done: Done) -> None:
         if not self.answer.done():
@@ -60,7 +61,6 @@ class Batch:
     def start(self) -> None:
         if not self.started.done():
             for job in self.jobs:
-                job.starts += 1
                 job.started = asyncio.get_running_loop().time()
             self.started.set_result(None)
 
@@ -117,11 +117,13 @@ class Engine(Protocol):
 class Dispatcher:
     """Feeds every engine from one queue. `pump` runs whenever something changed: it starts whatever can start."""
 
-    def __init__(self, engines: Sequence[Engine], queue: Queue[Job], hang_grace_s: float) -> None:
+    def __init__(self, engines: Sequence[Engine], queue: Queue[Job], hang_timeout_s: float) -> None:
         self.engines = list(engines)
         self.queue = queue
         self.running: dict[Engine, set[Batch]] = defaultdict(set)
-        self._hang_grace_s = hang_grace_s
+        self._hang_timeout_s = hang_timeout_s
+        self._loading: set[tuple[Engine, str]] = set()
+        self._refused: dict[tuple[Engine, str], float] = {}  # an engine that could not load a model, until when
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -147,20 +149,17 @@ class Dispatcher:
     def seconds_ahead(self) -> float:
         """How long a job that came now would wait, by what is known of those before it."""
         running = sum(job.seconds for batch in self.batches for job in batch.jobs if not batch.decoded.done())
-        return (running + sum(job.seconds for job in self.queue)) / len(self.engines)
+        alive = sum(engine.is_alive for engine in self.engines)
+        return (running + sum(job.seconds for job in self.queue)) / max(1, alive)
 
     def pump(self) -> None:
         for late in self.queue.expire(asyncio.get_running_loop().time()):
             late.failed(DeadlinePassed("its deadline passed while it waited; try later"))
-        while choice := self._emptiest():
-            engine, is_idle = choice
-            # While the device works, what waits may yet become a larger batch.
-            jobs = self.queue.take(engine.can_run, only_full=not is_idle)
-            if not jobs:
-                return
-            batch = Batch(jobs)
-            self.running[engine].add(batch)
-            self._spawn(self._run(engine, batch))
+        alive = sorted((engine for engine in self.engines if engine.is_alive), key=self._undecoded)
+        for engine in alive:
+            self._feed(engine)
+        for engine in alive:
+            self._load_what_waits(engine)
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -168,15 +167,70 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(engine.close() for engine in self.engines))
 
-    def _emptiest(self) -> tuple[Engine, bool] | None:
-        """Of those with room for something that waits the one with the least to do, best with the model loaded."""
-        choices = [
-            (sum(not batch.decoded.done() for batch in self.running[engine]), engine.loaded(job.model) is None, index)
-            for index, engine in enumerate(self.engines)
-            if engine.is_alive and (job := next((j for j in self.queue if engine.can_run(j.model)), None))
-        ]
-        undecoded, _, index = min(choices, default=(STAGED, True, 0))
-        return (self.engines[index], undecoded == 0) if undecoded < STAGED else None
+    def _undecoded(self, engine: Engine) -> int:
+        return sum(not batch.decoded.done() for batch in self.running[engine])
+
+    def _feed(self, engine: Engine) -> None:
+        """Models that are not there wait in the queue for their load, so that they keep nobody from the device."""
+
+        def is_there(model: str) -> bool:
+            return engine.can_run(model) and engine.loaded(model) is not None
+
+        while (undecoded := self._undecoded(engine)) < STAGED:
+            # While the device works, what waits may yet become a larger batch, and long work is staged soon enough.
+            jobs = self.queue.take(is_there, ahead_of_time_s=STAGED_S if undecoded else None)
+            if not jobs:
+                return
+            batch = Batch(jobs)
+            self.running[engine].add(batch)
+            self._spawn(self._run(engine, batch))
+
+    def _load_what_waits(self, engine: Engine) -> None:
+        """A model that no engine has, or that this one lacks while it is idle."""
+        for model in dict.fromkeys(job.model for job in self.queue):
+            if not engine.can_run(model) or engine.loaded(model) is not None or self._is_refused(engine, model):
+                continue
+            is_wanted = not self._is_coming(model) or not self._undecoded(engine)
+            if is_wanted and (engine, model) not in self._loading:
+                self._loading.add((engine, model))
+                self._spawn(self._load(engine, model))
+
+    def _is_coming(self, model: str) -> bool:
+        """Whether an engine has it, or soon will."""
+        alive = (engine for engine in self.engines if engine.is_alive)
+        return any(engine.loaded(model) is not None or (engine, model) in self._loading for engine in alive)
+
+    def _is_refused(self, engine: Engine, model: str) -> bool:
+        return self._refused.get((engine, model), 0.0) > asyncio.get_running_loop().time()
+
+    async def _load(self, engine: Engine, model: str) -> None:
+        try:
+            await engine.load(model)
+        except ModelUnavailable as error:
+            self._refused[engine, model] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
+            self._fail_waiting(model, error)
+        except Unavailable:  # the worker died, perhaps of this load
+            for job in self._waiting_for(model):
+                self._count_death(job)
+        except Exception as error:  # the border of a load: every waiter is answered
+            log.exception("%s failed to load", model)
+            self._refused[engine, model] = asyncio.get_running_loop().time() + STAGED_S
+            self._fail_waiting(model, error)
+        finally:
+            self._loading.discard((engine, model))
+            self.pump()
+
+    def _waiting_for(self, model: str) -> list[Job]:
+        return [job for job in self.queue if job.model == model]
+
+    def _fail_waiting(self, model: str, error: Exception) -> None:
+        """Unless another engine may still load it."""
+        others = (engine for engine in self.engines if engine.is_alive and engine.can_run(model))
+        if any(not self._is_refused(engine, model) for engine in others):
+            return
+        for job in self._waiting_for(model):
+            self.queue.remove(job)
+            job.failed(error)
 
     async def _run(self, engine: Engine, batch: Batch) -> None:
         batch.decoded.add_done_callback(lambda _: self.pump())
@@ -196,24 +250,32 @@ class Dispatcher:
             batch.free_device()
 
     async def _watch(self, engine: Engine, batch: Batch) -> None:
-        """A kernel that hangs cannot be cancelled, only its process can be ended."""
+        """A kernel or an encoder that hangs cannot be cancelled, only its process can be ended.
+
+        The time counts from the start: a client with little patience, or one that waited long, does no harm to others.
+        """
         await batch.started
-        last_deadline = max(job.deadline for job in batch.jobs)
-        await asyncio.sleep(last_deadline + self._hang_grace_s - asyncio.get_running_loop().time())
-        if not batch.decoded.done():
-            log.error("a decode still runs %g s past its deadline; its worker is ended", self._hang_grace_s)
-            engine.kill()
+        await asyncio.sleep(self._hang_timeout_s)
+        log.error("a request is in work for more than %g s; its worker is ended", self._hang_timeout_s)
+        engine.kill()
 
     def _retry(self, batch: Batch) -> None:
         was_on_device = batch.started.done() and not batch.decoded.done()
         for job in batch.jobs:
             job.deaths += was_on_device
-            if job.deaths >= MAX_DEATHS or job.starts >= MAX_STARTS:
-                job.failed(WorkerCrashed("the worker that decoded this ended twice; its log says why"))
-            elif job.is_wanted:
+            if self._count_death(job) and job.is_wanted:
                 job.is_alone = job.deaths > 0
                 self.queue.put(job)
         self.pump()
+
+    def _count_death(self, job: Job) -> bool:
+        """Whether the job may be tried again after a worker died with it in hand."""
+        job.tries += 1
+        if job.deaths < MAX_DEATHS and job.tries < MAX_TRIES:
+            return True
+        self.queue.remove(job)
+        job.failed(WorkerCrashed("the worker that decoded this ended again; the server's log says why"))
+        return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

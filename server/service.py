@@ -50,11 +50,11 @@ class Admission:
     def __init__(self, service: Service, deadline: float) -> None:
         self.deadline = deadline
         self.size_bytes = 0
-        self.is_sending = False
         self._service = service
 
     def reserve(self, size_bytes: int) -> None:
         """For the request and its answer, before the body is read. Raises QueueFull."""
+        self.size_bytes = 0
         self._service.check_bytes(size_bytes)
         self.size_bytes = size_bytes
 
@@ -69,8 +69,8 @@ class Service:
         self.failure: ModelUnavailable | ConfigError | None = None
         self.infos: dict[str, ModelInfo] = {}
         options = settings.options
-        self._dispatcher = Dispatcher(engines, Queue(options.batch_pixels, options.max_batch), options.hang_grace_s)
-        self._failed: set[str] = set()
+        self._dispatcher = Dispatcher(engines, Queue(options.batch_pixels, options.max_batch), options.hang_timeout_s)
+        self._failed: dict[str, float] = {}  # models that did not load, until when that is believed
         self._admissions: set[Admission] = set()
         self._answering = 0  # admitted, and the whole request is here
         self._nothing_to_answer = asyncio.Event()
@@ -92,13 +92,17 @@ class Service:
                     for engine in self._engines(name):
                         await engine.load(name)
         except (ModelUnavailable, ConfigError) as error:
-            self.state, self.failure = State.FAILED, error
+            self._end_start(error)
         except Exception as error:  # the border of the start: a server that cannot start must say so, not hang
             log.exception("the start failed")
             detail = f"the start failed ({type(error).__name__}); the log above says where"
-            self.state, self.failure = State.FAILED, ModelUnavailable(self.settings.default, detail)
+            self._end_start(ModelUnavailable(self.settings.default, detail))
         else:
-            self.state = State.READY
+            self._end_start(None)
+
+    def _end_start(self, failure: ModelUnavailable | ConfigError | None) -> None:
+        if self.state is State.STARTING:  # a signal may have come meanwhile
+            self.state, self.failure = (State.FAILED if failure else State.READY), failure
 
     async def drain(self) -> None:
         """Refuse what comes and wait for what was accepted, no longer than `drain_timeout_s`.
@@ -144,7 +148,7 @@ class Service:
         """`loaded`, `not loaded` or `failed`."""
         if self.loaded(name):
             return "loaded"
-        return "failed" if name in self._failed else "not loaded"
+        return "failed" if self._failed.get(name, 0.0) > asyncio.get_running_loop().time() else "not loaded"
 
     def check_ready(self) -> None:
         """Raises Unavailable unless requests are taken."""
@@ -161,12 +165,13 @@ class Service:
     def check_can_serve(self) -> None:
         """Raises Unavailable unless requests are taken and there is a model that has not failed to load."""
         self.check_ready()
-        if self._failed >= self.settings.models.keys():
+        if all(self.model_state(name) == "failed" for name in self.settings.models):
             raise Unavailable("no model of this server loads; its log says why, tell its operator")
 
     def check_bytes(self, size_bytes: int) -> None:
         """Raises QueueFull when so much more would be too much; one request alone is never."""
-        if self._admissions and self._size_bytes + size_bytes > self.settings.options.max_queue_mb << 20:
+        held = self._size_bytes
+        if held and held + size_bytes > self.settings.options.max_queue_mb << 20:
             raise self._queue_full("the accepted requests hold as many bytes as this server allows")
 
     @asynccontextmanager
@@ -176,10 +181,8 @@ class Service:
         Raises Unavailable, QueueFull, DeadlinePassed.
         """
         self.check_ready()
-        options = self.settings.options
-        timeout_s = min(options.request_timeout_s, patience_s or math.inf)
-        if len(self._admissions) >= options.max_queue * len(self._dispatcher.engines):
-            raise self._queue_full(f"{len(self._admissions)} requests wait already")
+        self._check_places()
+        timeout_s = min(self.settings.options.request_timeout_s, patience_s or math.inf)
         admission = Admission(self, asyncio.get_running_loop().time() + timeout_s)
         self._admissions.add(admission)
         try:
@@ -195,7 +198,12 @@ class Service:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """From when the whole request is here until its answer is sent: what a drain waits for."""
+        """From when the whole request is here until its answer is sent: what a drain waits for.
+
+        Raises QueueFull: the places may have been taken since the head came. A body on its way takes none, or a few
+        clients that send slowly would keep all others out; bytes and time bound those.
+        """
+        self._check_places()
         self._answering += 1
         try:
             yield
@@ -203,6 +211,10 @@ class Service:
             self._answering -= 1
             if not self._answering:
                 self._nothing_to_answer.set()
+
+    def _check_places(self) -> None:
+        if self._answering >= self.settings.options.max_queue * len(self._dispatcher.engines):
+            raise self._queue_full(f"{self._answering} requests wait already")
 
     async def decode(self, request: DecodeRequest, admission: Admission) -> Answer:
         """Queue, decode, render. Raises what the engine raises."""
@@ -222,10 +234,9 @@ class Service:
         pixels = decode.geometry.pixels
         return Job(
             model=decode.model,
-            key=(decode.model, decode.geometry.latent_shape[1:], decode.layout),
+            key=(decode.model, decode.geometry.latent_shape, decode.layout),
             pixels=pixels,
             seconds=pixels * self._s_per_pixel.get(decode.model, FIRST_GUESS_S_PER_PIXEL),
-            size_bytes=admission.size_bytes,
             arrived=loop.time(),
             deadline=admission.deadline,
             request=request,
@@ -237,10 +248,10 @@ class Service:
         try:
             yield
         except ModelUnavailable as error:
-            self._failed.add(name)
+            self._failed[name] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
             log.error("%s", error.detail)
             raise
-        self._failed.discard(name)
+        self._failed.pop(name, None)
 
     def _account(self, job: Job, done: Done, queue_s: float) -> Answer:
         metrics, model = self.metrics, job.model
@@ -284,7 +295,12 @@ class Service:
         return [engine for engine in self._dispatcher.engines if engine.can_run(model)]
 
     def _engine(self, model: str) -> Engine:
-        return self._engines(model)[0]
+        return max(self._engines(model), key=lambda engine: engine.is_alive)
+
+    @property
+    def engines(self) -> Sequence[Engine]:
+        """All, also those of devices that were found at the start."""
+        return self._dispatcher.engines
 
     def _aliases(self) -> set[str]:
         return {alias for entry in self.settings.models.values() for alias in entry.aliases}

@@ -18,7 +18,6 @@ def ticket(**changes: object) -> Ticket:
         "key": "sd",
         "pixels": 1,
         "seconds": 1.0,
-        "size_bytes": 1,
         "arrived": 0.0,
         "deadline": 300.0,
     }
@@ -35,8 +34,8 @@ def test_tickets_alike_go_together_within_the_pixels_and_the_count() -> None:
         queue.put(ticket(arrived=arrived))
     queue.put(ticket(arrived=0.5, key="other"))
     assert [t.arrived for t in queue.take(anything)] == [0, 1, 2]
-    assert [t.key for t in queue.take(anything)] == ["other"]
     assert [t.arrived for t in queue.take(anything)] == [3, 4]
+    assert [t.key for t in queue.take(anything)] == ["other"]
     assert queue.take(anything) == []
 
 
@@ -47,13 +46,14 @@ def test_a_ticket_over_the_pixels_goes_alone_and_one_under_suspicion_too() -> No
     assert [len(queue.take(anything)) for _ in range(4)] == [1, 1, 1, 2]
 
 
-def test_only_a_batch_that_cannot_grow_goes_ahead_of_its_time() -> None:
+def test_only_short_work_that_cannot_grow_goes_ahead_of_its_time() -> None:
     queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
     for count, size in ((1, 0), (2, 0), (3, 3)):
         queue.put(ticket(arrived=count))
-        assert len(queue.take(anything, only_full=True)) == size
+        assert len(queue.take(anything, ahead_of_time_s=5)) == size
     queue.put(ticket(pixels=2))
-    assert len(queue.take(anything, only_full=True)) == 1
+    assert queue.take(anything, ahead_of_time_s=0.5) == []
+    assert len(queue.take(anything, ahead_of_time_s=5)) == 1
 
 
 def test_a_device_takes_only_the_models_that_it_runs() -> None:
@@ -99,6 +99,25 @@ def test_a_picture_waits_for_the_video_that_runs_and_not_for_those_that_wait() -
     # arrival the first of them would have waited for all four videos.
     assert max(waited["sd"]) <= 30 + 15 * 0.5
     assert max(waited["video"]) <= 3 * 30 / 0.75 + 0.5  # pictures take a quarter of the time
+
+
+def test_tickets_that_left_cost_their_flow_nothing() -> None:
+    queue: Queue[Ticket] = Queue(2, 16)
+    for gone in [ticket(key="video", pixels=99, seconds=60.0) for _ in range(15)]:
+        queue.put(gone)
+        queue.remove(gone)
+    queue.put(ticket(seconds=0.5))
+    queue.put(ticket(key="video", pixels=99, seconds=60.0, arrived=1))
+    queue.put(ticket(seconds=0.5, arrived=2))
+    assert [queue.take(anything)[0].key for _ in range(2)] == ["sd", "video"]
+
+
+def test_pictures_each_of_a_size_of_its_own_do_not_starve_a_video() -> None:
+    pictures = [ticket(key=i, pixels=1000 + i, seconds=0.5, arrived=0.25 * i) for i in range(800)]
+    videos = [ticket(key="video", pixels=10**6, seconds=30.0, arrived=10.0) for _ in range(2)]
+    started: list[float] = []
+    simulate(Queue(2, 16), [*pictures, *videos], lambda t, now: started.append(now) if t.key == "video" else None)
+    assert started[1] - started[0] <= 60 + 1
 
 
 def test_a_video_gets_its_share_however_many_pictures_come() -> None:

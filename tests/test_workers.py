@@ -156,13 +156,35 @@ def test_a_request_whose_worker_died_once_is_answered(start: Start) -> None:
 
 
 def test_a_hung_worker_is_ended_past_the_deadline_and_those_who_wait_are_served(start: Start) -> None:
-    served = start(hang_grace_s=0.5)
+    served = start(hang_timeout_s=1)
     with ThreadPoolExecutor(8) as clients:
         hung = clients.submit(served.post, faults.HANG, headers={"X-Request-Timeout": "1"})
         served.until(lambda: served.metric("vae_inflight") == 1)
         others = [clients.submit(served.post, side=16) for _ in range(3)]
         assert hung.result().status_code == 504
         assert [other.result().status_code for other in others] == [200] * 3
+
+
+def test_a_model_whose_load_ends_the_worker_is_500_and_no_loop(start: Start) -> None:
+    served = start()
+    (served.folder / "load-kills").touch()
+    answered = served.post(model="half")
+    assert (answered.status_code, answered.json()["code"]) == (500, "worker_crashed")
+    (served.folder / "load-kills").unlink()
+    served.until(lambda: served.engine.is_alive)
+    assert served.post(model="half").ok
+    assert served.post().ok
+
+
+def test_a_client_with_little_patience_harms_nobody(start: Start) -> None:
+    served = start()
+    pid = served.engine.pid
+    with ThreadPoolExecutor(1) as clients:
+        impatient = clients.submit(served.post, faults.WAIT, headers={"X-Request-Timeout": "0.2"})
+        assert impatient.result().status_code == 504
+        served.open_gate()
+        assert served.post().ok
+    assert served.engine.pid == pid
 
 
 def test_out_of_memory_walks_down_and_ends_in_413(start: Start) -> None:

@@ -17,6 +17,8 @@ from server.types import Decoded, DecodeJob, LatentSpec, Layout, LoadedInfo, Raw
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STEPS = ("", "free_caches", "smallest_bands")  # of a decode that runs out of memory
+NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
 SMALLEST_BUDGET_BYTES = 1  # an exact decoder then takes its lowest bands and recomputes
 
 
@@ -51,21 +53,31 @@ def run(model: LoadedModel, jobs: Sequence[DecodeJob], stream: Stream | None = N
     stream: for one job, receives its frames as they are done. The errors: NonFiniteInput, TooLargeForDevice, and
     NonFiniteOutput of a half-precision decode that overflowed.
     """
+    try:
+        with torch.inference_mode():
+            return _run(model, jobs, stream)
+    except NonFiniteOutput as error:
+        failure: ServerError = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _free_caches(model)
+        failure = _too_large(jobs[0])
+    if len(jobs) > 1:  # whoever is to blame, the others must not pay
+        return [run(model, [job])[0] for job in jobs]
+    return [failure]
+
+
+def _run(model: LoadedModel, jobs: Sequence[DecodeJob], stream: Stream | None) -> list[Decoded | ServerError]:
     started = time.perf_counter()
-    with torch.inference_mode():
-        prepared = [_prepared(model, job) for job in jobs]
-        good = [latents for latents in prepared if isinstance(latents, torch.Tensor)]
-        if not good:
-            return [error for error in prepared if isinstance(error, ServerError)]
-        try:
-            output, oom_steps = _decode(model, torch.cat(good), jobs[0].layout, stream)
-        except (_OutOfMemory, NonFiniteOutput) as error:
-            if len(jobs) > 1:  # whoever is to blame, the others must not pay
-                return [run(model, [job])[0] for job in jobs]
-            return [_too_large(jobs[0]) if isinstance(error, _OutOfMemory) else error]
-        rows = output.shape[0] // sum(len(latents) for latents in good)  # a clip's frames may be the first axis
-        parts = iter(torch.split(output, [rows * len(latents) for latents in good]))
-        tensors = [to_host(next(parts)) if isinstance(latents, torch.Tensor) else latents for latents in prepared]
+    prepared = [_prepared(model, job) for job in jobs]
+    good = [latents for latents in prepared if isinstance(latents, torch.Tensor)]
+    if not good:
+        return [error for error in prepared if isinstance(error, ServerError)]
+    output, oom_steps = _decode(model, torch.cat(good), jobs[0].layout, stream)
+    rows = output.shape[0] // sum(len(latents) for latents in good)  # a clip's frames may be the first axis
+    parts = iter(torch.split(output, [rows * len(latents) for latents in good]))
+    tensors = [to_host(next(parts)) if isinstance(latents, torch.Tensor) else latents for latents in prepared]
     decode_ms = (time.perf_counter() - started) * 1e3
     return [
         Decoded(tensor, decode_ms, len(good), oom_steps) if isinstance(tensor, RawTensor) else tensor
@@ -86,31 +98,27 @@ def _prepared(model: LoadedModel, job: DecodeJob) -> torch.Tensor | ServerError:
     )
 
 
-class _OutOfMemory(Exception):
-    """Not even the smallest decode fits."""
-
-
 def _decode(
     model: LoadedModel, latents: torch.Tensor, layout: Layout, stream: Stream | None
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Decode, walking down when memory runs out: free the caches, then the smallest bands.
 
-    Returns the steps that were needed too. Raises _OutOfMemory, NonFiniteOutput.
+    Returns the steps that were needed too. Raises NonFiniteOutput, and the last step's lack of memory.
     """
     decoder, usual = model.decoder, model.decoder.memory_budget_bytes
     emit = stream.write if stream else None
     steps: list[str] = []
-    for step in ("", "free_caches", "smallest_bands"):
+    for step in STEPS:
         if step:
             steps.append(step)
-            _free_caches(model.device)
+            _free_caches(model)
         try:
             decoder.memory_budget_bytes = SMALLEST_BUDGET_BYTES if step == "smallest_bands" else usual
             output = decoder.decode(latents, layout, emit)
         except Exception as error:
             _abandon(stream)
             stream = emit = None
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error) or step == STEPS[-1]:
                 raise
             continue
         finally:
@@ -119,7 +127,7 @@ def _decode(
             _abandon(stream)
             raise NonFiniteOutput
         return output, tuple(steps)
-    raise _OutOfMemory
+    raise AssertionError("the last step returns or raises")
 
 
 def _abandon(stream: Stream | None) -> None:
@@ -127,15 +135,18 @@ def _abandon(stream: Stream | None) -> None:
         stream.abandon()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator has no error class of its own
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator, cuBLAS and Triton have no class of their own for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
 
 
-def _free_caches(device: torch.device) -> None:
-    if device.type == "cuda":
+def _free_caches(model: LoadedModel) -> None:
+    if model.device.type == "cuda":
+        graphs = getattr(model.decoder, "graphs", None)
+        if graphs is not None:
+            graphs.clear()
         torch.cuda.empty_cache()
 
 

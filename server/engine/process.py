@@ -19,7 +19,7 @@ from typing import Any
 from server.config import Settings
 from server.dispatch import Batch, WorkerDied
 from server.engine import messages
-from server.errors import ConfigError, Unavailable
+from server.errors import ConfigError, ServerError, Unavailable
 from server.metrics import Metrics
 from server.types import LoadedInfo, ModelInfo
 
@@ -79,6 +79,8 @@ class ProcessEngine:
         self._calls: dict[int, asyncio.Future[ModelInfo | None]] = {}
         self._supervising: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
+        self._restoring: asyncio.Task[None] | None = None
+        self._has_answered = False  # the worker of now: one that never did waits longer for its successor
 
     @property
     def pid(self) -> int | None:
@@ -133,9 +135,10 @@ class ProcessEngine:
 
     async def close(self) -> None:
         """The worker ends when its connection does."""
-        if self._supervising:
-            self._supervising.cancel()
-            await asyncio.wait([self._supervising])
+        tasks = [task for task in (self._supervising, self._restoring) if task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._process:
             await asyncio.to_thread(self._process.join, CLOSE_S)
             self._process.kill()
@@ -179,11 +182,14 @@ class ProcessEngine:
         """One worker after another."""
         deaths = 0
         while True:
+            self._has_answered = False
             try:
-                was_ready = await self._live()
+                await self._live()
+            except Exception:  # the border of a worker: whatever it was, another one is tried
+                log.exception("the worker of %s could not be started or understood", self.device)
             finally:
                 self._bury()
-            deaths = 0 if was_ready else deaths + 1
+            deaths = 0 if self._has_answered else deaths + 1
             assert self._first is not None
             if deaths >= DEATHS_AT_START and not self._first.done():
                 self._first.set_exception(ConfigError("the worker process ends as it starts; the log above says why"))
@@ -191,8 +197,8 @@ class ProcessEngine:
             self._metrics.worker_restarts.labels(await self._cause()).inc()
             await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**deaths))
 
-    async def _live(self) -> bool:
-        """From start to end of one worker; whether it was ever ready."""
+    async def _live(self) -> None:
+        """From start to end of one worker."""
         ours, theirs = socket.socketpair()
         arguments = theirs, self._settings, self._worker
         process = processes.Process(target=run_worker, args=arguments, name=f"worker-{self.device}", daemon=True)
@@ -209,7 +215,7 @@ class ProcessEngine:
                 length = int.from_bytes(await reader.readexactly(messages.LENGTH_BYTES), "little")
                 self._hear(messages.from_worker.decode(await reader.readexactly(length)))
         except (asyncio.IncompleteReadError, ConnectionError):
-            return self.is_alive
+            return
 
     def _hear(self, message: messages.FromWorker) -> None:
         match message:
@@ -220,7 +226,8 @@ class ProcessEngine:
                 if not self._first.done():
                     self._first.set_exception(ConfigError(sentence))
             case messages.Holds(models):
-                self._held, self._wanted = models, set(models)
+                self._held = models
+                self._changed()
             case messages.Replied(call, info, failure):
                 reply = self._calls.get(call)
                 if reply and not reply.done():
@@ -234,9 +241,15 @@ class ProcessEngine:
         assert self._writer is not None
         if not self._first.done():
             self._first.set_result(None)
-        for model in self._wanted:  # what the last worker held; nobody waits for the reply
-            self._writer.write(messages.encode(messages.Load(next(self._ids), model)))
+        if self._wanted:
+            self._restoring = asyncio.create_task(self._restore())
         self._changed()
+
+    async def _restore(self) -> None:
+        """What the last worker held, one after the other; what ends the worker is not tried again."""
+        while self._wanted:
+            with suppress(ServerError):
+                await self.load(self._wanted.pop())
 
     def _hear_of_batch(
         self, message: messages.Started | messages.Decoded | messages.Answered | messages.Failed
@@ -251,12 +264,14 @@ class ProcessEngine:
                 batch.free_device()
                 self._end_if_done(message.batch)
             case messages.Answered(_, index, done):
+                self._has_answered = True
                 batch.jobs[index].done(done)
             case messages.Failed(_, index, failure):
                 batch.jobs[index].failed(failure.error())
 
     def _bury(self) -> None:
         """Whoever waits for this worker is told."""
+        self._wanted |= set(self._held)
         self.is_alive, self._held = False, {}
         if self._writer:
             self._writer.close()
@@ -269,7 +284,8 @@ class ProcessEngine:
 
     async def _cause(self) -> str:
         """How the last worker ended."""
-        assert self._process is not None
+        if self._process is None:
+            return "not_started"
         await asyncio.to_thread(self._process.join, CLOSE_S)
         if self._process.exitcode is None:  # it closed its connection and hangs
             self._process.kill()

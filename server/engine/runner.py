@@ -78,8 +78,8 @@ class Runner:
             if not isinstance(error, ServerError):
                 log.exception("a decode failed")
             outcomes = [error] * len(wanted)
-            if film:
-                film.abandon()
+        if film and isinstance(outcomes[0], Exception):
+            film.abandon()
         listener.decoded()
         for index, outcome in zip(wanted, outcomes, strict=True):
             if isinstance(outcome, Exception):

@@ -58,11 +58,12 @@ class SyncEngine:
                 return model
             failed_at, failure = self._failed.get(name, (0.0, None))
             if failure and time.monotonic() - failed_at < (failure.retry_after_s or 0):
-                raise failure
+                # A new one: each raise of the same adds its frames, and what they hold, to its traceback.
+                raise ModelUnavailable(failure.model, failure.detail)
             try:
                 return self._keep(name, self._read(name, None))
             except ModelUnavailable as error:
-                self._failed[name] = time.monotonic(), error
+                self._failed[name] = time.monotonic(), ModelUnavailable(error.model, error.detail)
                 raise
 
     def decode(self, jobs: Sequence[DecodeJob], stream: Stream | None = None) -> list[Decoded | ServerError]:
@@ -75,7 +76,7 @@ class SyncEngine:
             self._note_use(jobs[0].model)
             outcomes = run(model, jobs, stream)
         return [
-            self._decode_upcast(job) if isinstance(outcome, NonFiniteOutput) else outcome
+            self._decode_upcast(job, model.dtype is torch.float32) if isinstance(outcome, NonFiniteOutput) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
@@ -87,10 +88,18 @@ class SyncEngine:
         oldest = time.monotonic() - limit
         return self._unload([name for name, used_at in self._used_at.items() if used_at < oldest])
 
-    def _decode_upcast(self, job: DecodeJob) -> Decoded | ServerError:
+    def _decode_upcast(self, job: DecodeJob, is_single: bool) -> Decoded | ServerError:
         name = job.model + UPCAST
-        with self._load_locks[job.model]:
-            model = self._loaded.get(name) or self._keep(name, self._read(job.model, torch.float32))
+        if is_single:
+            return NonFiniteInput("these latents overflow the VAE even in float32; check scaling_factor and dtype")
+        try:
+            with self._load_locks[job.model]:
+                model = self._loaded.get(name) or self._keep(name, self._read(job.model, torch.float32))
+        except ModelUnavailable:
+            return NonFiniteInput(
+                "these latents overflow the VAE in half precision, and there is no memory for it in float32; "
+                "check scaling_factor and dtype"
+            )
         with self._device_lock, on(model.device):
             self._note_use(name)
             outcome = run(model, [job])[0]
@@ -125,11 +134,11 @@ class SyncEngine:
     def _unload(self, names: Sequence[str]) -> list[str]:
         with self._device_lock:  # nothing decodes
             for name in names:
-                model = self._loaded.pop(name, None)
+                self._loaded.pop(name, None)
                 self._used_at.pop(name, None)
-                if model and model.device.type == "cuda":
-                    torch.cuda.empty_cache()
                 log.info("unloaded %s", name)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return list(names)
 
     def _read(self, name: str, dtype: torch.dtype | None) -> LoadedModel:

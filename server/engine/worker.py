@@ -15,8 +15,8 @@ import torch
 from server.config import Settings
 from server.engine import messages
 from server.engine.loader import choose_device
+from server.engine.pipeline import is_out_of_memory
 from server.engine.runner import Runner
-from server.errors import ServerError
 from server.logs import write_logs
 from server.types import Done, LoadedInfo
 
@@ -62,11 +62,11 @@ class Worker:
         while (message := messages.receive(self._connection)) is not None:
             match message:
                 case messages.Decode(batch, requests):
-                    listener = self._batches[batch] = BatchListener(self, batch, len(requests))
-                    self._runner.submit(requests, listener)
+                    self._batches[batch] = BatchListener(self, batch, len(requests))
+                    self._runner.submit(requests, self._batches[batch])
                 case messages.Drop(batch, index):
-                    if batch in self._batches:
-                        self._batches[batch].dropped.add(index)
+                    if listener := self._batches.get(batch):  # it may end meanwhile
+                        listener.dropped.add(index)
                 case messages.Describe():
                     self._files.submit(self._describe, message)
                 case messages.Load():
@@ -154,14 +154,15 @@ class BatchListener:
 
 def failure_of(error: Exception) -> messages.Failure:
     """A device that is lost stays lost in this process: end it, and the front process starts another."""
-    if not isinstance(error, ServerError) and is_lost_device(error):
+    if is_lost_device(error) or is_lost_device(error.__cause__):
         log.critical("the device is lost (%s); this worker ends and another one starts", type(error).__name__)
         logging.shutdown()
         os._exit(LOST_DEVICE_STATUS)
     return messages.Failure.of(error)
 
 
-def is_lost_device(error: Exception) -> bool:
-    """CUDA's sticky errors: every later call of this process fails with them too."""
-    accelerator_error = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator_error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+def is_lost_device(error: BaseException | None) -> bool:
+    """CUDA's sticky errors: every later call of this process fails with them too. A lack of memory is none of them."""
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)

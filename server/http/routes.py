@@ -24,6 +24,8 @@ from server.outputs import FORMATS
 from server.service import Admission, Answer, Service
 from server.types import DecodeRequest, ModelInfo
 
+PIECE_BYTES = 256 << 10
+
 
 class Decode:
     """POST /, /predict, /{model}. An ASGI application, because the answer's sending is part of the request's time."""
@@ -133,13 +135,24 @@ async def _body(request: Request, limit: int, grace_s: float) -> bytearray:
     return body
 
 
+class InPieces(Response):
+    """uvicorn waits for the client before a piece and not after: in one piece, an answer counts as sent at once."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), PIECE_BYTES):
+            piece = self.body[start : start + PIECE_BYTES]
+            await send({"type": "http.response.body", "body": bytes(piece), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
 def _respond(answer: Answer) -> Response:
     timing = f"queue;dur={answer.queue_ms:.1f}, decode;dur={answer.decode_ms:.1f}, render;dur={answer.render_ms:.1f}"
     rendered = answer.rendered
     headers = {**rendered.headers, "Server-Timing": timing}
     if answer.is_upcast:
         headers["X-VAE-Upcast"] = "float32"
-    response = Response(rendered.body, headers=headers)
+    response = InPieces(rendered.body, headers=headers)
     # Set after the fact: Starlette would add a charset to text/plain, which here is a video.
     response.headers["content-type"] = rendered.media_type
     return response

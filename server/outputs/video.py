@@ -57,6 +57,8 @@ def render_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Re
                     for chunk in chain([first], chunks):
                         ffmpeg.stdin.write(chunk.data)  # the decoder's own buffer: frames are never held twice
                     ffmpeg.stdin.close()
+                with suppress(BrokenPipeError):  # of what was still buffered
+                    ffmpeg.stdin.close()
                 status = ffmpeg.wait()
             except BaseException:  # no more frames will come
                 ffmpeg.kill()

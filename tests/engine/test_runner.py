@@ -14,6 +14,7 @@ from server.config import load_settings
 from server.engine import pipeline, runner
 from server.engine.decoders.exact import hunyuan_video
 from server.engine.pipeline import NonFiniteOutput
+from server.errors import NonFiniteInput
 from server.outputs import format_named
 from server.outputs.video import render_mp4_frames
 from server.types import DecodeJob, DecodeRequest, Done, Geometry, Layout, RawTensor, RenderOptions, Scaling
@@ -120,6 +121,8 @@ def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
 ) -> None:
     request, made = request_and_runner
     expected = outcome_of(made, request)
+    entry = made.sync._settings.models["hunyuan"].model_copy(update={"dtype": "bfloat16"})
+    half = runner.Runner(made.sync._settings.model_copy(update={"models": {"hunyuan": entry}}))
     run, calls = pipeline.run, []
 
     def overflows_once(model: Any, jobs: Any, stream: Any = None) -> Any:
@@ -131,8 +134,20 @@ def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
         return outcomes
 
     monkeypatch.setattr("server.engine.sync.run", overflows_once)
-    got = outcome_of(made, request)
+    got = outcome_of(half, request)
+    half.close()
     assert isinstance(expected, Done)
     assert isinstance(got, Done)
     assert got.is_upcast
     assert bytes(got.rendered.body) == bytes(expected.rendered.body)
+
+
+def test_clips_that_are_refused_leave_no_render_thread_waiting(
+    request_and_runner: tuple[DecodeRequest, runner.Runner],
+) -> None:
+    request, made = request_and_runner
+    nans = memoryview(b"\xff\xff\xff\x7f" * (16 * 5 * 4 * 6))
+    bad = replace(request, job=replace(request.job, tensor=RawTensor((1, 16, 5, 4, 6), "float32", nans)))
+    for _ in range(3):  # more than there are render threads
+        assert isinstance(outcome_of(made, bad), NonFiniteInput)
+    assert isinstance(outcome_of(made, request), Done)

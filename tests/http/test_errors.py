@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import threading
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -239,7 +240,11 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve, vaes: dict[str, Loca
     opened = threading.Event()
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate(opened), max_queue=2)
     answers: list[int] = []
-    waiting = [threading.Thread(target=lambda: answers.append(post(address).status_code)) for _ in range(2)]
+
+    def ask(width: int) -> None:  # of widths that are not decoded together
+        answers.append(post(address, with_params(shape=[1, 4, 8, width]), BODY * (width // 8)).status_code)
+
+    waiting = [threading.Thread(target=ask, args=(width,)) for width in (8, 16)]
     for thread in waiting:
         thread.start()
     told = ""
@@ -272,18 +277,51 @@ def test_a_client_that_leaves_takes_its_request_along(
     assert len(decodes) == 1
 
 
-def test_a_place_in_the_queue_is_taken_before_the_body_is_read(serve: Serve, vaes: dict[str, LocalVae]) -> None:
+def test_half_sent_bodies_keep_nobody_out(serve: Serve, vaes: dict[str, LocalVae]) -> None:
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, max_queue=1)
     half = (
         b"POST /?shape=1,4,8,8&dtype=float32 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1024\r\n\r\n" + BODY[:100]
     )
-    with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), 10) as slow:
-        slow.sendall(half)
-        while (refused := post(address)).ok:
-            pass
-        assert_refused(refused, 429, "queue_full", "1 requests wait already")
-    while not post(address).ok:
+    with ExitStack() as open_uploads:
+        for _ in range(20):
+            slow = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), 10)
+            open_uploads.enter_context(slow).sendall(half)
+        assert post(address).ok
+
+
+def test_a_full_queue_refuses_before_the_body_is_read(serve: Serve, vaes: dict[str, LocalVae]) -> None:
+    opened = threading.Event()
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate(opened), max_queue=1)
+    waiting = threading.Thread(target=post, args=(address,))
+    waiting.start()
+    while "vae_inflight 1.0" not in requests.get(address + "metrics", timeout=10).text:
         pass
+    with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), 10) as client:
+        client.sendall(
+            b"POST /?shape=1,4,8,8&dtype=float32 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1024\r\n\r\n"
+        )
+        assert client.recv(4096).startswith(b"HTTP/1.1 429 ")
+    opened.set()
+    waiting.join()
+
+
+def test_the_bytes_of_accepted_requests_are_bounded_but_one_alone_is_taken(
+    serve: Serve, vaes: dict[str, LocalVae]
+) -> None:
+    opened = threading.Event()
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=gate(opened), max_queue_mb=1)
+    large = with_params(shape=[1, 4, 64, 64], output_type="pt")
+    body = np.zeros((1, 4, 64, 64), "float32").tobytes()
+    waiting = threading.Thread(target=post, args=(address, large, body))
+    waiting.start()
+    while "vae_inflight 1.0" not in requests.get(address + "metrics", timeout=10).text:
+        pass
+    assert_refused(post(address, large, body), 429, "queue_full", "as many bytes as this server allows")
+    opened.set()
+    waiting.join()
+    assert post(address, large, body).ok
+    sent = json.dumps({"inputs": base64.b64encode(body).decode()})
+    assert post(address, large, sent, {"Content-Type": "application/json"}).ok
 
 
 def test_loading_one_model_does_not_keep_another_from_decoding(

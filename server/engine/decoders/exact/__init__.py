@@ -80,7 +80,7 @@ class ExactKLDecoder:
             picture, self.finite = self.run(plan, latents, layout)
         else:
             launch = partial(self.run, plan, layout=layout)
-            picture, self.finite = self.graphs.run((latents.shape, layout), launch, latents)
+            picture, self.finite = self.graphs.run((latents.shape, layout, plan), launch, latents)
         if emit is not None:
             emit(picture)
         return picture

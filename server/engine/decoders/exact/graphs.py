@@ -28,6 +28,9 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._recordings)
 
+    def clear(self) -> None:
+        self._recordings.clear()
+
     def run(self, key: Hashable, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
         recording = self._recordings.get(key)
         if recording is None:
