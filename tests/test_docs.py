@@ -127,6 +127,13 @@ def test_every_relative_link_leads_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_figures_page_has_every_figure_that_a_test_measures() -> None:
+    sources = [path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    promises = {name for source in sources for name in re.findall(r"\bfigure\(\s*f?\"([^\"]+)\"", source)}
+    told = set(re.findall(r"^\| ([^|]+) \|", (REPOSITORY / "docs" / "figures.md").read_text(), re.MULTILINE))
+    assert promises == told - {"promise", "---"}
+
+
 def test_the_readme_is_short() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
 
