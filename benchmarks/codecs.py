@@ -89,15 +89,14 @@ def our_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
 def pyav_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
     """The same codec, rate and quality by PyAV, in this process."""
     av = importlib.import_module("av")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=10, options={"crf": "25"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        stream.thread_type = "FRAME"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:  # the index in front needs a file to go back in
+        with av.open(file.name, "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=10, options={"crf": "25"})
+            stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+        return Path(file.name).read_bytes()
 
 
 def imageio_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
