@@ -90,12 +90,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run_server(settings: Settings, listener: socket.socket) -> None:
     """Serve until a signal. Raises ModelUnavailable or ConfigError when what must be there is not."""
-    from server.engine.process import engines_for
+    from server.engine.process import engines_for, start_forkserver
     from server.http.app import create_app
     from server.http.drain import DrainingServer
     from server.metrics import Metrics
     from server.service import Service, State
 
+    start_forkserver()
     metrics = Metrics()
     service = Service(settings, engines_for(settings, metrics), metrics)
 

@@ -254,8 +254,10 @@ class Dispatcher:
 
         The time counts from the start: a client with little patience, or one that waited long, does no harm to others.
         """
-        await batch.started
-        await asyncio.sleep(self._hang_timeout_s)
+        # What was handed over waits for no more than the batch before it.
+        await asyncio.wait([batch.started], timeout=2 * self._hang_timeout_s)
+        if batch.started.done():
+            await asyncio.sleep(self._hang_timeout_s)
         log.error("a request is in work for more than %g s; its worker is ended", self._hang_timeout_s)
         engine.kill()
 

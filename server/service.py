@@ -21,6 +21,7 @@ from server.types import DecodeRequest, Done, LoadedInfo, ModelInfo, Rendered
 log = logging.getLogger(__name__)
 
 FIRST_GUESS_S_PER_PIXEL = 1e-6
+SMALL_PIXELS = 256 * 256  # below, a decode costs what it costs at any size
 MEMORY = 0.3  # of the last decode in the estimate of the next
 
 
@@ -236,7 +237,7 @@ class Service:
             model=decode.model,
             key=(decode.model, decode.geometry.latent_shape, decode.layout),
             pixels=pixels,
-            seconds=pixels * self._s_per_pixel.get(decode.model, FIRST_GUESS_S_PER_PIXEL),
+            seconds=max(pixels, SMALL_PIXELS) * self._s_per_pixel.get(decode.model, FIRST_GUESS_S_PER_PIXEL),
             arrived=loop.time(),
             deadline=admission.deadline,
             request=request,
@@ -248,15 +249,16 @@ class Service:
         try:
             yield
         except ModelUnavailable as error:
-            self._failed[name] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
-            log.error("%s", error.detail)
+            if self.model_state(name) != "failed":  # once for each try, not for each client that hears of it
+                log.error("%s", error.detail)
+                self._failed[name] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
             raise
         self._failed.pop(name, None)
 
     def _account(self, job: Job, done: Done, queue_s: float) -> Answer:
         metrics, model = self.metrics, job.model
         decode_s = done.decode_ms / 1e3
-        latest = decode_s / (done.batch_size * job.pixels)
+        latest = decode_s / (done.batch_size * max(job.pixels, SMALL_PIXELS))
         self._s_per_pixel[model] = (1 - MEMORY) * self._s_per_pixel.get(model, latest) + MEMORY * latest
         metrics.queue_wait_s.observe(queue_s)
         metrics.decode_s.labels(model).observe(decode_s)

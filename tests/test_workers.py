@@ -187,6 +187,13 @@ def test_a_client_with_little_patience_harms_nobody(start: Start) -> None:
     assert served.engine.pid == pid
 
 
+def test_a_worker_that_freezes_before_it_starts_is_replaced(start: Start) -> None:
+    served = start(hang_timeout_s=0.5)
+    assert served.engine.pid
+    os.kill(served.engine.pid, signal.SIGSTOP)
+    assert served.post().ok
+
+
 def test_out_of_memory_walks_down_and_ends_in_413(start: Start) -> None:
     served = start()
     expected = served.post(faults.MEMORY_TWICE + 100).content

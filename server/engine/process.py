@@ -6,7 +6,9 @@ import asyncio
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.forkserver as forkserver
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -41,6 +43,14 @@ SPIN_COUNT = "8000"
 # libraries' memory is shared.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([WORKER])
+
+
+def start_forkserver() -> None:
+    """On the main thread, ahead of the first worker: its imports take seconds. Ctrl-C is the front process's affair."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as it is loaded
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, usual)
 
 
 class ProcessEngine:
@@ -88,7 +98,6 @@ class ProcessEngine:
 
     async def start(self, changed: Callable[[], None]) -> Sequence[ProcessEngine]:
         """Raises ConfigError when there is no such device, or the process ends again and again before it is ready."""
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as the forkserver loads it
         self._changed = changed
         self._first = asyncio.get_running_loop().create_future()
         self._supervising = asyncio.create_task(self._supervise())
@@ -191,6 +200,8 @@ class ProcessEngine:
                 self._bury()
             deaths = 0 if self._has_answered else deaths + 1
             assert self._first is not None
+            if self._first.done() and self._first.exception():  # there is no such device
+                return
             if deaths >= DEATHS_AT_START and not self._first.done():
                 self._first.set_exception(ConfigError("the worker process ends as it starts; the log above says why"))
                 return
@@ -291,7 +302,9 @@ class ProcessEngine:
             self._process.kill()
             await asyncio.to_thread(self._process.join)
         code = self._process.exitcode or 0
-        log.error("the worker of %s ended (%s); another one starts", self.device, code)
+        how = f"signal {-code}" if code < 0 else f"status {code}"
+        hint = "; unless somebody ended it, the machine ran out of memory" if code == -signal.SIGKILL else ""
+        log.error("worker %d of %s ended (%s)%s; another one starts", self._process.pid, self.device, how, hint)
         return f"signal_{-code}" if code < 0 else f"exit_{code}"
 
 
