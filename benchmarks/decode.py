@@ -159,7 +159,7 @@ def openvino(vae: AutoencoderKL) -> Variant:
         for network in made.values():
             network.release_memory()
 
-    decode.release = release  # type: ignore[attr-defined]
+    decode.release = release
     return decode
 
 

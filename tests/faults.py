@@ -47,7 +47,7 @@ def main(connection: socket.socket, settings: Settings) -> None:
             self.finite = torch.zeros((), dtype=torch.bool)
         return picture
 
-    ExactKLDecoder.decode = faulty  # type: ignore[method-assign]
+    ExactKLDecoder.decode = faulty
     render = runner.Runner._render
 
     def faulty_render(self: Any, request: Any, *rest: Any) -> None:
@@ -58,8 +58,8 @@ def main(connection: socket.socket, settings: Settings) -> None:
             request = type(request)(request.job, "full", request.render)
         render(self, request, *rest)
 
-    runner.Runner._render = faulty_render  # type: ignore[method-assign]
-    runner.format_named = lambda name: Full() if name == "full" else format_named(name)  # type: ignore[attr-defined]
+    runner.Runner._render = faulty_render
+    runner.format_named = lambda name: Full() if name == "full" else format_named(name)
     worker.main(connection, settings)
 
 

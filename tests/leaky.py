@@ -18,5 +18,5 @@ def main(connection: socket.socket, settings: Settings) -> None:
         kept.append(bytes(decoded.tensor.data) + b"\1" * 65536)
         render(self, request, decoded, *rest)
 
-    runner.Runner._render = keeping  # type: ignore[method-assign]
+    runner.Runner._render = keeping
     worker.main(connection, settings)

@@ -21,7 +21,7 @@ def ticket(**changes: object) -> Ticket:
         "arrived": 0.0,
         "deadline": 300.0,
     }
-    return Ticket(**{**usual, **changes})  # type: ignore[arg-type]
+    return Ticket(**{**usual, **changes})
 
 
 def anything(_: str) -> bool:

@@ -138,7 +138,7 @@ def test_every_setting_in_the_environment_is_an_option_of_the_server() -> None:
         if name.startswith(prefix)
     }
     assert values.keys() <= ServerOptions.model_fields.keys()
-    options = ServerOptions(**values)  # type: ignore[arg-type]  # texts, as in the environment
+    options = ServerOptions(**values)
     assert options.host == "0.0.0.0"  # inside a container
     assert of_kind(Expose) == [Expose(options.port)]
 

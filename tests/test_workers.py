@@ -108,7 +108,7 @@ def test_a_killed_worker_loses_nothing(start: Start) -> None:
             killed, pid = time.monotonic(), served.engine.pid
             assert pid
             os.kill(pid, signal.SIGKILL)
-            served.until(lambda pid=pid: served.engine.is_alive and served.engine.pid != pid)  # type: ignore[misc]
+            served.until(lambda pid=pid: served.engine.is_alive and served.engine.pid != pid)
             back_s.append(time.monotonic() - killed)
             served.open_gate()
             for answer in answers:

@@ -115,7 +115,7 @@ def _decode(
         try:
             decoder.memory_budget_bytes = SMALLEST_BUDGET_BYTES if step == "smallest_bands" else usual
             output = decoder.decode(latents, layout, emit)
-        except Exception as error:
+        except Exception as error:  # out of memory has many classes, and whatever it is, the stream's reader must know
             _abandon(stream)
             stream = emit = None
             if not is_out_of_memory(error) or step == STEPS[-1]:

@@ -60,7 +60,7 @@ class BoundedProtocol(HttpToolsProtocol):
     options: ServerOptions
     metrics: Metrics
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
         super().connection_made(transport)
         self._is_refused = False
         self._head_bytes = 0  # received since the last head or piece of a body

@@ -55,7 +55,7 @@ def render_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Re
                 assert ffmpeg.stdin is not None
                 with suppress(BrokenPipeError):  # ffmpeg ended: its status says why
                     for chunk in chain([first], chunks):
-                        ffmpeg.stdin.write(chunk.data)  # the decoder's own buffer: frames are never held twice
+                        ffmpeg.stdin.write(chunk.data)  # the decoder's own buffer, not a copy
                     ffmpeg.stdin.close()
                 with suppress(BrokenPipeError):  # of what was still buffered
                     ffmpeg.stdin.close()

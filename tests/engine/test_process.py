@@ -56,7 +56,7 @@ def test_each_device_gets_a_worker_and_a_model_its_own_device(vaes: dict[str, Lo
             process.engines_for(load_settings(config=config, device=device), Metrics()), Queue(1, 1), 1
         )
         await dispatcher.start()
-        runs = [(engine.device, [name for name in models if engine.can_run(name)]) for engine in dispatcher.engines]  # type: ignore[attr-defined]
+        runs = [(engine.device, [name for name in models if engine.can_run(name)]) for engine in dispatcher.engines]
         await dispatcher.close()
         return runs
 
@@ -70,11 +70,11 @@ def test_cuda_devices_and_pinned_models_get_engines_of_their_own(tmp_path: Path)
     models["cpu"]["device"] = "cpu"
     settings = load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "any"), device="cuda")
     (first,) = process.engines_for(settings, Metrics())
-    first._be_ready = lambda device, devices: None  # type: ignore[method-assign]
+    first._be_ready = lambda device, devices: None
 
     async def grown() -> list[tuple[str, list[str]]]:
         first._first = asyncio.get_running_loop().create_future()
-        first._supervise = asyncio.Event().wait  # type: ignore[method-assign,assignment]
+        first._supervise = asyncio.Event().wait
         starting = asyncio.create_task(first.start(lambda: None))
         await asyncio.sleep(0)
         first.device, first._devices = "cuda:0", 2

@@ -368,7 +368,7 @@ def test_uvicorn_still_has_what_the_protocol_leans_on() -> None:
     assert {*overridden, *callbacks} == {
         name for name in vars(BoundedProtocol).keys() & vars(HttpToolsProtocol) if not name.startswith("__")
     }
-    made = HttpToolsProtocol(uvicorn.Config(lambda: None, ws="none"), ServerState(), {}, asyncio.new_event_loop())  # type: ignore[arg-type, return-value]
+    made = HttpToolsProtocol(uvicorn.Config(lambda: None, ws="none"), ServerState(), {}, asyncio.new_event_loop())
     made.on_message_begin()
     for name in ("loop", "connections", "transport", "cycle", "pipeline", "parser", "url", "headers"):
         assert hasattr(made, name), name
