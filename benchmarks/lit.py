@@ -22,7 +22,7 @@ from server.config import Settings, load_settings
 from server.engine.sync import SyncEngine
 from server.http import wire
 from server.outputs import format_named
-from server.types import Decoded, DecodeRequest
+from server.types import Computed, VAERequest
 
 TIMEOUT_S = 300
 
@@ -40,7 +40,7 @@ async def read(request: Request) -> Sent:
     return Sent(request.query_params.multi_items(), request.headers.get("accept", ""), await request.body())
 
 
-Work = tuple[DecodeRequest, Decoded]
+Work = tuple[VAERequest, Computed]
 
 
 class DecodeAPI(litserve.LitAPI):
@@ -60,12 +60,12 @@ class DecodeAPI(litserve.LitAPI):
         for name in self._settings.models:
             self._engine.load(name)
 
-    def decode_request(self, request: Annotated[Sent, Depends(read)]) -> DecodeRequest:
+    def decode_request(self, request: Annotated[Sent, Depends(read)]) -> VAERequest:
         parameters = wire.Parameters(request.query)
         info = self._infos[parameters.text("model") or self._settings.default]
         return wire.prepare(parameters, request.accept, info, self._defaults).with_data(request.body)
 
-    def batch(self, inputs: Sequence[DecodeRequest]) -> Sequence[DecodeRequest]:
+    def batch(self, inputs: Sequence[VAERequest]) -> Sequence[VAERequest]:
         return inputs
 
     def predict(self, x: Any) -> Any:

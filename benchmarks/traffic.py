@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from benchmarks.load import WrongAnswer
 from server.config import SHIPPED_MODELS_YAML
 from server.direct import DirectDecoder
-from server.types import DecodeRequest
+from server.types import VAERequest
 
 DEMO = SHIPPED_MODELS_YAML.parent / "server" / "demo"
 PHOTOS = ("astronaut", "chelsea", "coffee")
@@ -76,7 +76,7 @@ class Work:
         )
         return head.encode() + data
 
-    def _job(self, model: str, data: bytes) -> DecodeRequest:
+    def _job(self, model: str, data: bytes) -> VAERequest:
         return self.direct.parse(model, self._parameters(model), data, ANSWERS[self.answer]["Accept"])
 
     def check_length(self, index: int, body: bytes, lengths: dict[int, int]) -> None:

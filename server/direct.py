@@ -9,7 +9,7 @@ from server.config import Settings
 from server.engine.sync import SyncEngine
 from server.http import wire
 from server.outputs import format_named
-from server.types import Decoded, DecodeRequest, Rendered
+from server.types import Computed, Rendered, VAERequest
 
 
 class DirectDecoder:
@@ -21,16 +21,16 @@ class DirectDecoder:
         options = settings.options
         self._defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
 
-    def parse(self, model: str, parameters: Mapping[str, Any], data: bytes, accept: str) -> DecodeRequest:
+    def parse(self, model: str, parameters: Mapping[str, Any], data: bytes, accept: str) -> VAERequest:
         """parameters: as the query of a request would hold them. data: the tensor's bytes."""
         prepared = wire.prepare(wire.Parameters([], parameters), accept, self.engine.describe(model), self._defaults)
         return prepared.with_data(data)
 
-    def decode(self, request: DecodeRequest) -> Decoded:
+    def decode(self, request: VAERequest) -> Computed:
         outcome = self.engine.decode([request.job])[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    def render(self, request: DecodeRequest, decoded: Decoded) -> Rendered:
+    def render(self, request: VAERequest, decoded: Computed) -> Rendered:
         return format_named(request.format).render(decoded.tensor, request.render)

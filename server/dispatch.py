@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from server.batching import Queue, Ticket
 from server.errors import DeadlinePassed, ModelUnavailable, ServerError, Unavailable, WorkerCrashed
-from server.types import DecodeRequest, Done, LoadedInfo, ModelInfo
+from server.types import Done, LoadedInfo, ModelInfo, VAERequest
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ STAGED_S = 0.25  # work that takes longer does not gain by being there early
 class Job(Ticket):
     """A request in the queue, and the answer that its client waits for."""
 
-    request: DecodeRequest
+    request: VAERequest
     answer: asyncio.Future[Done]
     started: float | None = None  # when a device last began with it
     deaths: int = 0  # of workers while they decoded it

@@ -125,4 +125,4 @@ def _decodes(settings: Settings, name: str) -> Finding:
         return problem(f"'{name}' does not decode: {getattr(error, 'detail', error)}")
     except RuntimeError as error:  # a codec's
         return problem(f"'{name}' decodes, but its answer does not render: {error}")
-    return ok(f"'{name}' decodes: {decoded.decode_ms:.0f} ms to {len(body)} bytes")
+    return ok(f"'{name}' decodes: {decoded.device_ms:.0f} ms to {len(body)} bytes")

@@ -16,7 +16,7 @@ from server.config import Settings
 from server.dispatch import Dispatcher, Engine, Job
 from server.errors import ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
 from server.metrics import Metrics
-from server.types import DecodeRequest, Done, LoadedInfo, ModelInfo, Rendered
+from server.types import Done, LoadedInfo, ModelInfo, Rendered, VAERequest
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Answer:
 
     rendered: Rendered
     queue_ms: float
-    decode_ms: float
+    device_ms: float
     render_ms: float
     is_upcast: bool
 
@@ -217,7 +217,7 @@ class Service:
         if self._answering >= self.settings.options.max_queue * len(self._dispatcher.engines):
             raise self._queue_full(f"{self._answering} requests wait already")
 
-    async def decode(self, request: DecodeRequest, admission: Admission) -> Answer:
+    async def decode(self, request: VAERequest, admission: Admission) -> Answer:
         """Queue, decode, render. Raises what the engine raises."""
         job = self._job(request, admission)
         try:
@@ -230,7 +230,7 @@ class Service:
         started = job.arrived if job.started is None else job.started
         return self._account(job, done, queue_s=started - job.arrived)
 
-    def _job(self, request: DecodeRequest, admission: Admission) -> Job:
+    def _job(self, request: VAERequest, admission: Admission) -> Job:
         loop, decode = asyncio.get_running_loop(), request.job
         pixels = decode.geometry.pixels
         return Job(
@@ -257,7 +257,7 @@ class Service:
 
     def _account(self, job: Job, done: Done, queue_s: float) -> Answer:
         metrics, model = self.metrics, job.model
-        decode_s = done.decode_ms / 1e3
+        decode_s = done.device_ms / 1e3
         latest = decode_s / (done.batch_size * max(job.pixels, SMALL_PIXELS))
         self._s_per_pixel[model] = (1 - MEMORY) * self._s_per_pixel.get(model, latest) + MEMORY * latest
         metrics.queue_wait_s.observe(queue_s)
@@ -271,7 +271,7 @@ class Service:
             metrics.out_of_memory.labels(step).inc()
         if done.is_upcast:
             metrics.nonfinite.labels("output").inc()
-        return Answer(done.rendered, queue_s * 1e3, done.decode_ms, done.render_ms, done.is_upcast)
+        return Answer(done.rendered, queue_s * 1e3, done.device_ms, done.render_ms, done.is_upcast)
 
     def _queue_full(self, what: str) -> QueueFull:
         wait_s = max(1, math.ceil(self._dispatcher.seconds_ahead))

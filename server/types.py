@@ -119,7 +119,7 @@ class LoadedInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeJob:
+class VAEJob:
     """What an engine needs to decode."""
 
     model: str
@@ -130,15 +130,15 @@ class DecodeJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class Computed:
     """What comes off the device.
 
-    decode_ms: the device's time, from the bytes in to the bytes out, of the whole batch.
+    device_ms: the device's time, from the bytes in to the bytes out, of the whole batch.
     oom_steps: what was done about a lack of memory. is_upcast: decoded in float32, because half precision overflowed.
     """
 
     tensor: RawTensor
-    decode_ms: float
+    device_ms: float
     batch_size: int = 1
     oom_steps: tuple[str, ...] = ()
     is_upcast: bool = False
@@ -167,7 +167,7 @@ class Done:
     """What an engine answers a request with."""
 
     rendered: Rendered
-    decode_ms: float
+    device_ms: float
     render_ms: float
     batch_size: int = 1
     oom_steps: tuple[str, ...] = ()
@@ -175,9 +175,9 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRequest:
+class VAERequest:
     """One request, wholly understood: nobody behind the wire sees a client's flag again."""
 
-    job: DecodeJob
+    job: VAEJob
     format: str
     render: RenderOptions

@@ -13,7 +13,7 @@ from server.config import load_settings
 from server.engine.sync import SyncEngine
 from server.errors import TooLargeForDevice
 from server.families import FAMILIES
-from server.types import DecodeJob, Geometry, Layout, RawTensor, Scaling
+from server.types import Geometry, Layout, RawTensor, Scaling, VAEJob
 from tests.conftest import Serve, write_models_yaml
 from tests.vaes import LocalVae
 
@@ -46,10 +46,10 @@ def test_a_decode_that_does_not_fit_is_refused_and_the_next_one_goes_on(vaes: Va
     models = {"sd": {"repo": str(vaes["sd"].folder), "device": "cuda", "decoder": "diffusers"}}
     engine = SyncEngine(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "sd")))
 
-    def job(side: int) -> DecodeJob:
+    def job(side: int) -> VAEJob:
         shape = (1, 4, side, side)
         geometry: Geometry = FAMILIES["kl"].geometry(engine.describe("sd").latents, shape, lambda: None)
-        return DecodeJob("sd", RawTensor(shape, "float32", bytes(16 * side * side)), geometry, Scaling(), Layout.PIXELS)
+        return VAEJob("sd", RawTensor(shape, "float32", bytes(16 * side * side)), geometry, Scaling(), Layout.PIXELS)
 
     engine.decode(job(16))
     torch.cuda.set_per_process_memory_fraction(0.02)

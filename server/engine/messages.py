@@ -7,14 +7,14 @@ import socket
 import msgspec
 
 from server import errors
-from server.types import DecodeRequest, Done, LoadedInfo, ModelInfo
+from server.types import Done, LoadedInfo, ModelInfo, VAERequest
 
 LENGTH_BYTES = 8
 
 
 class Decode(msgspec.Struct, tag=True, frozen=True):
     batch: int
-    requests: list[DecodeRequest]
+    requests: list[VAERequest]
 
 
 class Drop(msgspec.Struct, tag=True, frozen=True):

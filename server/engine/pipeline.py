@@ -13,7 +13,7 @@ import torch
 from server.engine.decoders import Decoder
 from server.errors import NonFiniteInput, ServerError, TooLargeForDevice
 from server.families import Family
-from server.types import Decoded, DecodeJob, LatentSpec, Layout, LoadedInfo, RawTensor
+from server.types import Computed, LatentSpec, Layout, LoadedInfo, RawTensor, VAEJob
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -47,7 +47,7 @@ class Stream(Protocol):
     def abandon(self) -> None: ...
 
 
-def run(model: LoadedModel, jobs: Sequence[DecodeJob], stream: Stream | None = None) -> list[Decoded | ServerError]:
+def run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | ServerError]:
     """Decode jobs of one key together; each gets what it would have got alone, or its own error.
 
     stream: for one job, receives its frames as they are done. The errors: NonFiniteInput, TooLargeForDevice, and
@@ -68,7 +68,7 @@ def run(model: LoadedModel, jobs: Sequence[DecodeJob], stream: Stream | None = N
     return [failure]
 
 
-def _run(model: LoadedModel, jobs: Sequence[DecodeJob], stream: Stream | None) -> list[Decoded | ServerError]:
+def _run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None) -> list[Computed | ServerError]:
     started = time.perf_counter()
     prepared = [_prepared(model, job) for job in jobs]
     good = [latents for latents in prepared if isinstance(latents, torch.Tensor)]
@@ -78,14 +78,14 @@ def _run(model: LoadedModel, jobs: Sequence[DecodeJob], stream: Stream | None) -
     rows = output.shape[0] // sum(len(latents) for latents in good)  # a clip's frames may be the first axis
     parts = iter(torch.split(output, [rows * len(latents) for latents in good]))
     tensors = [to_host(next(parts)) if isinstance(latents, torch.Tensor) else latents for latents in prepared]
-    decode_ms = (time.perf_counter() - started) * 1e3
+    device_ms = (time.perf_counter() - started) * 1e3
     return [
-        Decoded(tensor, decode_ms, len(good), oom_steps) if isinstance(tensor, RawTensor) else tensor
+        Computed(tensor, device_ms, len(good), oom_steps) if isinstance(tensor, RawTensor) else tensor
         for tensor in tensors
     ]
 
 
-def _prepared(model: LoadedModel, job: DecodeJob) -> torch.Tensor | ServerError:
+def _prepared(model: LoadedModel, job: VAEJob) -> torch.Tensor | ServerError:
     """The latents as the VAE takes them, or why it cannot."""
     latents = to_device(job.tensor, model.device)
     latents = model.family.prepare(latents, model.spec, job.geometry, job.scaling).to(model.dtype)
@@ -150,7 +150,7 @@ def _free_caches(model: LoadedModel) -> None:
         torch.cuda.empty_cache()
 
 
-def _too_large(job: DecodeJob) -> TooLargeForDevice:
+def _too_large(job: VAEJob) -> TooLargeForDevice:
     g = job.geometry
     return TooLargeForDevice(
         f"{g.batch} x {g.num_frames} x {g.height}x{g.width} does not fit this server's memory; "

@@ -17,7 +17,7 @@ from server.engine.pipeline import to_host
 from server.engine.sync import SyncEngine
 from server.errors import ServerError
 from server.outputs import format_named
-from server.types import Decoded, DecodeRequest, Done, RawTensor, Rendered
+from server.types import Computed, Done, RawTensor, Rendered, VAERequest
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Runner:
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._renders = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
 
-    def submit(self, requests: Sequence[DecodeRequest], listener: Listener) -> None:
+    def submit(self, requests: Sequence[VAERequest], listener: Listener) -> None:
         """All of one model and one key. Returns at once."""
         if self.sync.loaded(requests[0].job.model) is not None:
             self._device.submit(self._decode, requests, listener)
@@ -64,7 +64,7 @@ class Runner:
         for pool in (self._device, self._renders):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, requests: Sequence[DecodeRequest], listener: Listener) -> None:
+    def _decode(self, requests: Sequence[VAERequest], listener: Listener) -> None:
         wanted = [index for index in range(len(requests)) if listener.is_wanted(index)]
         if not wanted:
             listener.decoded()
@@ -73,7 +73,7 @@ class Runner:
         film = self._film(requests[wanted[0]]) if len(wanted) == 1 else None
         try:
             jobs = [requests[index].job for index in wanted]
-            outcomes: Sequence[Decoded | Exception] = self.sync.decode(jobs, film)
+            outcomes: Sequence[Computed | Exception] = self.sync.decode(jobs, film)
         except Exception as error:  # the border of a decode: every waiter is answered
             if not isinstance(error, ServerError):
                 log.exception("a decode failed")
@@ -90,13 +90,13 @@ class Runner:
             else:
                 self._renders.submit(self._render, requests[index], outcome, index, listener, None)
 
-    def _film(self, request: DecodeRequest) -> Film | None:
+    def _film(self, request: VAERequest) -> Film | None:
         return Film(self._renders, request) if format_named(request.format).render_frames else None
 
     def _render(
         self,
-        request: DecodeRequest,
-        decoded: Decoded,
+        request: VAERequest,
+        decoded: Computed,
         index: int,
         listener: Listener,
         begun: Future[Rendered] | None,
@@ -111,7 +111,7 @@ class Runner:
             listener.failed(index, error)
             return
         render_ms = (time.perf_counter() - started) * 1e3
-        facts = decoded.decode_ms, render_ms, decoded.batch_size, decoded.oom_steps, decoded.is_upcast
+        facts = decoded.device_ms, render_ms, decoded.batch_size, decoded.oom_steps, decoded.is_upcast
         listener.done(index, Done(rendered, *facts))
 
 
@@ -122,7 +122,7 @@ class Abandoned(Exception):
 class Film:
     """A clip that is rendered while it is decoded."""
 
-    def __init__(self, renders: ThreadPoolExecutor, request: DecodeRequest) -> None:
+    def __init__(self, renders: ThreadPoolExecutor, request: VAERequest) -> None:
         self._chunks: queue.SimpleQueue[RawTensor | Abandoned | None] = queue.SimpleQueue()
         self.is_abandoned = False
         render_frames = format_named(request.format).render_frames

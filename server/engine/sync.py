@@ -18,7 +18,7 @@ from server.engine.decoders import build_decoder
 from server.engine.pipeline import NAMES, LoadedModel, NonFiniteOutput, Stream, run
 from server.errors import ModelUnavailable, NonFiniteInput, ServerError
 from server.families import FAMILIES
-from server.types import Decoded, DecodeJob, Layout, LoadedInfo, ModelInfo
+from server.types import Computed, Layout, LoadedInfo, ModelInfo, VAEJob
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class SyncEngine:
                 self._failed[name] = time.monotonic(), ModelUnavailable(error.model, error.detail)
                 raise
 
-    def decode(self, jobs: Sequence[DecodeJob], stream: Stream | None = None) -> list[Decoded | ServerError]:
+    def decode(self, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | ServerError]:
         """Decode jobs of one key now, loading first if it must; what half precision overflows again in float32.
 
         Raises ModelUnavailable. The errors: NonFiniteInput, TooLargeForDevice.
@@ -88,7 +88,7 @@ class SyncEngine:
         oldest = time.monotonic() - limit
         return self._unload([name for name, used_at in self._used_at.items() if used_at < oldest])
 
-    def _decode_upcast(self, job: DecodeJob, is_single: bool) -> Decoded | ServerError:
+    def _decode_upcast(self, job: VAEJob, is_single: bool) -> Computed | ServerError:
         name = job.model + UPCAST
         if is_single:
             return NonFiniteInput("these latents overflow the VAE even in float32; check scaling_factor and dtype")
@@ -105,7 +105,7 @@ class SyncEngine:
             outcome = run(model, [job])[0]
         if isinstance(outcome, NonFiniteOutput):
             return NonFiniteInput("these latents overflow the VAE even in float32; check scaling_factor and dtype")
-        return replace(outcome, is_upcast=True) if isinstance(outcome, Decoded) else outcome
+        return replace(outcome, is_upcast=True) if isinstance(outcome, Computed) else outcome
 
     def _keep(self, key: str, model: LoadedModel) -> LoadedModel:
         self._loaded[key] = model

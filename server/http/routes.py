@@ -22,7 +22,7 @@ from server.http import wire
 from server.http.openapi import DESCRIPTION
 from server.outputs import FORMATS
 from server.service import Admission, Answer, Service
-from server.types import DecodeRequest, ModelInfo
+from server.types import ModelInfo, VAERequest
 
 PIECE_BYTES = 256 << 10
 
@@ -70,7 +70,7 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer
             task.cancel()
 
 
-async def _read(request: Request, service: Service, admission: Admission) -> DecodeRequest:
+async def _read(request: Request, service: Service, admission: Admission) -> VAERequest:
     """Headers and query first, so that what they rule out is refused before the body is read."""
     options = service.settings.options
     defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
@@ -147,7 +147,7 @@ class InPieces(Response):
 
 
 def _respond(answer: Answer) -> Response:
-    timing = f"queue;dur={answer.queue_ms:.1f}, decode;dur={answer.decode_ms:.1f}, render;dur={answer.render_ms:.1f}"
+    timing = f"queue;dur={answer.queue_ms:.1f}, decode;dur={answer.device_ms:.1f}, render;dur={answer.render_ms:.1f}"
     rendered = answer.rendered
     headers = {**rendered.headers, "Server-Timing": timing}
     if answer.is_upcast:

@@ -1,4 +1,4 @@
-"""The client's words: query parameters, bodies and `Accept`, to one DecodeRequest. The only file that knows them.
+"""The client's words: query parameters, bodies and `Accept`, to one VAERequest. The only file that knows them.
 
 Every refusal that needs no tensor happens here or in the family's geometry, before a body is read where possible.
 """
@@ -18,8 +18,6 @@ from server.errors import BadRequest, Impossible, NotAcceptable, UnsupportedBody
 from server.families import FAMILIES, check_limits
 from server.outputs import FORMATS, OUTPUT_TYPES, Format
 from server.types import (
-    DecodeJob,
-    DecodeRequest,
     Geometry,
     Kind,
     Layout,
@@ -27,6 +25,8 @@ from server.types import (
     RawTensor,
     RenderOptions,
     Scaling,
+    VAEJob,
+    VAERequest,
 )
 
 LATENT_DTYPES = ("float16", "bfloat16", "float32")
@@ -208,12 +208,12 @@ class Prepared:
             f"shape {shape} of {self.dtype} needs {self.bytes_needed} bytes, the body has {found}; {guess}"
         )
 
-    def with_data(self, data: bytes | bytearray) -> DecodeRequest:
+    def with_data(self, data: bytes | bytearray) -> VAERequest:
         """Raises WrongLength."""
         self.check_length(len(data))
         tensor = RawTensor(self.shape, self.dtype, memoryview(data))
-        job = DecodeJob(self.model, tensor, self.geometry, self.scaling, self.layout)
-        return DecodeRequest(job, self.format, self.render)
+        job = VAEJob(self.model, tensor, self.geometry, self.scaling, self.layout)
+        return VAERequest(job, self.format, self.render)
 
 
 def prepare(parameters: Parameters, accept: str, info: ModelInfo, defaults: RenderDefaults) -> Prepared:

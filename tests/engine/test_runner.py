@@ -17,7 +17,7 @@ from server.engine.pipeline import NonFiniteOutput
 from server.errors import NonFiniteInput
 from server.outputs import format_named
 from server.outputs.video import render_mp4_frames
-from server.types import DecodeJob, DecodeRequest, Done, Geometry, Layout, RawTensor, RenderOptions, Scaling
+from server.types import Done, Geometry, Layout, RawTensor, RenderOptions, Scaling, VAEJob, VAERequest
 from tests.conftest import write_models_yaml
 from tests.vaes import LocalVae
 
@@ -46,18 +46,18 @@ class Listener:
 
 
 @pytest.fixture
-def request_and_runner(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[tuple[DecodeRequest, runner.Runner]]:
+def request_and_runner(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[tuple[VAERequest, runner.Runner]]:
     models: dict[str, Any] = {"hunyuan": {"repo": str(vaes["hunyuan"].folder), "dtype": "float32"}}
     made = runner.Runner(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "hunyuan")))
     latents = vaes["hunyuan"].latents(5, 4, 6)
     data = memoryview(latents.numpy().tobytes())
     geometry = Geometry((1, 16, 5, 4, 6), False, 17, 32, 48)
-    job = DecodeJob("hunyuan", RawTensor(tuple(latents.shape), "float32", data), geometry, Scaling(), Layout.PIXELS)
-    yield DecodeRequest(job, "mp4", RenderOptions(10, 5, "video/mp4")), made
+    job = VAEJob("hunyuan", RawTensor(tuple(latents.shape), "float32", data), geometry, Scaling(), Layout.PIXELS)
+    yield VAERequest(job, "mp4", RenderOptions(10, 5, "video/mp4")), made
     made.close()
 
 
-def outcome_of(made: runner.Runner, request: DecodeRequest) -> Done | Exception | None:
+def outcome_of(made: runner.Runner, request: VAERequest) -> Done | Exception | None:
     listener = Listener()
     made.submit([request], listener)
     assert listener.ended.wait(60)
@@ -65,7 +65,7 @@ def outcome_of(made: runner.Runner, request: DecodeRequest) -> Done | Exception 
 
 
 def test_frames_are_encoded_while_later_ones_are_decoded(
-    request_and_runner: tuple[DecodeRequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+    request_and_runner: tuple[VAERequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, made = request_and_runner
     monkeypatch.setattr(hunyuan_video, "CPU_CHUNK_BYTES", 1)  # a frame at a time
@@ -103,7 +103,7 @@ def test_frames_are_encoded_while_later_ones_are_decoded(
 
 
 def test_a_clip_that_fails_on_the_way_ends_its_encoder_and_is_told(
-    request_and_runner: tuple[DecodeRequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+    request_and_runner: tuple[VAERequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, made = request_and_runner
     write = runner.Film.write
@@ -117,7 +117,7 @@ def test_a_clip_that_fails_on_the_way_ends_its_encoder_and_is_told(
 
 
 def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
-    request_and_runner: tuple[DecodeRequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+    request_and_runner: tuple[VAERequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, made = request_and_runner
     expected = outcome_of(made, request)
@@ -143,7 +143,7 @@ def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
 
 
 def test_clips_that_are_refused_leave_no_render_thread_waiting(
-    request_and_runner: tuple[DecodeRequest, runner.Runner],
+    request_and_runner: tuple[VAERequest, runner.Runner],
 ) -> None:
     request, made = request_and_runner
     nans = memoryview(b"\xff\xff\xff\x7f" * (16 * 5 * 4 * 6))
