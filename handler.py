@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from server.config import ModelEntry, Settings, load_settings
-from server.direct import DirectDecoder
+from server.direct import Direct
 from server.errors import BadRequest, ConfigError
 from server.http.wire import read_base64
 from server.outputs import IMAGE, format_named
@@ -26,7 +26,7 @@ class EndpointHandler:
 
     def __init__(self, path: str = "") -> None:
         settings = settings_of(Path(path).resolve()) if path else load_settings()
-        self.direct = DirectDecoder(settings)
+        self.direct = Direct(settings)
         self.direct.engine.load(settings.default)
 
     def __call__(self, data: dict[str, Any]) -> Image.Image | dict[str, object]:
@@ -47,7 +47,7 @@ class EndpointHandler:
         if name is None:
             raise BadRequest(f"no such model; known: {', '.join(self.direct.settings.models)}")
         request = self.direct.parse(name, parameters, content, str(parameters.pop("accept", "*/*")))
-        decoded = self.direct.decode(request)
+        decoded = self.direct.run(request)
         chosen = format_named(request.format)
         if not chosen.is_encoded:
             return as_json(decoded.tensor)
@@ -76,7 +76,7 @@ def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes:
     if isinstance(inputs, bytes | bytearray | memoryview):
         return bytes(inputs)
     if hasattr(inputs, "numpy") and hasattr(inputs, "dtype"):
-        from server.engine.pipeline import NAMES, to_host
+        from server.engine.tensors import NAMES, to_host
 
         if inputs.dtype not in NAMES:
             raise BadRequest(f"a tensor of {inputs.dtype} is not read; send float16, bfloat16 or float32")

@@ -20,7 +20,7 @@ import torch
 from diffusers.utils.remote_utils import remote_decode
 
 from server.config import SHIPPED_MODELS_YAML, load_settings
-from server.direct import DirectDecoder
+from server.direct import Direct
 
 FACTOR = 0.37304
 
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     side = arguments.latents
     latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).half()
-    direct = DirectDecoder(load_settings(("demo",), config=SHIPPED_MODELS_YAML))
+    direct = Direct(load_settings(("demo",), config=SHIPPED_MODELS_YAML))
     data = latents.numpy().tobytes()
     sent = {"shape": [1, 4, side, side], "dtype": "float16", "scaling_factor": FACTOR}
     session = requests.Session()
@@ -70,7 +70,7 @@ def main() -> None:
 
             def bare(parameters: dict[str, str] = parameters, accept: str = accept) -> None:
                 request = direct.parse("demo", {**sent, **parameters}, data, accept)
-                direct.render(request, direct.decode(request))
+                direct.render(request, direct.run(request))
 
             def kept(parameters: dict[str, str] = parameters, accept: str = accept) -> None:
                 headers = {"Accept": accept, "Content-Type": "tensor/binary"}

@@ -34,7 +34,7 @@ from benchmarks.load import Tally, closed_loop
 from benchmarks.peers import HOSTED, LIT, LIT_BATCHED, LIT_WORKERS, OURS, Peer, running
 from benchmarks.traffic import ANSWERS, CASES, Work, write_models
 from server.config import load_settings
-from server.direct import DirectDecoder
+from server.direct import Direct
 
 RESULTS = Path(__file__).parent / "results"
 BARE = "bare"
@@ -71,7 +71,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no server stays behind
     with tempfile.TemporaryDirectory() as folder:
         models_yaml = write_models(Path(folder))
-        direct = DirectDecoder(load_settings(config=models_yaml))
+        direct = Direct(load_settings(config=models_yaml))
         loaded = [direct.engine.load(name).info for name in direct.settings.models]
         machine = machine_name(f"{loaded[0].dtype} {loaded[0].decoder} decoder")
         print(f"{machine}\n")
@@ -93,9 +93,7 @@ def save(name: str | None, machine: str, memory: dict[str, dict[str, int]], rows
     (RESULTS / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def measure_case(
-    direct: DirectDecoder, peers: Sequence[Peer], case: str, arguments: argparse.Namespace
-) -> Iterator[Row]:
+def measure_case(direct: Direct, peers: Sequence[Peer], case: str, arguments: argparse.Namespace) -> Iterator[Row]:
     counts = [count for count in arguments.clients if count <= CASES[case].most_clients]
     print_header(case, counts)
     for answer in arguments.answers:
@@ -131,11 +129,11 @@ def measure(work: Work, peers: Sequence[Peer], clients: int, seconds: float, rou
 def bare_loop(work: Work, seconds: float) -> Tally:
     """Decode and render, back to back, of requests that are parsed already."""
     direct, tally = work.direct, Tally()
-    direct.decode(work.jobs[0])  # wakes the threads
+    direct.run(work.jobs[0])  # wakes the threads
     started, index = time.perf_counter(), 0
     while (sent := time.perf_counter()) < started + seconds:
         job = work.jobs[index % len(work.jobs)]
-        direct.render(job, direct.decode(job))
+        direct.render(job, direct.run(job))
         tally.latencies_ms.append((time.perf_counter() - sent) * 1e3)
         index += 1
     tally.seconds = time.perf_counter() - started

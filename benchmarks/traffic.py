@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from benchmarks.load import WrongAnswer
 from server.config import SHIPPED_MODELS_YAML
-from server.direct import DirectDecoder
+from server.direct import Direct
 from server.types import VAERequest
 
 DEMO = SHIPPED_MODELS_YAML.parent / "server" / "demo"
@@ -55,14 +55,14 @@ ANSWERS: dict[str, dict[str, str]] = {
 class Work:
     """The requests of one case and answer: as bytes for a server, and as jobs for the bare loop."""
 
-    def __init__(self, direct: DirectDecoder, case: Case, answer: str) -> None:
+    def __init__(self, direct: Direct, case: Case, answer: str) -> None:
         self.direct = direct
         self.shape = (1, 4, case.side // 8, case.side // 8)
         self.answer = answer
         latents = [photo_latents(name, self.shape) for name in PHOTOS]
         self.sent = [self._request(case.model, data) for data in latents]
         self.jobs = [self._job(case.model, data) for data in latents]
-        self.expected = [bytes(direct.render(job, direct.decode(job)).body) for job in self.jobs]
+        self.expected = [bytes(direct.render(job, direct.run(job)).body) for job in self.jobs]
 
     def _parameters(self, model: str) -> dict[str, Any]:
         wanted = {key: value for key, value in ANSWERS[self.answer].items() if key != "Accept"}

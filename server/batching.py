@@ -12,14 +12,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 
 @dataclass(eq=False, kw_only=True)
 class Ticket:
     """One request's place in the queue. Times are seconds of the caller's clock."""
 
-    model: str
+    model: Hashable  # what a device must hold to run it
     key: Hashable  # tickets of one key may be decoded together
     pixels: int
     seconds: float  # what its work takes
@@ -75,7 +75,7 @@ class Queue(Generic[T]):
             self.remove(ticket)
         return late
 
-    def take(self, can_run: Callable[[str], bool], ahead_of_time_s: float | None = None) -> list[T]:
+    def take(self, can_run: Callable[[Any], bool], ahead_of_time_s: float | None = None) -> list[T]:
         """The next batch for a device that runs these models: the ticket of the lowest tag, and others of its key.
 
         ahead_of_time_s: for a device that is still at work. Nothing, unless the batch is full and takes no longer.

@@ -234,11 +234,11 @@ def _decode_there(server: str, parameters: dict[str, Any], data: bytes, accept: 
 
 
 def _decode_here(settings: Settings, model: str | None, parameters: dict[str, Any], data: bytes, accept: str) -> bytes:
-    from server.direct import DirectDecoder
+    from server.direct import Direct
 
     name = settings.name_of(model) if model else settings.default
     if name is None:
         raise ConfigError(f"no model '{model}' in {settings.source}; known: {', '.join(settings.models)}")
-    direct = DirectDecoder(settings)
+    direct = Direct(settings)
     request = direct.parse(name, parameters, data, accept)
-    return bytes(direct.render(request, direct.decode(request)).body)
+    return bytes(direct.render(request, direct.run(request)).body)

@@ -12,8 +12,8 @@ from server.outputs import format_named
 from server.types import Computed, Rendered, VAERequest
 
 
-class DirectDecoder:
-    """Parse, decode, render; callable from any thread. Every method raises the ServerError a client would get."""
+class Direct:
+    """Parse, run, render; callable from any thread. Every method raises the ServerError a client would get."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -26,8 +26,15 @@ class DirectDecoder:
         prepared = wire.prepare(wire.Parameters([], parameters), accept, self.engine.describe(model), self._defaults)
         return prepared.with_data(data)
 
-    def decode(self, request: VAERequest) -> Computed:
-        outcome = self.engine.decode([request.job])[0]
+    def parse_pixels(self, model: str, parameters: Mapping[str, Any], data: bytes, accept: str) -> VAERequest:
+        """data: a picture's or a clip's file, or with `shape` and `dtype` a tensor's bytes."""
+        sent, info = wire.Parameters([], parameters), self.engine.describe(model)
+        if sent.has("shape"):
+            return wire.prepare_pixels(sent, accept, info).with_data(data)
+        return wire.read_pixels(sent, accept, info, data, wire.header_of(info, data))
+
+    def run(self, request: VAERequest) -> Computed:
+        outcome = self.engine.run([request.job])[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome

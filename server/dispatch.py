@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from server.batching import Queue, Ticket
 from server.errors import DeadlinePassed, ModelUnavailable, ServerError, Unavailable, WorkerCrashed
-from server.types import Done, LoadedInfo, ModelInfo, VAERequest
+from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ STAGED_S = 0.25  # work that takes longer does not gain by being there early
 class Job(Ticket):
     """A request in the queue, and the answer that its client waits for."""
 
+    model: Half
     request: VAERequest
     answer: asyncio.Future[Done]
     started: float | None = None  # when a device last began with it
@@ -93,8 +94,8 @@ class Engine(Protocol):
         """Whether this device is one for the model."""
         ...
 
-    async def load(self, model: str) -> None:
-        """Bring the weights to the device. Raises ModelUnavailable."""
+    async def load(self, model: str, operation: Operation = Operation.DECODE) -> None:
+        """Bring the weights of one direction to the device. Raises ModelUnavailable."""
         ...
 
     def loaded(self, model: str) -> LoadedInfo | None:
@@ -114,6 +115,11 @@ class Engine(Protocol):
         ...
 
 
+def _holds(engine: Engine, half: Half) -> bool:
+    info = engine.loaded(half.model)
+    return info is not None and info.runs(half.operation)
+
+
 class Dispatcher:
     """Feeds every engine from one queue. `pump` runs whenever something changed: it starts whatever can start."""
 
@@ -122,8 +128,8 @@ class Dispatcher:
         self.queue = queue
         self.running: dict[Engine, set[Batch]] = defaultdict(set)
         self._hang_timeout_s = hang_timeout_s
-        self._loading: set[tuple[Engine, str]] = set()
-        self._refused: dict[tuple[Engine, str], float] = {}  # an engine that could not load a model, until when
+        self._loading: set[tuple[Engine, Half]] = set()
+        self._refused: dict[tuple[Engine, Half], float] = {}  # an engine that could not load a model, until when
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -173,8 +179,8 @@ class Dispatcher:
     def _feed(self, engine: Engine) -> None:
         """Models that are not there wait in the queue for their load, so that they keep nobody from the device."""
 
-        def is_there(model: str) -> bool:
-            return engine.can_run(model) and engine.loaded(model) is not None
+        def is_there(half: Half) -> bool:
+            return engine.can_run(half.model) and _holds(engine, half)
 
         while (undecoded := self._undecoded(engine)) < STAGED:
             # While the device works, what waits may yet become a larger batch, and long work is staged soon enough.
@@ -187,48 +193,48 @@ class Dispatcher:
 
     def _load_what_waits(self, engine: Engine) -> None:
         """A model that no engine has, or that this one lacks while it is idle."""
-        for model in dict.fromkeys(job.model for job in self.queue):
-            if not engine.can_run(model) or engine.loaded(model) is not None or self._is_refused(engine, model):
+        for half in dict.fromkeys(job.model for job in self.queue):
+            if not engine.can_run(half.model) or _holds(engine, half) or self._is_refused(engine, half):
                 continue
-            is_wanted = not self._is_coming(model) or not self._undecoded(engine)
-            if is_wanted and (engine, model) not in self._loading:
-                self._loading.add((engine, model))
-                self._spawn(self._load(engine, model))
+            is_wanted = not self._is_coming(half) or not self._undecoded(engine)
+            if is_wanted and (engine, half) not in self._loading:
+                self._loading.add((engine, half))
+                self._spawn(self._load(engine, half))
 
-    def _is_coming(self, model: str) -> bool:
+    def _is_coming(self, half: Half) -> bool:
         """Whether an engine has it, or soon will."""
         alive = (engine for engine in self.engines if engine.is_alive)
-        return any(engine.loaded(model) is not None or (engine, model) in self._loading for engine in alive)
+        return any(_holds(engine, half) or (engine, half) in self._loading for engine in alive)
 
-    def _is_refused(self, engine: Engine, model: str) -> bool:
-        return self._refused.get((engine, model), 0.0) > asyncio.get_running_loop().time()
+    def _is_refused(self, engine: Engine, half: Half) -> bool:
+        return self._refused.get((engine, half), 0.0) > asyncio.get_running_loop().time()
 
-    async def _load(self, engine: Engine, model: str) -> None:
+    async def _load(self, engine: Engine, half: Half) -> None:
         try:
-            await engine.load(model)
+            await engine.load(*half)
         except ModelUnavailable as error:
-            self._refused[engine, model] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
-            self._fail_waiting(model, error)
+            self._refused[engine, half] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
+            self._fail_waiting(half, error)
         except Unavailable:  # the worker died, perhaps of this load
-            for job in self._waiting_for(model):
+            for job in self._waiting_for(half):
                 self._count_death(job)
         except Exception as error:  # the border of a load: every waiter is answered
-            log.exception("%s failed to load", model)
-            self._refused[engine, model] = asyncio.get_running_loop().time() + STAGED_S
-            self._fail_waiting(model, error)
+            log.exception("%s failed to load", half.model)
+            self._refused[engine, half] = asyncio.get_running_loop().time() + STAGED_S
+            self._fail_waiting(half, error)
         finally:
-            self._loading.discard((engine, model))
+            self._loading.discard((engine, half))
             self.pump()
 
-    def _waiting_for(self, model: str) -> list[Job]:
-        return [job for job in self.queue if job.model == model]
+    def _waiting_for(self, half: Half) -> list[Job]:
+        return [job for job in self.queue if job.model == half]
 
-    def _fail_waiting(self, model: str, error: Exception) -> None:
+    def _fail_waiting(self, half: Half, error: Exception) -> None:
         """Unless another engine may still load it."""
-        others = (engine for engine in self.engines if engine.is_alive and engine.can_run(model))
-        if any(not self._is_refused(engine, model) for engine in others):
+        others = (engine for engine in self.engines if engine.is_alive and engine.can_run(half.model))
+        if any(not self._is_refused(engine, half) for engine in others):
             return
-        for job in self._waiting_for(model):
+        for job in self._waiting_for(half):
             self.queue.remove(job)
             job.failed(error)
 

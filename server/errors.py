@@ -7,7 +7,6 @@
     ├── Unauthorized 401 · NotFound 404 (UnknownModel unknown_model) · MethodNotAllowed 405
     ├── NotAcceptable 406 · RequestTooSlow 408 · TooLarge 413 (TooLargeForDevice) · UnsupportedBody 415
     ├── WrongHost 421 · Impossible 422 · HeadTooLarge 431
-    ├── NotSupportedYet 501
     ├── WorkerCrashed 500 worker_crashed
     ├── QueueFull 429 · Unavailable 503 (ModelUnavailable, TooManyConnections) · DeadlinePassed 504   (worth a retry)
     └── ConfigError: models.yaml, a flag or an environment variable; ends the process with exit status 2
@@ -155,13 +154,6 @@ class QueueFull(ServerError):
     def __init__(self, sentence: str, retry_after_s: int) -> None:
         super().__init__(sentence)
         self.retry_after_s = retry_after_s
-
-
-class NotSupportedYet(ServerError):
-    """A part of the contract that this version does not have."""
-
-    status = 501
-    code = "not_supported"
 
 
 class Unavailable(ServerError):

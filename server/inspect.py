@@ -10,9 +10,9 @@ import imageio_ffmpeg
 from PIL import features
 
 from server.config import Settings
-from server.direct import DirectDecoder
+from server.direct import Direct
 from server.engine import loader
-from server.engine.pipeline import is_finite
+from server.engine.tensors import is_finite
 from server.errors import ConfigError, ModelUnavailable, ServerError
 from server.families import FAMILIES
 from server.types import RawTensor
@@ -107,19 +107,19 @@ def _weights(settings: Settings, name: str) -> Finding:
 
 def _decodes(settings: Settings, name: str) -> Finding:
     """A small latent through the whole path, unscaled with the model's own statistics; NaN weights show as NaN."""
-    direct = DirectDecoder(settings)
+    direct = Direct(settings)
     try:
         spec = direct.engine.describe(name).latents
         side = 8 * spec.vae_scale_factor
         shape = FAMILIES[spec.family].latent_shape(spec, side, side)
         parameters = {"shape": list(shape), "dtype": "float32", "do_scaling": True, "output_type": "pt"}
         latents = bytes(RawTensor.bytes_needed(shape, "float32"))
-        sample = direct.decode(direct.parse(name, parameters, latents, "*/*")).tensor
+        sample = direct.run(direct.parse(name, parameters, latents, "*/*")).tensor
         if not is_finite(sample):
             return problem(f"'{name}' decodes to NaN; are its weights damaged, or do they overflow its dtype?")
         parameters |= {"output_type": "pil" if spec.kind == "image" else "mp4"}
         request = direct.parse(name, parameters, latents, "*/*")
-        decoded = direct.decode(request)
+        decoded = direct.run(request)
         body = direct.render(request, decoded).body
     except (ServerError, ConfigError) as error:
         return problem(f"'{name}' does not decode: {getattr(error, 'detail', error)}")

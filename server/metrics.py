@@ -27,12 +27,18 @@ class Metrics:
         self.decode_s = Histogram(
             "vae_decode_seconds", "On the device, copies included", ["model"], buckets=SECONDS, registry=registry
         )
+        self.encode_s = Histogram(
+            "vae_encode_seconds", "On the device, copies included", ["model"], buckets=SECONDS, registry=registry
+        )
         self.render_s = Histogram(
             "vae_render_seconds", "Pixels to bytes", ["format"], buckets=SECONDS, registry=registry
         )
-        self.request_bytes = Histogram("vae_request_bytes", "Latents received", buckets=BYTES, registry=registry)
+        self.request_bytes = Histogram(
+            "vae_request_bytes", "Latents or pixels received", buckets=BYTES, registry=registry
+        )
         self.response_bytes = Histogram("vae_response_bytes", "Answers sent", buckets=BYTES, registry=registry)
         self.output_pixels = Counter("vae_output_pixels", "Pixels decoded", ["model"], registry=registry)
+        self.input_pixels = Counter("vae_input_pixels", "Pixels encoded", ["model"], registry=registry)
         self.rejected = Counter("vae_rejected", "Requests refused", ["reason"], registry=registry)
         self.batch_size = Histogram(
             "vae_batch_size", "Requests decoded together", buckets=(1, 2, 4, 8, 16, 32), registry=registry

@@ -16,7 +16,7 @@ from server.config import Settings
 from server.dispatch import Dispatcher, Engine, Job
 from server.errors import ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
 from server.metrics import Metrics
-from server.types import Done, LoadedInfo, ModelInfo, Rendered, VAERequest
+from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, Rendered, VAERequest
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +36,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A rendered picture and where its time went."""
+    """A rendered picture, or latents, and where its time went."""
 
     rendered: Rendered
+    operation: Operation
     queue_ms: float
     device_ms: float
     render_ms: float
@@ -75,7 +76,7 @@ class Service:
         self._admissions: set[Admission] = set()
         self._answering = 0  # admitted, and the whole request is here
         self._nothing_to_answer = asyncio.Event()
-        self._s_per_pixel: dict[str, float] = {}
+        self._s_per_pixel: dict[Half, float] = {}
         metrics.watch_queue(lambda: self._waiting, lambda: self._running, lambda: self._size_bytes)
         for name in settings.models:
             metrics.model_loaded.labels(name).set_function(partial(self._holders, name))
@@ -136,7 +137,8 @@ class Service:
 
     async def describe(self, name: str) -> ModelInfo:
         """What is known of a model before it is loaded. Raises ModelUnavailable."""
-        if name not in self.infos:
+        known = self.infos.get(name)
+        if known is None or known.is_assumed:
             with self._noting_failure(name):
                 self.infos[name] = await self._engine(name).describe(name)
         return self.infos[name]
@@ -217,8 +219,8 @@ class Service:
         if self._answering >= self.settings.options.max_queue * len(self._dispatcher.engines):
             raise self._queue_full(f"{self._answering} requests wait already")
 
-    async def decode(self, request: VAERequest, admission: Admission) -> Answer:
-        """Queue, decode, render. Raises what the engine raises."""
+    async def answer(self, request: VAERequest, admission: Admission) -> Answer:
+        """Queue, decode or encode, render. Raises what the engine raises."""
         job = self._job(request, admission)
         try:
             with self._noting_failure(request.job.model):
@@ -231,13 +233,13 @@ class Service:
         return self._account(job, done, queue_s=started - job.arrived)
 
     def _job(self, request: VAERequest, admission: Admission) -> Job:
-        loop, decode = asyncio.get_running_loop(), request.job
-        pixels = decode.geometry.pixels
+        loop, work = asyncio.get_running_loop(), request.job
+        pixels, half = work.geometry.pixels, Half(work.model, work.operation)
         return Job(
-            model=decode.model,
-            key=(decode.model, decode.geometry.latent_shape, decode.layout),
+            model=half,
+            key=(half, work.geometry.key, work.layout),
             pixels=pixels,
-            seconds=max(pixels, SMALL_PIXELS) * self._s_per_pixel.get(decode.model, FIRST_GUESS_S_PER_PIXEL),
+            seconds=max(pixels, SMALL_PIXELS) * self._s_per_pixel.get(half, FIRST_GUESS_S_PER_PIXEL),
             arrived=loop.time(),
             deadline=admission.deadline,
             request=request,
@@ -256,22 +258,23 @@ class Service:
         self._failed.pop(name, None)
 
     def _account(self, job: Job, done: Done, queue_s: float) -> Answer:
-        metrics, model = self.metrics, job.model
-        decode_s = done.device_ms / 1e3
-        latest = decode_s / (done.batch_size * max(job.pixels, SMALL_PIXELS))
-        self._s_per_pixel[model] = (1 - MEMORY) * self._s_per_pixel.get(model, latest) + MEMORY * latest
+        metrics, (model, operation) = self.metrics, job.model
+        device_s = done.device_ms / 1e3
+        latest = device_s / (done.batch_size * max(job.pixels, SMALL_PIXELS))
+        usual = self._s_per_pixel.get(job.model, latest)
+        self._s_per_pixel[job.model] = (1 - MEMORY) * usual + MEMORY * latest
         metrics.queue_wait_s.observe(queue_s)
-        metrics.decode_s.labels(model).observe(decode_s)
+        (metrics.encode_s if operation is Operation.ENCODE else metrics.decode_s).labels(model).observe(device_s)
         metrics.render_s.labels(job.request.format).observe(done.render_ms / 1e3)
         metrics.request_bytes.observe(job.request.job.tensor.data.nbytes)
         metrics.response_bytes.observe(done.rendered.body.nbytes)
-        metrics.output_pixels.labels(model).inc(job.pixels)
+        (metrics.input_pixels if operation is Operation.ENCODE else metrics.output_pixels).labels(model).inc(job.pixels)
         metrics.batch_size.observe(done.batch_size)
         for step in done.oom_steps:
             metrics.out_of_memory.labels(step).inc()
         if done.is_upcast:
             metrics.nonfinite.labels("output").inc()
-        return Answer(done.rendered, queue_s * 1e3, done.device_ms, done.render_ms, done.is_upcast)
+        return Answer(done.rendered, operation, queue_s * 1e3, done.device_ms, done.render_ms, done.is_upcast)
 
     def _queue_full(self, what: str) -> QueueFull:
         wait_s = max(1, math.ceil(self._dispatcher.seconds_ahead))

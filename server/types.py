@@ -5,11 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["image", "video"]
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
+
+
+class Operation(StrEnum):
+    """A VAE's two directions."""
+
+    DECODE = "decode"
+    ENCODE = "encode"
+
+
+class Half(NamedTuple):
+    """One direction of a model: what is loaded, and waited for, by itself."""
+
+    model: str
+    operation: Operation = Operation.DECODE
 
 
 class Layout(StrEnum):
@@ -60,7 +74,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class LatentSpec:
-    """What a VAE's config.json says of its latents; the statistics are those of `pipeline.vae.config`."""
+    """What a VAE's config.json says of its latents; the statistics are those of `pipeline.vae.config`.
+
+    patch_size, patch_size_t: of packed latents, in latent pixels and frames. has_posterior: encoding gives a
+    distribution, whose mode is the answer unless a sample is asked for.
+    """
 
     family: str
     kind: Kind
@@ -73,13 +91,17 @@ class LatentSpec:
     latents_std: tuple[float, ...] | None = None
     force_upcast: bool | None = None
     is_usually_packed: bool = False
+    patch_size: int = 2
+    patch_size_t: int = 1
+    has_posterior: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """One request's sizes: the latents as the VAE takes them, and what comes out.
+    """One request's sizes: the latents and the pixels.
 
-    `latent_shape` is `[B, C, H, W]` or `[B, C, F, H, W]`; `height` and `width` are in pixels.
+    `latent_shape` is what the VAE takes or gives, `[B, C, H, W]` or `[B, C, F, H, W]`; `height` and `width` are in
+    pixels. is_frames_first: the latents were sent `[B, F, C, H, W]`. arguments: of `vae.decode` beside the latents.
     """
 
     latent_shape: tuple[int, ...]
@@ -87,10 +109,17 @@ class Geometry:
     num_frames: int
     height: int
     width: int
+    is_frames_first: bool = False
+    arguments: tuple[tuple[str, float], ...] = ()
 
     @property
     def batch(self) -> int:
         return self.latent_shape[0]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What requests that run together share."""
+        return self.latent_shape, self.num_frames, self.height, self.width, self.arguments
 
     @property
     def pixels(self) -> int:
@@ -106,27 +135,45 @@ class ModelInfo:
     latents: LatentSpec
     limits: Limits
     class_name: str
+    is_assumed: bool = False
+    """Said by the table of known checkpoints, not by a config.json that is here."""
+    weights: int | None = None
+    """How many numbers the weights are."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedInfo:
-    """What is known of a model only once its weights are on a device."""
+    """What is known of a model only once its weights are on a device.
+
+    decoder, encoder: how each direction runs, None while its weights are not loaded. note: why it is diffusers' own.
+    """
 
     device: str
     dtype: str
-    decoder: str
-    note: str | None
+    decoder: str | None = None
+    encoder: str | None = None
+    note: str | None = None
+
+    def runs(self, operation: Operation) -> bool:
+        return (self.encoder if operation is Operation.ENCODE else self.decoder) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class VAEJob:
-    """What an engine needs to decode."""
+    """What an engine needs to decode or encode.
+
+    tensor: latents, or pixels, uint8 or float in [-1, 1]. order: the pixels' axes, a letter of BCFHW each. seed: of a
+    sample of the posterior; None is its mode.
+    """
 
     model: str
     tensor: RawTensor
     geometry: Geometry
     scaling: Scaling
     layout: Layout
+    operation: Operation = Operation.DECODE
+    order: str = ""
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +181,7 @@ class Computed:
     """What comes off the device.
 
     device_ms: the device's time, from the bytes in to the bytes out, of the whole batch.
-    oom_steps: what was done about a lack of memory. is_upcast: decoded in float32, because half precision overflowed.
+    oom_steps: what was done about a lack of memory. is_upcast: done in float32, because half precision overflowed.
     """
 
     tensor: RawTensor

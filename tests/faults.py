@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from server.config import Settings
-from server.engine import loader, pipeline, runner, worker
+from server.engine import loader, pipeline, runner, tensors, worker
 from server.engine.decoders.exact import ExactKLDecoder
 from server.outputs import format_named
 from server.types import Layout
@@ -51,7 +51,7 @@ def main(connection: socket.socket, settings: Settings) -> None:
     render = runner.Runner._render
 
     def faulty_render(self: Any, request: Any, *rest: Any) -> None:
-        first = float(pipeline.to_device(request.job.tensor, torch.device("cpu")).flatten()[0])
+        first = float(tensors.to_device(request.job.tensor, torch.device("cpu")).flatten()[0])
         if first == SLOW_RENDER:
             wait_for(folder / "rendered")
         if first == DISK_FULL:

@@ -13,6 +13,7 @@ from server.config import load_settings
 from server.engine.sync import SyncEngine
 from server.errors import TooLargeForDevice
 from server.families import FAMILIES
+from server.http.wire import Parameters
 from server.types import Geometry, Layout, RawTensor, Scaling, VAEJob
 from tests.conftest import Serve, write_models_yaml
 from tests.vaes import LocalVae
@@ -48,14 +49,13 @@ def test_a_decode_that_does_not_fit_is_refused_and_the_next_one_goes_on(vaes: Va
 
     def job(side: int) -> VAEJob:
         shape = (1, 4, side, side)
-        geometry: Geometry = FAMILIES["kl"].geometry(engine.describe("sd").latents, shape, lambda: None)
+        geometry: Geometry = FAMILIES["kl"].geometry(engine.describe("sd").latents, shape, Parameters([]))
         return VAEJob("sd", RawTensor(shape, "float32", bytes(16 * side * side)), geometry, Scaling(), Layout.PIXELS)
 
-    engine.decode(job(16))
+    engine.run([job(16)])
     torch.cuda.set_per_process_memory_fraction(0.02)
     try:
-        with pytest.raises(TooLargeForDevice):
-            engine.decode(job(2048))
-        assert engine.decode(job(16)).tensor.shape == (1, 128, 128, 3)
+        assert isinstance(engine.run([job(2048)])[0], TooLargeForDevice)
+        assert engine.run([job(16)])[0].tensor.shape == (1, 128, 128, 3)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

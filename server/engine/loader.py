@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     class_name = config["_class_name"]
     family = _family(name, entry, class_name)
     try:
-        spec: LatentSpec = family.describe(config)
+        spec: LatentSpec = family.describe(whole_config(class_name, config))
         check_spec(spec)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ModelUnavailable(
@@ -178,6 +180,13 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         limits=Limits(**entry.limits.model_dump()),
         class_name=class_name,
     )
+
+
+def whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json over the diffusers class's own defaults, as `from_config` reads it."""
+    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    return defaults | dict(config)
 
 
 def check_spec(spec: LatentSpec) -> None:

@@ -13,7 +13,7 @@ from server.dispatch import Batch, Engine
 from server.engine import loader
 from server.engine.runner import Runner
 from server.errors import ConfigError
-from server.types import Done, LoadedInfo, ModelInfo
+from server.types import Done, LoadedInfo, ModelInfo, Operation
 
 
 class LocalEngine:
@@ -35,10 +35,10 @@ class LocalEngine:
     def can_run(self, model: str) -> bool:
         return True
 
-    async def load(self, model: str) -> None:
+    async def load(self, model: str, operation: Operation = Operation.DECODE) -> None:
         once = ThreadPoolExecutor(1, thread_name_prefix="load")  # see Runner.submit
         try:
-            await asyncio.get_running_loop().run_in_executor(once, self.runner.sync.load, model)
+            await asyncio.get_running_loop().run_in_executor(once, self.runner.sync.load, model, operation)
         finally:
             once.shutdown(wait=False)
 

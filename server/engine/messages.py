@@ -7,7 +7,7 @@ import socket
 import msgspec
 
 from server import errors
-from server.types import Done, LoadedInfo, ModelInfo, VAERequest
+from server.types import Done, LoadedInfo, ModelInfo, Operation, VAERequest
 
 LENGTH_BYTES = 8
 
@@ -33,6 +33,7 @@ class Describe(msgspec.Struct, tag=True, frozen=True):
 class Load(msgspec.Struct, tag=True, frozen=True):
     call: int
     model: str
+    operation: Operation
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -1,42 +1,27 @@
-"""The whole story of a batch on the device: bytes -> unpack -> unscale -> decode -> postprocess -> bytes."""
+"""The whole story of a batch on the device: bytes -> unpack -> unscale -> decode -> postprocess -> bytes, and back."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
-from server.engine.decoders import Decoder
-from server.errors import NonFiniteInput, ServerError, TooLargeForDevice
-from server.families import Family
-from server.types import Computed, LatentSpec, Layout, LoadedInfo, RawTensor, VAEJob
+from server.engine.encoders.posterior import latents_of
+from server.engine.inputs import prepared
+from server.engine.model import LoadedModel
+from server.engine.tensors import to_host
+from server.errors import ServerError, TooLargeForDevice
+from server.types import Computed, Operation, RawTensor, VAEJob
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STEPS = ("", "free_caches", "smallest_bands")  # of a decode that runs out of memory
+STEPS = ("", "free_caches", "smallest_bands")  # of a batch that runs out of memory
 NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
 SMALLEST_BUDGET_BYTES = 1  # an exact decoder then takes its lowest bands and recomputes
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A VAE ready to decode."""
-
-    family: Family
-    spec: LatentSpec
-    decoder: Decoder
-    device: torch.device
-    dtype: torch.dtype
-    weight_bytes: int
-    info: LoadedInfo
-
-
 class NonFiniteOutput(ServerError):
-    """Half precision overflowed: the decode is worth another try in float32."""
+    """Half precision overflowed: the batch is worth another try in float32."""
 
 
 class Stream(Protocol):
@@ -48,7 +33,7 @@ class Stream(Protocol):
 
 
 def run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | ServerError]:
-    """Decode jobs of one key together; each gets what it would have got alone, or its own error.
+    """Run jobs of one key together; each gets what it would have got alone, or its own error.
 
     stream: for one job, receives its frames as they are done. The errors: NonFiniteInput, TooLargeForDevice, and
     NonFiniteOutput of a half-precision decode that overflowed.
@@ -70,42 +55,61 @@ def run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None
 
 def _run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None) -> list[Computed | ServerError]:
     started = time.perf_counter()
-    prepared = [_prepared(model, job) for job in jobs]
-    good = [latents for latents in prepared if isinstance(latents, torch.Tensor)]
+    inputs = [prepared(model, job) for job in jobs]
+    good = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
     if not good:
-        return [error for error in prepared if isinstance(error, ServerError)]
-    output, oom_steps = _decode(model, torch.cat(good), jobs[0].layout, stream)
-    rows = output.shape[0] // sum(len(latents) for latents in good)  # a clip's frames may be the first axis
-    parts = iter(torch.split(output, [rows * len(latents) for latents in good]))
-    tensors = [to_host(next(parts)) if isinstance(latents, torch.Tensor) else latents for latents in prepared]
+        return [error for error in inputs if isinstance(error, ServerError)]
+    compute = _encode if jobs[0].operation is Operation.ENCODE else _decode
+    output, oom_steps = compute(model, torch.cat(good), jobs[0], stream)
+    rows = output.shape[0] // sum(len(tensor) for tensor in good)  # a clip's frames may be the first axis
+    parts = iter(torch.split(output, [rows * len(tensor) for tensor in good]))
+    outcomes = [
+        _answer(model, next(parts), job) if isinstance(tensor, torch.Tensor) else tensor
+        for tensor, job in zip(inputs, jobs, strict=True)
+    ]
     device_ms = (time.perf_counter() - started) * 1e3
     return [
-        Computed(tensor, device_ms, len(good), oom_steps) if isinstance(tensor, RawTensor) else tensor
-        for tensor in tensors
+        Computed(outcome, device_ms, len(good), oom_steps) if isinstance(outcome, RawTensor) else outcome
+        for outcome in outcomes
     ]
 
 
-def _prepared(model: LoadedModel, job: VAEJob) -> torch.Tensor | ServerError:
-    """The latents as the VAE takes them, or why it cannot."""
-    latents = to_device(job.tensor, model.device)
-    latents = model.family.prepare(latents, model.spec, job.geometry, job.scaling).to(model.dtype)
-    if bool(torch.isfinite(latents).all()):
-        return latents
-    bad = int((~torch.isfinite(latents)).sum())
-    return NonFiniteInput(
-        f"{bad} of {latents.numel()} latent values are NaN or infinite after unscaling to {NAMES[model.dtype]}; "
-        "send finite latents, and check scaling_factor and dtype"
-    )
-
-
 def _decode(
-    model: LoadedModel, latents: torch.Tensor, layout: Layout, stream: Stream | None
+    model: LoadedModel, latents: torch.Tensor, job: VAEJob, stream: Stream | None
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Decode, walking down when memory runs out: free the caches, then the smallest bands.
+    """The pixels in the layout asked for."""
+    decoder = model.decoder
+    assert decoder is not None
+    arguments = dict(job.geometry.arguments)
+    return _within_memory(model, stream, lambda emit: decoder.decode(latents, job.layout, emit, **arguments))
+
+
+def _encode(
+    model: LoadedModel, pixels: torch.Tensor, job: VAEJob, stream: Stream | None
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The posterior's parameters, or latents where there is no posterior."""
+    encoder = model.encoder
+    assert encoder is not None
+    return _within_memory(model, None, lambda _: encoder.encode(pixels))
+
+
+def _answer(model: LoadedModel, output: torch.Tensor, job: VAEJob) -> RawTensor:
+    if job.operation is Operation.DECODE:
+        return to_host(output)
+    latents = latents_of(output, job.seed) if model.spec.has_posterior else output
+    return to_host(model.family.finish(latents.float(), model.spec, job.scaling).to(model.dtype))
+
+
+def _within_memory(
+    model: LoadedModel,
+    stream: Stream | None,
+    compute: Callable[[Callable[[torch.Tensor], None] | None], torch.Tensor],
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Compute, walking down when memory runs out: free the caches, then the smallest bands.
 
     Returns the steps that were needed too. Raises NonFiniteOutput, and the last step's lack of memory.
     """
-    decoder, usual = model.decoder, model.decoder.memory_budget_bytes
+    coder, usual = model.coder, model.coder.memory_budget_bytes
     emit = stream.write if stream else None
     steps: list[str] = []
     for step in STEPS:
@@ -113,8 +117,8 @@ def _decode(
             steps.append(step)
             _free_caches(model)
         try:
-            decoder.memory_budget_bytes = SMALLEST_BUDGET_BYTES if step == "smallest_bands" else usual
-            output = decoder.decode(latents, layout, emit)
+            coder.memory_budget_bytes = SMALLEST_BUDGET_BYTES if step == "smallest_bands" else usual
+            output = compute(emit)
         except Exception as error:  # out of memory has many classes, and whatever it is, the stream's reader must know
             _abandon(stream)
             stream = emit = None
@@ -122,8 +126,8 @@ def _decode(
                 raise
             continue
         finally:
-            decoder.memory_budget_bytes = usual
-        if not bool(decoder.finite):
+            coder.memory_budget_bytes = usual
+        if not bool(coder.finite):
             _abandon(stream)
             raise NonFiniteOutput
         return output, tuple(steps)
@@ -144,7 +148,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _free_caches(model: LoadedModel) -> None:
     if model.device.type == "cuda":
-        graphs = getattr(model.decoder, "graphs", None)
+        graphs = getattr(model.coder, "graphs", None)
         if graphs is not None:
             graphs.clear()
         torch.cuda.empty_cache()
@@ -154,24 +158,5 @@ def _too_large(job: VAEJob) -> TooLargeForDevice:
     g = job.geometry
     return TooLargeForDevice(
         f"{g.batch} x {g.num_frames} x {g.height}x{g.width} does not fit this server's memory; "
-        "send fewer or smaller latents per request"
+        "send fewer or smaller ones per request"
     )
-
-
-def to_device(tensor: RawTensor, device: torch.device) -> torch.Tensor:
-    """Checked bytes to a float32 tensor: the scaling is done in float32 whatever was sent."""
-    # torch.frombuffer wants to be able to write; nobody does.
-    data = bytearray(tensor.data) if memoryview(tensor.data).readonly else tensor.data
-    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape).to(device, torch.float32)
-
-
-def to_host(tensor: torch.Tensor) -> RawTensor:
-    """The tensor's bytes, C order, without a second copy of them on the host."""
-    host = tensor.contiguous().cpu()
-    flat: np.ndarray[tuple[int], np.dtype[np.uint8]] = host.reshape(-1).view(torch.uint8).numpy()
-    return RawTensor(tuple(host.shape), NAMES[host.dtype], flat.data)
-
-
-def is_finite(tensor: RawTensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    return bool(torch.isfinite(torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[tensor.dtype])).all())

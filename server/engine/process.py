@@ -23,7 +23,7 @@ from server.dispatch import Batch, WorkerDied
 from server.engine import messages
 from server.errors import ConfigError, ServerError, Unavailable
 from server.metrics import Metrics
-from server.types import LoadedInfo, ModelInfo
+from server.types import Half, LoadedInfo, ModelInfo, Operation
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class ProcessEngine:
         self._process: BaseProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._held: dict[str, LoadedInfo] = {}
-        self._wanted: set[str] = set()
+        self._wanted: set[Half] = set()
         self._batches: dict[int, tuple[Batch, asyncio.Future[None]]] = {}
         self._calls: dict[int, asyncio.Future[ModelInfo | None]] = {}
         self._supervising: asyncio.Task[None] | None = None
@@ -124,8 +124,8 @@ class ProcessEngine:
         assert info is not None
         return info
 
-    async def load(self, model: str) -> None:
-        await self._call(lambda call: messages.Load(call, model))
+    async def load(self, model: str, operation: Operation = Operation.DECODE) -> None:
+        await self._call(lambda call: messages.Load(call, model, operation))
 
     async def run(self, batch: Batch) -> None:
         number, ended = next(self._ids), asyncio.get_running_loop().create_future()
@@ -260,7 +260,7 @@ class ProcessEngine:
         """What the last worker held, one after the other; what ends the worker is not tried again."""
         while self._wanted:
             with suppress(ServerError):
-                await self.load(self._wanted.pop())
+                await self.load(*self._wanted.pop())
 
     def _hear_of_batch(
         self, message: messages.Started | messages.Decoded | messages.Answered | messages.Failed
@@ -282,7 +282,12 @@ class ProcessEngine:
 
     def _bury(self) -> None:
         """Whoever waits for this worker is told."""
-        self._wanted |= set(self._held)
+        self._wanted |= {
+            Half(name, operation)
+            for name, info in self._held.items()
+            for operation in Operation
+            if info.runs(operation)
+        }
         self.is_alive, self._held = False, {}
         if self._writer:
             self._writer.close()

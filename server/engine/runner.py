@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from server.config import Settings
-from server.engine.pipeline import to_host
 from server.engine.sync import SyncEngine
+from server.engine.tensors import to_host
 from server.errors import ServerError
 from server.outputs import format_named
 from server.types import Computed, Done, RawTensor, Rendered, VAERequest
@@ -42,19 +42,20 @@ class Runner:
 
     def submit(self, requests: Sequence[VAERequest], listener: Listener) -> None:
         """All of one model and one key. Returns at once."""
-        if self.sync.loaded(requests[0].job.model) is not None:
-            self._device.submit(self._decode, requests, listener)
+        job = requests[0].job
+        if self.sync.holds(job.model, job.operation):
+            self._device.submit(self._run, requests, listener)
             return
 
         def load_first() -> None:
             try:
-                self.sync.load(requests[0].job.model)
+                self.sync.load(job.model, job.operation)
             except Exception as error:  # noqa: BLE001  # the border of a load: every waiter is answered
                 for index in range(len(requests)):
                     listener.failed(index, error)
                 listener.decoded()
             else:
-                self._device.submit(self._decode, requests, listener)
+                self._device.submit(self._run, requests, listener)
 
         # A thread that ends with the load. Each thread that ever ran torch keeps its OpenMP workers, and once there are
         # more of those than cores, libgomp stops waiting actively: a 512² demo decode then takes 330 ms, not 220.
@@ -64,7 +65,7 @@ class Runner:
         for pool in (self._device, self._renders):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, requests: Sequence[VAERequest], listener: Listener) -> None:
+    def _run(self, requests: Sequence[VAERequest], listener: Listener) -> None:
         wanted = [index for index in range(len(requests)) if listener.is_wanted(index)]
         if not wanted:
             listener.decoded()
@@ -73,10 +74,10 @@ class Runner:
         film = self._film(requests[wanted[0]]) if len(wanted) == 1 else None
         try:
             jobs = [requests[index].job for index in wanted]
-            outcomes: Sequence[Computed | Exception] = self.sync.decode(jobs, film)
-        except Exception as error:  # the border of a decode: every waiter is answered
+            outcomes: Sequence[Computed | Exception] = self.sync.run(jobs, film)
+        except Exception as error:  # the border of a batch: every waiter is answered
             if not isinstance(error, ServerError):
-                log.exception("a decode failed")
+                log.exception("a batch failed")
             outcomes = [error] * len(wanted)
         if film and isinstance(outcomes[0], Exception):
             film.abandon()

@@ -8,21 +8,39 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from server.config import Settings
 from server.engine import loader
-from server.engine.decoders import build_decoder
-from server.engine.pipeline import NAMES, LoadedModel, NonFiniteOutput, Stream, run
+from server.engine.decoders import EXACT_CLASSES, build_decoder
+from server.engine.encoders import build_encoder
+from server.engine.model import LoadedModel
+from server.engine.pipeline import NonFiniteOutput, Stream, run
+from server.engine.tensors import NAMES
 from server.errors import ModelUnavailable, NonFiniteInput, ServerError
 from server.families import FAMILIES
-from server.types import Computed, Layout, LoadedInfo, ModelInfo, VAEJob
+from server.types import Computed, Layout, LoadedInfo, ModelInfo, Operation, VAEJob
 
 log = logging.getLogger(__name__)
 
-UPCAST = ":float32"  # the second life of a model whose half precision overflowed
+OTHER_HALF = {
+    Operation.DECODE: ("encoder", "quant_conv"),
+    Operation.ENCODE: ("decoder", "post_quant_conv"),
+}
+OVERFLOWS = {
+    Operation.DECODE: "these latents overflow the VAE{}; check scaling_factor and dtype",
+    Operation.ENCODE: "these pixels overflow the VAE{}; send them in [-1, 1]",
+}
+
+
+class Key(NamedTuple):
+    """What is loaded by itself. is_upcast: the second life of a model whose half precision overflowed."""
+
+    name: str
+    operation: Operation
+    is_upcast: bool = False
 
 
 class SyncEngine:
@@ -34,8 +52,8 @@ class SyncEngine:
         self._settings = settings
         self._device_lock = threading.Lock()
         self._load_locks = {name: threading.Lock() for name in settings.models}
-        self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()  # the least recently used first
-        self._used_at: dict[str, float] = {}
+        self._loaded: OrderedDict[Key, LoadedModel] = OrderedDict()  # the least recently used first
+        self._used_at: dict[Key, float] = {}
         self._failed: dict[str, tuple[float, ModelUnavailable]] = {}
 
     def describe(self, name: str, is_local_only: bool = False) -> ModelInfo:
@@ -43,17 +61,23 @@ class SyncEngine:
         return loader.read_info(loader.source_of(self._settings, name), is_local_only=is_local_only)
 
     def loaded(self, name: str) -> LoadedInfo | None:
-        """None until the weights are on a device."""
-        model = self._loaded.get(name)
-        return model.info if model else None
+        """None until the weights of a direction are on a device."""
+        halves = [self._loaded.get(Key(name, operation)) for operation in Operation]
+        infos = [half.info for half in halves if half]
+        if len(infos) < len(halves):
+            return infos[0] if infos else None
+        return replace(infos[0], encoder=infos[1].encoder)
 
-    def load(self, name: str) -> LoadedModel:
-        """The model on its device, and warmed up.
+    def holds(self, name: str, operation: Operation) -> bool:
+        return Key(name, operation) in self._loaded
+
+    def load(self, name: str, operation: Operation = Operation.DECODE) -> LoadedModel:
+        """The model's decoder or encoder on its device, and warmed up.
 
         Raises ModelUnavailable; the same one again, without another try, for as long as clients were told to wait.
         """
         with self._load_locks[name]:
-            model = self._loaded.get(name)
+            model = self._loaded.get(Key(name, operation))
             if model is not None:
                 return model
             failed_at, failure = self._failed.get(name, (0.0, None))
@@ -61,58 +85,55 @@ class SyncEngine:
                 # A new one: each raise of the same adds its frames, and what they hold, to its traceback.
                 raise ModelUnavailable(failure.model, failure.detail)
             try:
-                return self._keep(name, self._read(name, None))
+                return self._keep(Key(name, operation), self._read(name, operation, None))
             except ModelUnavailable as error:
                 self._failed[name] = time.monotonic(), ModelUnavailable(error.model, error.detail)
                 raise
 
-    def decode(self, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | ServerError]:
-        """Decode jobs of one key now, loading first if it must; what half precision overflows again in float32.
+    def run(self, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | ServerError]:
+        """Run jobs of one key now, loading first if it must; what half precision overflows again in float32.
 
-        Raises ModelUnavailable. The errors: NonFiniteInput, TooLargeForDevice.
+        Raises ModelUnavailable. The errors: NonFiniteInput, BadRequest, TooLargeForDevice.
         """
-        model = self.load(jobs[0].model)
+        model = self.load(jobs[0].model, jobs[0].operation)
         with self._device_lock, on(model.device):
-            self._note_use(jobs[0].model)
+            self._note_use(Key(jobs[0].model, jobs[0].operation))
             outcomes = run(model, jobs, stream)
         return [
-            self._decode_upcast(job, model.dtype is torch.float32) if isinstance(outcome, NonFiniteOutput) else outcome
+            self._run_upcast(job, model.dtype is torch.float32) if isinstance(outcome, NonFiniteOutput) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
-    def unload_idle(self) -> list[str]:
-        """Unload what was not used for `idle_unload_s`; the names."""
+    def unload_idle(self) -> list[Key]:
+        """Unload what was not used for `idle_unload_s`."""
         limit = self._settings.options.idle_unload_s
         if limit is None:
             return []
         oldest = time.monotonic() - limit
         return self._unload([name for name, used_at in self._used_at.items() if used_at < oldest])
 
-    def _decode_upcast(self, job: VAEJob, is_single: bool) -> Computed | ServerError:
-        name = job.model + UPCAST
+    def _run_upcast(self, job: VAEJob, is_single: bool) -> Computed | ServerError:
+        key, overflow = Key(job.model, job.operation, is_upcast=True), OVERFLOWS[job.operation]
         if is_single:
-            return NonFiniteInput("these latents overflow the VAE even in float32; check scaling_factor and dtype")
+            return NonFiniteInput(overflow.format(" even in float32"))
         try:
             with self._load_locks[job.model]:
-                model = self._loaded.get(name) or self._keep(name, self._read(job.model, torch.float32))
+                model = self._loaded.get(key) or self._keep(key, self._read(job.model, job.operation, torch.float32))
         except ModelUnavailable:
-            return NonFiniteInput(
-                "these latents overflow the VAE in half precision, and there is no memory for it in float32; "
-                "check scaling_factor and dtype"
-            )
+            return NonFiniteInput(overflow.format(" in half precision, and there is no memory for it in float32"))
         with self._device_lock, on(model.device):
-            self._note_use(name)
+            self._note_use(key)
             outcome = run(model, [job])[0]
         if isinstance(outcome, NonFiniteOutput):
-            return NonFiniteInput("these latents overflow the VAE even in float32; check scaling_factor and dtype")
+            return NonFiniteInput(overflow.format(" even in float32"))
         return replace(outcome, is_upcast=True) if isinstance(outcome, Computed) else outcome
 
-    def _keep(self, key: str, model: LoadedModel) -> LoadedModel:
+    def _keep(self, key: Key, model: LoadedModel) -> LoadedModel:
         self._loaded[key] = model
         self._note_use(key)
         return model
 
-    def _note_use(self, key: str) -> None:
+    def _note_use(self, key: Key) -> None:
         self._used_at[key] = time.monotonic()
         if key in self._loaded:
             self._loaded.move_to_end(key)
@@ -124,43 +145,49 @@ class SyncEngine:
             return
         models, leaving = list(self._loaded.items()), []
         held = sum(model.weight_bytes for _, model in models)
-        for name, model in models:
+        for key, model in models:
             if held + needed_bytes <= budget_mb << 20:
                 break
             held -= model.weight_bytes
-            leaving.append(name)
+            leaving.append(key)
         self._unload(leaving)
 
-    def _unload(self, names: Sequence[str]) -> list[str]:
-        with self._device_lock:  # nothing decodes
-            for name in names:
-                self._loaded.pop(name, None)
-                self._used_at.pop(name, None)
-                log.info("unloaded %s", name)
+    def _unload(self, keys: Sequence[Key]) -> list[Key]:
+        with self._device_lock:  # nothing runs
+            for key in keys:
+                self._loaded.pop(key, None)
+                self._used_at.pop(key, None)
+                log.info("unloaded %s, %sr", key.name, key.operation)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return list(names)
+        return list(keys)
 
-    def _read(self, name: str, dtype: torch.dtype | None) -> LoadedModel:
-        """The model as configured, or in another dtype. Raises ModelUnavailable."""
+    def _read(self, name: str, operation: Operation, dtype: torch.dtype | None) -> LoadedModel:
+        """One direction of the model as configured, or in another dtype. Raises ModelUnavailable."""
         started = time.perf_counter()
         info, entry, options = self.describe(name), self._settings.models[name], self._settings.options
         family = FAMILIES[info.latents.family]
         device, source = self._device(name), loader.source_of(self._settings, name)
         try:
             chosen = entry.dtype or options.dtype
-            dtype = dtype or loader.choose_dtype(chosen, info, device, is_exact=entry.decodes_exactly)
+            is_exact = entry.decodes_exactly and info.class_name in EXACT_CLASSES
+            dtype = dtype or loader.choose_dtype(chosen, info, device, is_exact=is_exact)
             vae = loader.load_vae(info, source, dtype)
-            weight_bytes = sum(weight.nbytes for weight in vae.parameters())
+            spec = family.refine(info.latents, vae)
+            let_go(vae, OTHER_HALF[operation])
+            weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
             self._make_room(weight_bytes)
             budget_mb = entry.memory_budget_mb or options.memory_budget_mb
             with self._device_lock, on(device):
-                vae = vae.to(device)
-                spec = family.refine(info.latents, vae)
-                decoder, note = build_decoder(vae, entry.decoder, entry.tiling, budget_mb << 20 if budget_mb else None)
-                known = LoadedInfo(str(device), NAMES[dtype], decoder.name, note)
-                model = LoadedModel(family, spec, decoder, device, dtype, weight_bytes, known)
-                warm_up(model, entry.warmup)
+                move(vae, device)
+                build = build_encoder if operation is Operation.ENCODE else build_decoder
+                budget_bytes = budget_mb << 20 if budget_mb else None
+                coder, note = build(vae, family, entry.decoder, entry.tiling, budget_bytes)
+                half: dict[str, Any] = {f"{operation}r": coder}
+                known = LoadedInfo(str(device), NAMES[dtype], note=note, **{f"{operation}r": coder.name})
+                model = LoadedModel(family, spec, device, dtype, weight_bytes, known, **half)
+                if operation is Operation.DECODE:
+                    warm_up(model, entry.warmup)
         except (torch.OutOfMemoryError, MemoryError):
             raise ModelUnavailable(name, f"{name}: its weights do not fit the memory of {device}") from None
         except ModelUnavailable:
@@ -170,7 +197,8 @@ class SyncEngine:
             detail = f"{name}: it does not load or warm up ({type(error).__name__}); the log above says where"
             raise ModelUnavailable(name, detail) from error
         seconds = time.perf_counter() - started
-        log.info("loaded %s on %s in %s, %s decoder, %.1f s", name, device, NAMES[dtype], decoder.name, seconds)
+        words = name, device, NAMES[dtype], coder.name, operation, seconds
+        log.info("loaded %s on %s in %s, %s %sr, %.1f s", *words)
         return model
 
     def _device(self, name: str) -> torch.device:
@@ -178,6 +206,25 @@ class SyncEngine:
             return loader.choose_device(self._settings.models[name].device or self._settings.options.device)
         except ValueError as error:
             raise ModelUnavailable(name, f"{name}: {error}") from None
+
+
+def let_go(vae: torch.nn.Module, parts: Sequence[str]) -> None:
+    """Free these modules' weights; the modules stay, for some VAEs count theirs."""
+    for part in parts:
+        module = getattr(vae, part, None)
+        if module is not None:
+            module.to("meta")
+
+
+def move(vae: torch.nn.Module, device: torch.device) -> None:
+    """To the device, but for what has no weights any more."""
+    for child in vae.children():
+        if not any(weight.is_meta for weight in child.parameters()):
+            child.to(device)
+    for name, buffer in vae.named_buffers(recurse=False):
+        setattr(vae, name, buffer.to(device))
+    for name, weight in vae.named_parameters(recurse=False):
+        setattr(vae, name, torch.nn.Parameter(weight.to(device), requires_grad=False))
 
 
 def on(device: torch.device) -> Any:
@@ -190,4 +237,5 @@ def warm_up(model: LoadedModel, sizes: tuple[tuple[int, int], ...]) -> None:
     for height, width in sizes:
         shape = model.family.latent_shape(model.spec, height, width)
         with torch.inference_mode():
+            assert model.decoder is not None
             model.decoder.decode(torch.zeros(shape, device=model.device, dtype=model.dtype), Layout.PIXELS)

@@ -99,7 +99,7 @@ class Worker:
 
     def _load(self, message: messages.Load) -> None:
         try:
-            self._runner.sync.load(message.model)
+            self._runner.sync.load(message.model, message.operation)
         except Exception as error:  # noqa: BLE001  # the border of a call: it is answered
             self.send(messages.Replied(message.call, failure=failure_of(error)))
         else:

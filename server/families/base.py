@@ -1,4 +1,4 @@
-"""What a VAE family is: how its latents are laid out, packed and scaled. Knows no HTTP, no device and no weights.
+"""What a VAE family is: how its latents are laid out, packed and scaled, and how diffusers runs it. Knows no HTTP.
 
 The arithmetic is written with tensor methods only, so that reading this package never imports torch.
 """
@@ -6,8 +6,8 @@ The arithmetic is written with tensor methods only, so that reading this package
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from server.errors import Impossible, TooLarge, WrongShape
 from server.types import Geometry, Kind, LatentSpec, Limits, Scaling
@@ -15,7 +15,20 @@ from server.types import Geometry, Kind, LatentSpec, Limits, Scaling
 if TYPE_CHECKING:
     import torch
 
-PixelSize = Callable[[], tuple[int, int] | None]
+
+class Sent(Protocol):
+    """What the client sent beside the shape, read only where a family needs it: some clients send nonsense here.
+
+    Every method raises BadRequest for what cannot be read.
+    """
+
+    def pixel_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels, None unless both were sent."""
+        ...
+
+    def integer(self, key: str) -> int | None: ...
+
+    def number(self, key: str, low: float, high: float) -> float | None: ...
 
 
 class Family(ABC):
@@ -24,44 +37,48 @@ class Family(ABC):
     name: ClassVar[str]
     kind: ClassVar[Kind]
     class_names: ClassVar[tuple[str, ...]]
-    config_defaults: ClassVar[Mapping[str, Any]]
-    """The diffusers class's own defaults, for the keys that a config.json may leave out."""
     channels_key: ClassVar[str] = "latent_channels"
     is_usually_packed: ClassVar[bool] = False
+    has_posterior: ClassVar[bool] = True
 
     @abstractmethod
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Spatial and temporal compression of a VAE with this config.json."""
 
     @abstractmethod
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], size: PixelSize) -> Geometry:
-        """The request's sizes. `size` gives the height and width that were sent, and is asked for packed latents only.
+    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        """The sizes of latents sent in this shape. Raises WrongShape."""
 
-        Raises WrongShape.
-        """
+    @abstractmethod
+    def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
+        """The sizes of pictures or a clip to encode, with the pixels that `grid` leaves. Raises Impossible."""
 
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
-        """Read a VAE's config.json, with diffusers' own defaults where a key is missing."""
-        known = {**self.config_defaults, **{key: value for key, value in config.items() if value is not None}}
-        spatial, temporal = self.scale_factors(known)
-        mean, std = known.get("latents_mean"), known.get("latents_std")
+        """Read a VAE's whole config: config.json over the diffusers class's own defaults."""
+        spatial, temporal = self.scale_factors(config)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
         return LatentSpec(
             family=self.name,
             kind=self.kind,
-            channels=known[self.channels_key],
+            channels=config[self.channels_key],
             vae_scale_factor=spatial,
             temporal_compression_ratio=temporal,
-            scaling_factor=known.get("scaling_factor"),
-            shift_factor=known.get("shift_factor"),
+            scaling_factor=config.get("scaling_factor"),
+            shift_factor=config.get("shift_factor"),
             latents_mean=tuple(mean) if mean else None,
             latents_std=tuple(std) if std else None,
             force_upcast=config.get("force_upcast"),
             is_usually_packed=self.is_usually_packed,
+            has_posterior=self.has_posterior,
         )
 
     def refine(self, spec: LatentSpec, vae: Any) -> LatentSpec:
         """The spec once the weights are there, for families that keep statistics in them. vae: the diffusers module."""
         return spec
+
+    def grid(self, spec: LatentSpec) -> int:
+        """Heights and widths of pictures to encode are multiples of this many pixels, or are made so."""
+        return spec.vae_scale_factor
 
     def latent_shape(self, spec: LatentSpec, height: int, width: int) -> tuple[int, ...]:
         """What the VAE takes for one picture, or a clip of one frame, of height x width pixels."""
@@ -71,6 +88,24 @@ class Family(ABC):
     def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
         """Latents as sent to what the VAE takes. A family that packs what it has scaled overrides the order."""
         return self.unscale(self.unpack(latents, geometry), spec, scaling)
+
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+        """diffusers' own decode, as the pipelines call it. latents: prepared -> sample, `[B, C, (F,) H, W]`.
+
+        arguments: the geometry's.
+        """
+        sample: torch.Tensor = vae.decode(latents, return_dict=False, **arguments)[0]
+        return sample
+
+    def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """diffusers' own encode. pixels: `[B, 3, (F,) H, W]` in [-1, 1] -> the posterior's parameters, or latents."""
+        encoded = vae.encode(pixels, return_dict=False)[0]
+        parameters: torch.Tensor = encoded.parameters if self.has_posterior else encoded
+        return parameters
+
+    def finish(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
+        """What the VAE gives to what is answered: scaled when asked, in the layout of the pipeline's latents."""
+        return self.scale(latents, spec, scaling)
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Undo the pipeline's packing and add a missing batch axis.
@@ -94,6 +129,26 @@ class Family(ABC):
         shift = scaling.shift if scaling.shift is not None else spec.shift_factor
         return latents / factor + (shift or 0.0)
 
+    def scale(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
+        """The inverse of `unscale`, as the pipelines do after `vae.encode`; any shape, channels on axis 1."""
+        if scaling.factor is not None:
+            return (latents - (scaling.shift or 0.0)) * scaling.factor
+        if not scaling.from_model:
+            return latents - scaling.shift if scaling.shift is not None else latents
+        factor = spec.scaling_factor or 1.0
+        if scaling.shift is None and spec.latents_mean is not None and spec.latents_std is not None:
+            mean, std = _per_channel(spec.latents_mean, latents), _per_channel(spec.latents_std, latents)
+            return (latents - mean) * factor / std
+        shift = scaling.shift if scaling.shift is not None else spec.shift_factor
+        return (latents - (shift or 0.0)) * factor
+
+
+def on_grid(pixels: int, grid: int, name: str) -> int:
+    """The next lower multiple, as diffusers' image processor takes it. Raises Impossible."""
+    if pixels < grid:
+        raise Impossible(f"a {name} of {pixels} pixels is less than the {grid} that this model encodes to one latent")
+    return pixels - pixels % grid
+
 
 def _per_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
     return like.new_tensor(values).reshape(1, -1, *[1] * (like.ndim - 2))  # [C] -> [1, C, 1, 1(, 1)]
@@ -112,17 +167,17 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
     height, width = geometry.height, geometry.width
     if height * width > limits.max_pixels:
         raise TooLarge(
-            f"{height}x{width} is {height * width} pixels, '{model}' decodes at most {limits.max_pixels}; "
+            f"{height}x{width} is {height * width} pixels, '{model}' takes at most {limits.max_pixels}; "
             "send a smaller picture or raise max_pixels in models.yaml"
         )
     if geometry.num_frames > limits.max_frames:
         raise TooLarge(
-            f"{geometry.num_frames} frames, '{model}' decodes at most {limits.max_frames}; "
+            f"{geometry.num_frames} frames, '{model}' takes at most {limits.max_frames}; "
             "send a shorter clip or raise max_frames in models.yaml"
         )
     if geometry.batch > limits.max_batch:
         raise TooLarge(
-            f"a batch of {geometry.batch}, '{model}' decodes at most {limits.max_batch} at once; "
+            f"a batch of {geometry.batch}, '{model}' takes at most {limits.max_batch} at once; "
             "send fewer latents per request or raise max_batch in models.yaml"
         )
     if 0 in geometry.latent_shape:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from server.errors import BadRequest, WrongShape
-from server.families.base import Family, PixelSize, times, wrong_channels
+from server.families.base import Family, Sent, on_grid, times, wrong_channels
 from server.types import Geometry, LatentSpec
 
 if TYPE_CHECKING:
@@ -21,25 +21,25 @@ class KL(Family):
     name = "kl"
     kind = "image"
     class_names = ("AutoencoderKL",)
-    config_defaults = {
-        "latent_channels": 4,
-        "scaling_factor": 0.18215,
-        "shift_factor": None,
-        "block_out_channels": (64,),
-    }
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return 2 ** (len(config["block_out_channels"]) - 1), 1
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], size: PixelSize) -> Geometry:
+    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         if len(shape) == 4:
             return self._unpacked(spec, shape)
         if len(shape) == 3:
-            return self._three_axes(spec, shape, size)
+            return self._three_axes(spec, shape, sent)
         raise WrongShape(
             f"shape {times(shape)} has {len(shape)} dimensions; this model takes latents [B, {spec.channels}, H, W], "
             f"one latent [{spec.channels}, H, W], or packed latents [B, S, {4 * spec.channels}]"
         )
+
+    def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
+        grid = self.grid(spec)
+        height, width = on_grid(height, grid, "height"), on_grid(width, grid, "width")
+        h, w = height // spec.vae_scale_factor, width // spec.vae_scale_factor
+        return Geometry((batch, spec.channels, h, w), is_packed=False, num_frames=1, height=height, width=width)
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Match `FluxPipeline._unpack_latents`."""
@@ -55,24 +55,24 @@ class KL(Family):
         height, width = (n * spec.vae_scale_factor for n in shape[2:])
         return Geometry(shape, is_packed=False, num_frames=1, height=height, width=width)
 
-    def _three_axes(self, spec: LatentSpec, shape: tuple[int, ...], size: PixelSize) -> Geometry:
+    def _three_axes(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """Packed if the last axis is 4C and the tokens fit the size, else one latent without its batch axis."""
         batch, tokens, depth = shape
         looks_packed = depth == PATCH * PATCH * spec.channels
         is_one_latent = shape[0] == spec.channels
         if looks_packed:
-            sent = None
+            size = None
             try:
-                sent = size()
+                size = sent.pixel_size()
             except BadRequest:
                 if not is_one_latent:
                     raise
-            if sent is not None:
-                rows, columns = (pixels // (spec.vae_scale_factor * PATCH) for pixels in sent)
+            if size is not None:
+                rows, columns = (pixels // (spec.vae_scale_factor * PATCH) for pixels in size)
                 if rows * columns == tokens:
                     return self._packed(spec, batch, rows * PATCH, columns * PATCH)
             if not is_one_latent:
-                raise _unfitting_tokens(spec, tokens, sent)
+                raise _unfitting_tokens(spec, tokens, size)
         if is_one_latent:
             return self._unpacked(spec, (1, *shape))
         raise WrongShape(
@@ -90,11 +90,11 @@ class KL(Family):
         )
 
 
-def _unfitting_tokens(spec: LatentSpec, tokens: int, sent: tuple[int, int] | None) -> WrongShape:
+def _unfitting_tokens(spec: LatentSpec, tokens: int, size: tuple[int, int] | None) -> WrongShape:
     side = spec.vae_scale_factor * PATCH
-    if sent is None:
+    if size is None:
         return WrongShape("packed latents need height and width, the picture's size in pixels; send both")
-    height, width = sent
+    height, width = size
     return WrongShape(
         f"{tokens} tokens do not fit {height}x{width}: packed latents of that size have "
         f"({height}/{side}) x ({width}/{side}) = {(height // side) * (width // side)} tokens; check height and width"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -17,20 +17,25 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S
-from server.errors import DeadlinePassed, NotSupportedYet, RequestTooSlow, TooLarge
+from server.errors import DeadlinePassed, RequestTooSlow, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
 from server.outputs import FORMATS
 from server.service import Admission, Answer, Service
-from server.types import ModelInfo, VAERequest
+from server.types import ModelInfo, Operation, VAERequest
 
 PIECE_BYTES = 256 << 10
 
 
-class Decode:
-    """POST /, /predict, /{model}. An ASGI application, because the answer's sending is part of the request's time."""
+Read = Callable[[Request, Service, Admission], Awaitable[VAERequest]]
 
-    __name__ = "decode"
+
+class Work:
+    """A decode or an encode. An ASGI application, because the answer's sending is part of the request's time."""
+
+    def __init__(self, operation: Operation, read: Read) -> None:
+        self.__name__ = str(operation)
+        self._read = read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
@@ -38,18 +43,15 @@ class Decode:
         is_sending = False
         try:
             async with service.admitted(wire.patience_s(request.headers.get("x-request-timeout"))) as admission:
-                job = await _read(request, service, admission)
+                job = await self._read(request, service, admission)
                 with service.answering():
-                    answer = await _unless_client_left(request, service.decode(job, admission))
+                    answer = await _unless_client_left(request, service.answer(job, admission))
                     is_sending = True
                     await _respond(answer)(scope, receive, send)
         except DeadlinePassed:
             if is_sending:  # whoever reads so slowly gets no more of it
                 raise ClientDisconnect from None
             raise
-
-
-decode = Decode()
 
 
 async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
@@ -70,35 +72,73 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer
             task.cancel()
 
 
-async def _read(request: Request, service: Service, admission: Admission) -> VAERequest:
-    """Headers and query first, so that what they rule out is refused before the body is read."""
+async def _read_latents(request: Request, service: Service, admission: Admission) -> VAERequest:
+    """POST /, /predict, /{model}: headers and query first, so that what they rule out is refused before the body."""
     options = service.settings.options
     defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
-    headers = request.headers
-    accept = ",".join(headers.getlist("accept"))
-    limit = options.max_body_mb << 20
+    accept = ",".join(request.headers.getlist("accept"))
     query = request.query_params.multi_items()
-    _check_declared(headers.get("content-length"), limit)
-    declared = headers.get("content-length", "")
-    if wire.is_json_body(headers.get("content-type"), headers.get("content-encoding")):
-        admission.reserve(int(declared) if declared.isdecimal() else limit)
-        body = await _body(request, limit, options.body_timeout_s)
-        if len(body) > limit:
-            raise _body_too_large(limit)
-        data, sent = await asyncio.to_thread(wire.read_json, body)
-        parameters = wire.Parameters(query, sent)
-        info = await _model(request, service, parameters)
-        prepared = wire.prepare(parameters, accept, info, defaults)
+    others = service.infos.values()
+    if sent := await _json(request, service, admission, may_be_file=False):
+        latents, in_body = sent
+        parameters = wire.Parameters(query, in_body)
+        prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
         admission.reserve(prepared.bytes_held)
-        return prepared.with_data(data)
+        return prepared.with_data(latents)
     parameters = wire.Parameters(query)
+    prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
+    return prepared.with_data(await _tensor(request, service, admission, prepared))
+
+
+async def _read_pixels(request: Request, service: Service, admission: Admission) -> VAERequest:
+    """POST /encode, /{model}/encode: a tensor when its shape was sent, else the bytes say what they are."""
+    options = service.settings.options
+    accept = ",".join(request.headers.getlist("accept"))
+    query = request.query_params.multi_items()
+    data: bytes | bytearray | None = None
+    if sent := await _json(request, service, admission, may_be_file=True):
+        data, in_body = sent
+        parameters = wire.Parameters(query, in_body)
+    else:
+        parameters = wire.Parameters(query)
     info = await _model(request, service, parameters)
-    prepared = wire.prepare(parameters, accept, info, defaults)
-    _check_declared(str(prepared.bytes_needed), limit)
-    if declared.isdecimal():
-        prepared.check_length(int(declared))
+    if parameters.has("shape"):
+        prepared = wire.prepare_pixels(parameters, accept, info)
+        return prepared.with_data(data or await _tensor(request, service, admission, prepared))
+    wire.check_encode(parameters, accept, info)
+    if data is None:
+        limit = options.max_body_mb << 20
+        admission.reserve(_declared(request) or limit)
+        data = await _whole(request, limit, options.body_timeout_s)
+    header = await asyncio.to_thread(wire.header_of, info, data)
+    admission.reserve(wire.file_bytes_held(header, data))
+    return await asyncio.to_thread(wire.read_pixels, parameters, accept, info, data, header)
+
+
+async def _json(
+    request: Request, service: Service, admission: Admission, *, may_be_file: bool
+) -> tuple[bytes, Mapping[str, Any]] | None:
+    """The bytes and the parameters of a JSON body, None for another one."""
+    options, headers = service.settings.options, request.headers
+    limit = options.max_body_mb << 20
+    _check_declared(headers.get("content-length"), limit)
+    content_type, encoding = headers.get("content-type"), headers.get("content-encoding")
+    if not wire.is_json_body(content_type, encoding, may_be_file=may_be_file):
+        return None
+    admission.reserve(_declared(request) or limit)
+    return await asyncio.to_thread(wire.read_json, await _whole(request, limit, options.body_timeout_s))
+
+
+async def _tensor(
+    request: Request, service: Service, admission: Admission, prepared: wire.Prepared | wire.PreparedPixels
+) -> bytearray:
+    """The body of a tensor whose size is known."""
+    options = service.settings.options
+    _check_declared(str(prepared.bytes_needed), options.max_body_mb << 20)
+    if declared := _declared(request):
+        prepared.check_length(declared)
     admission.reserve(prepared.bytes_held)
-    return prepared.with_data(await _body(request, prepared.bytes_needed, options.body_timeout_s))
+    return await _body(request, prepared.bytes_needed, options.body_timeout_s)
 
 
 async def _model(request: Request, service: Service, parameters: wire.Parameters) -> ModelInfo:
@@ -108,13 +148,26 @@ async def _model(request: Request, service: Service, parameters: wire.Parameters
     return await service.describe(name)
 
 
+def _declared(request: Request) -> int | None:
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() else None
+
+
 def _check_declared(length: str | None, limit: int) -> None:
     if length and length.isdecimal() and int(length) > limit:
         raise _body_too_large(limit)
 
 
 def _body_too_large(limit: int) -> TooLarge:
-    return TooLarge(f"the body is larger than the {limit} bytes this server reads; send fewer or smaller latents")
+    return TooLarge(f"the body is larger than the {limit} bytes this server reads; send less or smaller ones")
+
+
+async def _whole(request: Request, limit: int, grace_s: float) -> bytearray:
+    """A body whose size nobody said. Raises TooLarge."""
+    body = await _body(request, limit, grace_s)
+    if len(body) > limit:
+        raise _body_too_large(limit)
+    return body
 
 
 async def _body(request: Request, limit: int, grace_s: float) -> bytearray:
@@ -147,7 +200,8 @@ class InPieces(Response):
 
 
 def _respond(answer: Answer) -> Response:
-    timing = f"queue;dur={answer.queue_ms:.1f}, decode;dur={answer.device_ms:.1f}, render;dur={answer.render_ms:.1f}"
+    stages = ("queue", answer.queue_ms), (answer.operation, answer.device_ms), ("render", answer.render_ms)
+    timing = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in stages)
     rendered = answer.rendered
     headers = {**rendered.headers, "Server-Timing": timing}
     if answer.is_upcast:
@@ -158,11 +212,8 @@ def _respond(answer: Answer) -> Response:
     return response
 
 
-async def encode(request: Request) -> Response:
-    """POST /encode, /{model}/encode."""
-    service: Service = request.app.state.service
-    service.resolve(request.path_params.get("model"))
-    raise NotSupportedYet("this version decodes only; encode with the VAE's own vae.encode for the time being")
+decode = Work(Operation.DECODE, _read_latents)
+encode = Work(Operation.ENCODE, _read_pixels)
 
 
 async def health(request: Request) -> Response:

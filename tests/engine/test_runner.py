@@ -97,7 +97,7 @@ def test_frames_are_encoded_while_later_ones_are_decoded(
     assert isinstance(streamed, Done)
     assert (sum(taken), max(taken)) == (17, 2)
 
-    whole = made.sync.decode([request.job])[0]
+    whole = made.sync.run([request.job])[0]
     assert not isinstance(whole, Exception)
     assert bytes(streamed.rendered.body) == bytes(mp4.render(whole.tensor, request.render).body)
 

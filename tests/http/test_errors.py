@@ -22,7 +22,7 @@ from server.engine import loader
 from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.decoders.stock import StockDecoder
 from server.engine.local import LocalEngine
-from server.types import ModelInfo
+from server.types import ModelInfo, Operation
 from tests.conftest import Serve
 from tests.vaes import LocalVae
 
@@ -198,11 +198,6 @@ def test_a_method_that_a_route_does_not_take_is_405(url: str) -> None:
         assert response.headers["allow"]
     assert_refused(requests.get(url + "favicon.ico", timeout=10), 404, "not_found", "no such route")
     assert requests.options(url, timeout=10).headers["allow"] == "GET, HEAD, POST"
-
-
-def test_encode_says_that_it_is_not_there_yet(url: str) -> None:
-    for path in ("encode", "sd/encode", "encode/"):
-        assert_refused(post(url, path=path), 501, "not_supported", "decodes only")
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(serve: Serve, vaes: dict[str, LocalVae]) -> None:
@@ -424,9 +419,9 @@ def test_a_server_that_still_loads_is_503_until_it_can_serve(serve: Serve, vaes:
     opened = threading.Event()
 
     class SlowToLoad(LocalEngine):
-        async def load(self, model: str) -> None:
+        async def load(self, model: str, operation: Operation = Operation.DECODE) -> None:
             await asyncio.to_thread(opened.wait, 30)
-            await super().load(model)
+            await super().load(model, operation)
 
     address = serve(
         {"sd": {"repo": str(vaes["sd"].folder), "preload": True}},

@@ -20,7 +20,9 @@ KL = ModelInfo(
 )  # fmt: skip
 VIDEO = ModelInfo(
     name="video", limits=Limits(),
-    class_name="AutoencoderKLHunyuanVideo", latents=FAMILIES["hunyuan_video"].describe({}),
+    class_name="AutoencoderKLHunyuanVideo", latents=FAMILIES["hunyuan_video"].describe(
+        {"latent_channels": 16, "spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
+    ),
 )  # fmt: skip
 SHAPE = [("shape", "1"), ("shape", "4"), ("shape", "8"), ("shape", "8"), ("dtype", "float16")]
 

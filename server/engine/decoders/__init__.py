@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 
 from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.decoders.stock import Emit, StockDecoder
+from server.families import Family
 from server.types import Layout
 
 
@@ -23,18 +24,24 @@ class Decoder(Protocol):
     finite: torch.Tensor
     memory_budget_bytes: int | None
 
-    def decode(self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None) -> torch.Tensor:
+    def decode(
+        self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None, **arguments: float
+    ) -> torch.Tensor:
         """`[B, C, h, w]` or `[B, C, F, h, w]`, unscaled, on any device and dtype, to pixels as `layout` says.
 
         emit: receives the pictures or frames in order, on the device, each as soon as it is done.
+        arguments: of the family's own `vae.decode`; families that are decoded exactly have none.
         """
         ...
 
 
+EXACT_CLASSES = frozenset({"AutoencoderKL", "AutoencoderKLHunyuanVideo"})
 EXACT: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder], ...] = (ExactKLDecoder, ExactHunyuanVideoDecoder)
 
 
-def build_decoder(vae: Any, choice: str, tiling: str, memory_budget_bytes: int | None) -> tuple[Decoder, str | None]:
+def build_decoder(
+    vae: Any, family: Family, choice: str, tiling: str, memory_budget_bytes: int | None
+) -> tuple[Decoder, str | None]:
     """The decoder, and why it is diffusers' own where it is.
 
     choice: `auto`, or `diffusers` for the stock path bit for bit. An exact decoder takes the VAE's weights over.
@@ -43,14 +50,14 @@ def build_decoder(vae: Any, choice: str, tiling: str, memory_budget_bytes: int |
     """
     if tiling == "diffusers":
         vae.enable_tiling()
-        return StockDecoder(vae), "models.yaml asks for diffusers' tiles"
+        return StockDecoder(vae, family), "models.yaml asks for diffusers' tiles"
     if choice == "diffusers":
-        return StockDecoder(vae), "models.yaml asks for diffusers' own decoder"
+        return StockDecoder(vae, family), "models.yaml asks for diffusers' own decoder"
     reasons = [exact.unsupported_reason(vae) for exact in EXACT]
     for exact, reason in zip(EXACT, reasons, strict=True):
         if reason is None:
             return exact(vae, memory_budget_bytes=memory_budget_bytes), None
-    return StockDecoder(vae), reasons[-1] if isinstance(vae, AutoencoderKLHunyuanVideo) else reasons[0]
+    return StockDecoder(vae, family), reasons[-1] if isinstance(vae, AutoencoderKLHunyuanVideo) else reasons[0]
 
 
-__all__ = ["Decoder", "build_decoder"]
+__all__ = ["EXACT_CLASSES", "Decoder", "build_decoder"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from server.engine.postprocess import postprocess
+from server.families import Family
 from server.types import Layout
 
 Emit = Callable[[torch.Tensor], None]
@@ -18,14 +19,18 @@ class StockDecoder:
 
     name = "diffusers"
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, family: Family) -> None:
+        weight = next(weight for weight in vae.parameters() if not weight.is_meta)
         self.vae = vae
+        self.family = family
+        self.device, self.dtype = weight.device, weight.dtype
         self.memory_budget_bytes: int | None = None  # the library has no use for it
         self.finite = torch.ones((), dtype=torch.bool)
 
-    def decode(self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None) -> torch.Tensor:
-        parameter = next(self.vae.parameters())
-        sample = self.vae.decode(latents.to(parameter.device, parameter.dtype), return_dict=False)[0]
+    def decode(
+        self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None, **arguments: float
+    ) -> torch.Tensor:
+        sample = self.family.decode(self.vae, latents.to(self.device, self.dtype), **arguments)
         self.finite = torch.isfinite(sample).all()
         output = postprocess(sample, layout)
         if emit is not None:

@@ -71,7 +71,9 @@ class ExactKLDecoder:
         return footprint(self.network, height, width).peak(self.plan(batch, height, width))
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None) -> Tensor:
+    def decode(
+        self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None, **arguments: float
+    ) -> Tensor:
         """Unscaled latents `[B, C, h, w]` to the layout; equals diffusers' `decode` within the dtype's rounding."""
         latents = latents.to(self.network.device, self.network.dtype)  # [B, C, h, w]
         batch, _, height, width = latents.shape

@@ -59,7 +59,7 @@ class ExactHunyuanVideoDecoder:
 
     @torch.inference_mode()
     def decode(
-        self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None
+        self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None, **arguments: float
     ) -> Tensor:  # [B, C, F, h, w]
         """Unscaled latents to the layout; equals diffusers' untiled `decode` within the dtype's rounding.
 

@@ -1,0 +1,62 @@
+"""What was sent to what a VAE takes, on its device and in its dtype, or why it cannot."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from server.engine.model import LoadedModel
+from server.engine.tensors import NAMES, to_device
+from server.errors import BadRequest, NonFiniteInput
+from server.types import Operation, VAEJob
+
+LARGEST_PIXEL = 2.0  # of floats in [-1, 1], with what resampling adds; more is another range
+
+
+def prepared(model: LoadedModel, job: VAEJob) -> torch.Tensor | BadRequest:
+    """Latents `[B, C, (F,) h, w]` to decode, or pixels `[B, 3, (F,) H, W]` to encode."""
+    return _pixels(model, job) if job.operation is Operation.ENCODE else _latents(model, job)
+
+
+def _latents(model: LoadedModel, job: VAEJob) -> torch.Tensor | BadRequest:
+    latents = to_device(job.tensor, model.device)
+    latents = model.family.prepare(latents, model.spec, job.geometry, job.scaling).to(model.dtype)
+    if bool(torch.isfinite(latents).all()):
+        return latents
+    bad = int((~torch.isfinite(latents)).sum())
+    return NonFiniteInput(
+        f"{bad} of {latents.numel()} latent values are NaN or infinite after unscaling to {NAMES[model.dtype]}; "
+        "send finite latents, and check scaling_factor and dtype"
+    )
+
+
+def _pixels(model: LoadedModel, job: VAEJob) -> torch.Tensor | BadRequest:
+    pixels = ordered(to_device(job.tensor, model.device), job.order, model.spec.kind == "video")
+    if job.tensor.dtype == "uint8":
+        pixels = pixels / 255 * 2 - 1  # as `VaeImageProcessor.preprocess`, to the bit
+    elif not bool(torch.isfinite(pixels).all()):
+        return NonFiniteInput("some pixels are NaN or infinite; send finite values in [-1, 1]")
+    elif (largest := float(pixels.abs().max())) > LARGEST_PIXEL:
+        return BadRequest(f"float pixels are in [-1, 1], these reach {largest:g}; send uint8, or x / 127.5 - 1")
+    return fitted(pixels, job.geometry.height, job.geometry.width).to(model.dtype)
+
+
+def ordered(pixels: torch.Tensor, order: str, is_clip: bool) -> torch.Tensor:
+    """Axes as sent -> `[B, 3, H, W]` or `[B, 3, F, H, W]`; those that are missing are of one."""
+    missing = [axis for axis in "BF" if axis not in order]
+    pixels = pixels.reshape(*[1] * len(missing), *pixels.shape)
+    axes = "".join(missing) + order
+    pixels = pixels.permute(*[axes.index(axis) for axis in "BCFHW"])  # [B, 3, F, H, W]
+    return pixels if is_clip else pixels[:, :, 0]
+
+
+def fitted(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """To this size by the nearest pixel, as `VaeImageProcessor.resize` does with tensors."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    frames = pixels.flatten(0, -4) if pixels.ndim == 4 else pixels.transpose(1, 2).flatten(0, 1)  # [N, 3, H, W]
+    frames = F.interpolate(frames, (height, width))  # [N, 3, H', W']
+    if pixels.ndim == 4:
+        return frames
+    clips = frames.reshape(len(pixels), -1, *frames.shape[1:])  # [B, F, 3, H', W']
+    return clips.transpose(1, 2)

@@ -1,0 +1,30 @@
+"""Tensors to and from bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from server.types import RawTensor
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "uint8": torch.uint8}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def to_device(tensor: RawTensor, device: torch.device) -> torch.Tensor:
+    """Checked bytes to a float32 tensor: the scaling is done in float32 whatever was sent."""
+    # torch.frombuffer wants to be able to write; nobody does.
+    data = bytearray(tensor.data) if memoryview(tensor.data).readonly else tensor.data
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape).to(device).to(torch.float32)
+
+
+def to_host(tensor: torch.Tensor) -> RawTensor:
+    """The tensor's bytes, C order, without a second copy of them on the host."""
+    host = tensor.contiguous().cpu()
+    flat: np.ndarray[tuple[int], np.dtype[np.uint8]] = host.reshape(-1).view(torch.uint8).numpy()
+    return RawTensor(tuple(host.shape), NAMES[host.dtype], flat.data)
+
+
+def is_finite(tensor: RawTensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(torch.isfinite(torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[tensor.dtype])).all())

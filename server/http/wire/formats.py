@@ -1,0 +1,52 @@
+"""`Accept` and `output_type` to one of the FORMATS."""
+
+from __future__ import annotations
+
+from server.errors import NotAcceptable
+from server.http.wire.parameters import DECIMAL, Parameters
+from server.outputs import FORMATS, Format
+from server.types import Kind
+
+
+def choose_format(parameters: Parameters, output_type: str, accept: str, kind: Kind) -> tuple[Format, str]:
+    """`Accept` and `output_type` to a format and the media type to answer with. Raises NotAcceptable, BadRequest."""
+    usual = [entry for entry in FORMATS if output_type in entry.output_types and kind in entry.kinds]
+    named = [entry for entry in FORMATS if output_type in entry.when_named and kind in entry.kinds]
+    if output_type == "pil" and kind == "image":
+        names = [name for entry in usual for name in entry.names]
+        first = parameters.word("image_format", names) or names[0]
+        usual.sort(key=lambda entry: first not in entry.names)
+    preferences, refused = _preferences(accept)
+    for wanted in preferences:
+        for entry in (*usual, *named):
+            for media_type in entry.media_types:
+                if media_type in refused:
+                    continue
+                is_match = wanted == media_type or wanted == media_type.split("/")[0] + "/*"
+                if is_match or (wanted == "*/*" and entry in usual):
+                    return entry, media_type
+    raise NotAcceptable(_no_format(output_type, kind, [*usual, *named]))
+
+
+def _no_format(output_type: str, kind: Kind, possible: list[Format]) -> str:
+    types = ", ".join(media_type for entry in possible for media_type in entry.media_types)
+    if kind == "video" and output_type == "pil":
+        return (
+            f"this model decodes videos, which no picture format holds; use output_type=mp4 or pt, or Accept: {types}"
+        )
+    if kind == "image" and output_type == "mp4":
+        return "this model decodes pictures, not videos; use output_type=pil or pt"
+    return f"no representation of output_type={output_type} that Accept asks for; send one of {types}"
+
+
+def _preferences(accept: str) -> tuple[list[str], set[str]]:
+    """The media types of an `Accept` header, the most wanted first, and those refused with q=0; `q` alone is read."""
+    ranked: list[tuple[float, str]] = []
+    for part in (accept.strip() or "*/*").split(","):
+        media_type, *rest = (piece.strip().lower() for piece in part.split(";"))
+        weight = next((piece[2:] for piece in rest if piece.startswith("q=")), "1")
+        quality = float(weight) if DECIMAL.fullmatch(weight) else 0.0
+        if media_type:
+            ranked.append((quality, media_type))
+    wanted = [media_type for quality, media_type in sorted(ranked, key=lambda pair: -pair[0]) if quality > 0]
+    return wanted, {media_type for quality, media_type in ranked if quality <= 0}

@@ -1,0 +1,150 @@
+"""The parameters of a request, as clients spell them in the query or in a JSON body."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import Any
+
+from server.errors import BadRequest
+from server.types import Scaling
+
+LATENT_DTYPES = ("float16", "bfloat16", "float32")
+KNOWN = frozenset(
+    (
+        *("shape", "dtype", "model", "scaling_factor", "shift_factor", "do_scaling", "output_type", "image_format"),
+        *("partial_postprocess", "height", "width", "num_frames", "decode_timestep", "fps", "quality"),
+        *("sample", "seed"),
+    )
+)
+NOT_SENT = frozenset({"", "none", "null"})
+MAX_DIMENSIONS = 5
+
+# ASCII digits only: Python's int() and float() also take `1_0`, `٣` and five thousand digits.
+INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
+DECIMAL = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?", re.ASCII)
+
+Pairs = Iterable[tuple[str, str]]
+
+
+class Parameters:
+    """The parameters of one request as they were sent, each read when it is asked for. Unknown ones are ignored."""
+
+    def __init__(self, query: Pairs, body: Mapping[str, Any] | None = None) -> None:
+        """query: repeated keys allowed. body: a JSON body's `parameters`, used where the query is silent."""
+        self._values: dict[str, list[str]] = {}
+        for key, value in query:
+            self._values.setdefault(key, []).append(value)
+        for key, value in (body or {}).items():
+            if key in KNOWN:
+                self._values.setdefault(key, _as_texts(key, value))
+
+    def text(self, key: str) -> str | None:
+        """One value, None when it was not sent. A scalar sent twice with different values is an error."""
+        values = {value.strip() for value in self._values.get(key, [])}
+        values = {value for value in values if value.lower() not in NOT_SENT}
+        if len(values) > 1:
+            raise BadRequest(f"{key} was sent {len(values)} times with different values; send it once")
+        return values.pop() if values else None
+
+    def has(self, key: str) -> bool:
+        return any(value.strip().lower() not in NOT_SENT for value in self._values.get(key, []))
+
+    def flag(self, key: str) -> bool:
+        text = self.text(key)
+        match (text or "false").lower():
+            case "true" | "1":
+                return True
+            case "false" | "0":
+                return False
+        raise BadRequest(f"{key} must be True or False, not {_quoted(text)}")
+
+    def number(self, key: str, low: float, high: float) -> float | None:
+        """A finite decimal number of magnitude within [low, high], or within the range when low is positive."""
+        text = self.text(key)
+        if text is None:
+            return None
+        if not DECIMAL.fullmatch(text) or not isfinite(value := float(text)):
+            raise BadRequest(f"{key} must be a finite decimal number, not {_quoted(text)}")
+        if not low <= value <= high:
+            raise BadRequest(f"{key} must be between {low:g} and {high:g}, not {value:g}")
+        return value
+
+    def integer(self, key: str) -> int | None:
+        text = self.text(key)
+        if text is not None and not INTEGER.fullmatch(text):
+            raise BadRequest(f"{key} must be a whole number of at most 6 digits, not {_quoted(text)}")
+        return int(text) if text else None
+
+    def word(self, key: str, known: Iterable[str]) -> str | None:
+        text = self.text(key)
+        if text is not None and text.lower() not in known:
+            raise BadRequest(f"{key} must be one of {', '.join(known)}, not {_quoted(text)}")
+        return text.lower() if text else None
+
+    def shape(self) -> tuple[int, ...]:
+        """`shape=1&shape=4…` as `requests` writes a list, or one JSON list, or `1,4,64,64`."""
+        sent = self._values.get("shape", [])
+        if len(sent) == 1:
+            sent = sent[0].strip().removeprefix("[").removesuffix("]").split(",")
+        sent = [text.strip() for text in sent]
+        if not any(sent):
+            raise BadRequest(
+                "shape is missing: send the tensor's dimensions, for example shape=1&shape=4&shape=64&shape=64"
+            )
+        if len(sent) > MAX_DIMENSIONS:
+            raise BadRequest(f"shape has {len(sent)} dimensions; latents have at most {MAX_DIMENSIONS}")
+        wrong = next((text for text in sent if not INTEGER.fullmatch(text) or int(text) == 0), None)
+        if wrong is not None:
+            raise BadRequest(f"shape must hold whole numbers from 1 to 999999, not {_quoted(wrong)}")
+        return tuple(map(int, sent))
+
+    def dtype(self, known: tuple[str, ...] = LATENT_DTYPES, of: str = "latents") -> str:
+        text = self.text("dtype")
+        if text is None:
+            raise BadRequest(f"dtype is missing: send one of {', '.join(known)}")
+        name = text.lower().removeprefix("torch.")
+        if name not in known:
+            raise BadRequest(f"dtype of {of} must be one of {', '.join(known)}, not {_quoted(text)}")
+        return name
+
+    def scaling(self) -> Scaling:
+        factor = self.number("scaling_factor", -1e6, 1e6)
+        if factor is not None and abs(factor) < 1e-6:
+            raise BadRequest(f"scaling_factor must not be zero or nearly so, not {factor:g}: latents are divided by it")
+        return Scaling(factor, self.number("shift_factor", -1e6, 1e6), self.flag("do_scaling"))
+
+    def pixel_size(self) -> tuple[int, int] | None:
+        """Height and width, wanted for packed latents alone; other clients send nonsense here."""
+        height, width = self.integer("height"), self.integer("width")
+        return (height, width) if height and width else None
+
+
+def _as_texts(key: str, value: Any) -> list[str]:
+    """A JSON value as the query would spell it."""
+    match value:
+        case None:
+            return []
+        case list() if all(isinstance(item, int | float | str) for item in value):
+            return [_as_text(item) for item in value]
+        case bool() | int() | float() | str():
+            return [_as_text(value)]
+    raise BadRequest(f"parameters.{key[:40]!a} must be a number, a text, a boolean or a list of numbers")
+
+
+def _as_text(value: float | str) -> str:
+    """JavaScript writes whole numbers either way: 64.0 is 64."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e9
+    return str(int(value)) if is_whole else str(value)
+
+
+def _quoted(text: str | None) -> str:
+    """A client's word in a sentence: short, one line, printable ASCII."""
+    shown = ascii((text or "")[:40])
+    return shown + ("…" if text and len(text) > 40 else "")
+
+
+def patience_s(header: str | None) -> float | None:
+    """`X-Request-Timeout`, the seconds after which the client wants no answer any more. Raises BadRequest."""
+    return Parameters([("X-Request-Timeout", header)] if header else []).number("X-Request-Timeout", 0.001, 1e6)

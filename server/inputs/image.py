@@ -1,0 +1,64 @@
+"""PNG, JPEG and WebP to pixels, and pixels to another size, as diffusers' image processor does both."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image
+
+from server.errors import BadRequest, UnsupportedBody
+from server.types import RawTensor
+
+FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow would try forty, some of them hardly ever attacked and hardly ever mended
+MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"})
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error)
+
+# Pillow's own bound only warns between once and twice its value; every picture is checked against its model's limits.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def picture_size(data: bytes | bytearray) -> tuple[int, int]:
+    """Height and width, from the header alone. Raises BadRequest, UnsupportedBody."""
+    with _opened(data) as picture:
+        # An MPO is a JPEG with further views in it, as phones write them; the first is the picture.
+        if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+            raise UnsupportedBody("animated pictures are not read; send one frame, or a clip as MP4 to a video model")
+        if picture.mode not in MODES:
+            raise UnsupportedBody("the picture has more than 8 bits a channel; send 8 bits, or a float tensor")
+        return picture.height, picture.width
+
+
+def read_picture(data: bytes | bytearray) -> RawTensor:
+    """uint8 `[1, H, W, 3]`. The alpha channel is dropped and EXIF ignored, as `Image.convert("RGB")` does.
+
+    Raises BadRequest.
+    """
+    with _opened(data) as picture:
+        pixels = np.asarray(picture.convert("RGB"))  # [H, W, 3]
+    return RawTensor((1, *pixels.shape), "uint8", pixels.reshape(-1).data)
+
+
+@contextmanager
+def _opened(data: bytes | bytearray) -> Iterator[Image.Image]:
+    """Raises BadRequest, now or when it is read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            yield picture
+    except DAMAGED:
+        raise BadRequest("the picture is damaged or cut short; send a whole PNG, JPEG or WebP") from None
+
+
+def resized(frames: RawTensor, height: int, width: int) -> RawTensor:
+    """uint8 `[F, H, W, 3]` by Lanczos, as `VaeImageProcessor.resize`; frames of this size already are left alone."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    pixels = np.frombuffer(frames.data, np.uint8).reshape(frames.shape)
+    fitted = np.stack(
+        [np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)) for frame in pixels]
+    )
+    return RawTensor(fitted.shape, "uint8", fitted.reshape(-1).data)
