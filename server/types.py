@@ -76,8 +76,8 @@ class Limits:
 class LatentSpec:
     """What a VAE's config.json says of its latents; the statistics are those of `pipeline.vae.config`.
 
-    patch_size, patch_size_t: of packed latents, in latent pixels and frames. has_posterior: encoding gives a
-    distribution, whose mode is the answer unless a sample is asked for.
+    patch_size: of packed latents, in latent pixels. has_posterior: encoding gives a distribution, whose mode is the
+    answer unless a sample is asked for. takes_timestep: decoding takes `decode_timestep`.
     """
 
     family: str
@@ -92,8 +92,8 @@ class LatentSpec:
     force_upcast: bool | None = None
     is_usually_packed: bool = False
     patch_size: int = 2
-    patch_size_t: int = 1
     has_posterior: bool = True
+    takes_timestep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,8 @@ class Geometry:
     """One request's sizes: the latents and the pixels.
 
     `latent_shape` is what the VAE takes or gives, `[B, C, H, W]` or `[B, C, F, H, W]`; `height` and `width` are in
-    pixels. is_frames_first: the latents were sent `[B, F, C, H, W]`. arguments: of `vae.decode` beside the latents.
+    pixels. axes: the order of a clip's axes as sent. skipped_frames: latent frames ahead of the clip. arguments: of
+    `vae.decode` beside the latents.
     """
 
     latent_shape: tuple[int, ...]
@@ -109,7 +110,8 @@ class Geometry:
     num_frames: int
     height: int
     width: int
-    is_frames_first: bool = False
+    axes: str = ""
+    skipped_frames: int = 0
     arguments: tuple[tuple[str, float], ...] = ()
 
     @property

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from server.config import ModelEntry, Settings
 from server.engine.decoders.exact import preferred_cpu_dtype
 from server.errors import ModelUnavailable
-from server.families import FAMILIES, Family, family_of_class
+from server.families import FAMILIES, Family, family_of_class, plain_family
 from server.types import LatentSpec, Limits, ModelInfo
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     """What config.json and models.yaml say, before any weight is read. Raises ModelUnavailable."""
     name, entry, config = source.name, source.entry, source.config(is_local_only=is_local_only)
     class_name = config["_class_name"]
-    family = _family(name, entry, class_name)
+    family = _family(name, entry, class_name, config)
     try:
         spec: LatentSpec = family.describe(whole_config(class_name, config))
         check_spec(spec)
@@ -199,23 +199,26 @@ def check_spec(spec: LatentSpec) -> None:
     if spec.scaling_factor == 0:
         raise ValueError("scaling_factor must not be 0")
     for statistics in (spec.latents_mean, spec.latents_std):
-        if statistics is not None and len(statistics) != spec.channels:
+        if statistics is not None and len(statistics) % spec.channels:
             raise ValueError(f"latents_mean and latents_std must have {spec.channels} values, one a channel")
 
 
-def _family(name: str, entry: ModelEntry, class_name: str) -> Family:
+def _family(name: str, entry: ModelEntry, class_name: str, config: Mapping[str, Any]) -> Family:
     implied = family_of_class(class_name)
     if implied is None:
-        known = sorted({known for family in FAMILIES.values() for known in family.class_names})
-        raise ModelUnavailable(
-            name, f"{name} ({entry.repo}): no family here decodes a {class_name}; known classes: {', '.join(known)}"
-        )
+        vae_class = getattr(diffusers, class_name, None)
+        if not (hasattr(vae_class, "decode") and hasattr(vae_class, "from_pretrained")):
+            raise ModelUnavailable(
+                name, f"{name} ({entry.repo}): this diffusers ({diffusers.__version__}) has no VAE class {class_name}"
+            )
+        implied = plain_family(whole_config(class_name, config))
+        log.warning("%s: no family knows %s; it is decoded plainly, by its config's statistics", name, class_name)
     if entry.family is None:
         return implied
     chosen = FAMILIES.get(entry.family)
     if chosen is None:
         raise ModelUnavailable(name, f"{name}: unknown family '{entry.family}'; known: {', '.join(FAMILIES)}")
-    if class_name not in chosen.class_names:
+    if class_name not in chosen.class_names and chosen is not implied:
         raise ModelUnavailable(name, f"{name}: family '{entry.family}' does not fit a {class_name}; leave family out")
     return chosen
 
@@ -238,7 +241,7 @@ def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact
     """The dtype to compute in.
 
     `auto` on a CPU: bfloat16 where the exact decoder may run and the CPU multiplies it in hardware, else float32.
-    `auto` on a GPU: float16, or bfloat16 where the config asks to upcast (its activations overflow float16). An
+    `auto` on a GPU: the family's, but bfloat16 where the config asks to upcast (its activations overflow float16). An
     explicit float16 is upcast to float32 then, as `StableDiffusionXLPipeline` does.
     """
     must_upcast = info.latents.force_upcast
@@ -249,8 +252,9 @@ def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact
         return dtype
     if device.type == "cpu":
         return preferred_cpu_dtype() if is_exact else torch.float32
-    if not must_upcast:
-        return torch.float16
+    usual = FAMILIES[info.latents.family].gpu_dtype
+    if usual == "float32" or (usual == "float16" and not must_upcast):
+        return torch.float32 if usual == "float32" else torch.float16
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 

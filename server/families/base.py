@@ -40,6 +40,9 @@ class Family(ABC):
     channels_key: ClassVar[str] = "latent_channels"
     is_usually_packed: ClassVar[bool] = False
     has_posterior: ClassVar[bool] = True
+    patch_size: ClassVar[int] = 2
+    gpu_dtype: ClassVar[str] = "float16"
+    """What `dtype: auto` is on a GPU."""
 
     @abstractmethod
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -69,6 +72,7 @@ class Family(ABC):
             latents_std=tuple(std) if std else None,
             force_upcast=config.get("force_upcast"),
             is_usually_packed=self.is_usually_packed,
+            patch_size=self.patch_size,
             has_posterior=self.has_posterior,
         )
 
@@ -100,7 +104,7 @@ class Family(ABC):
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         """diffusers' own encode. pixels: `[B, 3, (F,) H, W]` in [-1, 1] -> the posterior's parameters, or latents."""
         encoded = vae.encode(pixels, return_dict=False)[0]
-        parameters: torch.Tensor = encoded.parameters if self.has_posterior else encoded
+        parameters: torch.Tensor = getattr(encoded, "parameters", encoded)
         return parameters
 
     def finish(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
@@ -151,7 +155,11 @@ def on_grid(pixels: int, grid: int, name: str) -> int:
 
 
 def _per_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return like.new_tensor(values).reshape(1, -1, *[1] * (like.ndim - 2))  # [C] -> [1, C, 1, 1(, 1)]
+    """Values of each channel, or of each channel and latent frame, to `like`'s axes."""
+    channels = like.shape[1]
+    if len(values) == channels:
+        return like.new_tensor(values).reshape(1, -1, *[1] * (like.ndim - 2))  # [C] -> [1, C, 1, 1(, 1)]
+    return like.new_tensor(values).reshape(1, channels, -1, 1, 1)[:, :, : like.shape[2]]  # [C F] -> [1, C, F, 1, 1]
 
 
 def times(shape: tuple[int, ...]) -> str:

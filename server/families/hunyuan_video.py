@@ -13,6 +13,7 @@ class HunyuanVideo(Video):
 
     name = "hunyuan_video"
     class_names = ("AutoencoderKLHunyuanVideo",)
+    layouts = ("BCFHW", "BFHWC")  # Kandinsky 5's latents have the channels last
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return config["spatial_compression_ratio"], config["temporal_compression_ratio"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from server.errors import BadRequest, WrongShape
@@ -12,7 +13,19 @@ from server.types import Geometry, LatentSpec
 if TYPE_CHECKING:
     import torch
 
-PATCH = 2  # packed latents hold 2x2 patches of latent pixels
+
+def patchify(latents: torch.Tensor, patch: int = 2) -> torch.Tensor:
+    """`[B, C, h, w]` -> `[B, p p C, h / p, w / p]`, as the packing pipelines order a patch's channels."""
+    b, c, h, w = latents.shape
+    patches = latents.reshape(b, c, h // patch, patch, w // patch, patch).permute(0, 1, 3, 5, 2, 4)
+    return patches.reshape(b, c * patch * patch, h // patch, w // patch)
+
+
+def unpatchify(patches: torch.Tensor, patch: int = 2) -> torch.Tensor:
+    """The inverse of `patchify`."""
+    b, d, h, w = patches.shape
+    latents = patches.reshape(b, d // patch**2, patch, patch, h, w).permute(0, 1, 4, 2, 5, 3)  # [B, C, h, p, w, p]
+    return latents.reshape(b, d // patch**2, h * patch, w * patch)
 
 
 class KL(Family):
@@ -26,13 +39,15 @@ class KL(Family):
         return 2 ** (len(config["block_out_channels"]) - 1), 1
 
     def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        if len(shape) == 5 and shape[1] == 1 and shape[4] == spec.channels:  # Kandinsky 5: [B, 1, h, w, C]
+            return replace(self._unpacked(spec, (shape[0], shape[4], *shape[2:4])), axes="BHWC")
         if len(shape) == 4:
             return self._unpacked(spec, shape)
         if len(shape) == 3:
             return self._three_axes(spec, shape, sent)
         raise WrongShape(
             f"shape {times(shape)} has {len(shape)} dimensions; this model takes latents [B, {spec.channels}, H, W], "
-            f"one latent [{spec.channels}, H, W], or packed latents [B, S, {4 * spec.channels}]"
+            f"one latent [{spec.channels}, H, W], or packed latents [B, S, {spec.patch_size**2 * spec.channels}]"
         )
 
     def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
@@ -43,11 +58,14 @@ class KL(Family):
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Match `FluxPipeline._unpack_latents`."""
+        if geometry.axes == "BHWC":
+            return latents[:, 0].permute(0, 3, 1, 2)  # [B, 1, h, w, C] -> [B, C, h, w]
         if not geometry.is_packed:
             return super().unpack(latents, geometry)
-        b, c, h, w = geometry.latent_shape
-        patches = latents.reshape(b, h // PATCH, w // PATCH, c, PATCH, PATCH)  # [B, S, 4C] -> [B, h/2, w/2, C, 2, 2]
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)  # -> [B, C, h, w]
+        b, _, h, w = geometry.latent_shape
+        rows, columns = h // self.patch_size, w // self.patch_size
+        patches = latents.transpose(1, 2).reshape(b, -1, rows, columns)  # [B, S, p p C] -> [B, p p C, h / p, w / p]
+        return unpatchify(patches, self.patch_size)
 
     def _unpacked(self, spec: LatentSpec, shape: tuple[int, ...]) -> Geometry:
         if shape[1] != spec.channels:
@@ -58,7 +76,7 @@ class KL(Family):
     def _three_axes(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """Packed if the last axis is 4C and the tokens fit the size, else one latent without its batch axis."""
         batch, tokens, depth = shape
-        looks_packed = depth == PATCH * PATCH * spec.channels
+        looks_packed = depth == spec.patch_size**2 * spec.channels
         is_one_latent = shape[0] == spec.channels
         if looks_packed:
             size = None
@@ -68,16 +86,16 @@ class KL(Family):
                 if not is_one_latent:
                     raise
             if size is not None:
-                rows, columns = (pixels // (spec.vae_scale_factor * PATCH) for pixels in size)
+                rows, columns = (pixels // (spec.vae_scale_factor * spec.patch_size) for pixels in size)
                 if rows * columns == tokens:
-                    return self._packed(spec, batch, rows * PATCH, columns * PATCH)
+                    return self._packed(spec, batch, rows * spec.patch_size, columns * spec.patch_size)
             if not is_one_latent:
                 raise _unfitting_tokens(spec, tokens, size)
         if is_one_latent:
             return self._unpacked(spec, (1, *shape))
         raise WrongShape(
             f"shape {times(shape)} is neither one latent [{spec.channels}, H, W] nor packed latents "
-            f"[B, S, {PATCH * PATCH * spec.channels}] of this model"
+            f"[B, S, {spec.patch_size**2 * spec.channels}] of this model"
         )
 
     def _packed(self, spec: LatentSpec, batch: int, h: int, w: int) -> Geometry:
@@ -91,7 +109,7 @@ class KL(Family):
 
 
 def _unfitting_tokens(spec: LatentSpec, tokens: int, size: tuple[int, int] | None) -> WrongShape:
-    side = spec.vae_scale_factor * PATCH
+    side = spec.vae_scale_factor * spec.patch_size
     if size is None:
         return WrongShape("packed latents need height and width, the picture's size in pixels; send both")
     height, width = size

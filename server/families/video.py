@@ -16,8 +16,8 @@ class Video(Family):
     """A clip from latents of a clip. Without more, as a causal VAE: the first frame alone, the others by the ratio."""
 
     kind = "video"
-    is_frames_first: ClassVar[bool] = False
-    """The pipeline's latents are `[B, F, C, H, W]`; the VAE's own layout is understood where the shape tells."""
+    layouts: ClassVar[tuple[str, ...]] = ("BCFHW",)
+    """The axes of latents that are understood where the shape tells; the first are those of the pipeline's latents."""
 
     def num_frames(self, spec: LatentSpec, latent_frames: int) -> int:
         """How many frames a clip of so many latent frames has."""
@@ -35,24 +35,28 @@ class Video(Family):
         return (num_frames - 1) // ratio + 1
 
     def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        """Height and width are never asked for: clients send nonsense for videos, and the shape says it all."""
-        layout = f"[B, F, {spec.channels}, H, W]" if self.is_frames_first else f"[B, {spec.channels}, F, H, W]"
+        """Height and width are never asked for: clients send nonsense for videos, and the shape says it all.
+
+        Four axes are one clip, or pictures: clips of one frame.
+        """
+        usual = ", ".join(self.layouts[0]).replace("C", str(spec.channels))
         if len(shape) not in (4, 5):
             raise WrongShape(
-                f"shape {times(shape)} has {len(shape)} dimensions; this model takes video latents {layout}"
+                f"shape {times(shape)} has {len(shape)} dimensions; this model takes video latents [{usual}]"
             )
+        is_pictures = len(shape) == 4 and shape[1] == spec.channels != shape[0]
+        if is_pictures:
+            return self.sized(spec, shape[0], 1, *shape[2:], axes="BCHW")
         clip = shape if len(shape) == 5 else (1, *shape)
-        is_frames_first = self.is_frames_first and (clip[2] == spec.channels or clip[1] != spec.channels)
-        batch, channels, frames = (clip[0], clip[2], clip[1]) if is_frames_first else clip[:3]
-        if channels != spec.channels and len(shape) == 4:
-            raise WrongShape(f"shape {times(shape)} is not one clip of this model; send video latents {layout}")
-        if channels != spec.channels:
-            raise wrong_channels(spec, channels, layout)
-        return self.sized(spec, batch, frames, *clip[3:], is_frames_first=is_frames_first)
+        axes = next((axes for axes in self.layouts if clip[axes.index("C")] == spec.channels), None)
+        if axes is None and len(shape) == 4:
+            raise WrongShape(f"shape {times(shape)} is not one clip of this model; send video latents [{usual}]")
+        if axes is None:
+            raise wrong_channels(spec, clip[self.layouts[0].index("C")], f"[{usual}]")
+        batch, frames, h, w = (clip[axes.index(axis)] for axis in "BFHW")
+        return self.sized(spec, batch, frames, h, w, axes=axes)
 
-    def sized(
-        self, spec: LatentSpec, batch: int, frames: int, h: int, w: int, *, is_frames_first: bool = False
-    ) -> Geometry:
+    def sized(self, spec: LatentSpec, batch: int, frames: int, h: int, w: int, *, axes: str = "BCFHW") -> Geometry:
         """Of latents `[B, C, F, h, w]`, whatever their axes' order was."""
         return Geometry(
             (batch, spec.channels, frames, h, w),
@@ -60,7 +64,7 @@ class Video(Family):
             num_frames=self.num_frames(spec, frames),
             height=h * spec.vae_scale_factor,
             width=w * spec.vae_scale_factor,
-            is_frames_first=is_frames_first,
+            axes=axes,
         )
 
     def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
@@ -71,15 +75,15 @@ class Video(Family):
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         b, c, f, h, w = geometry.latent_shape
-        if geometry.is_frames_first:
-            return latents.reshape(b, f, c, h, w).transpose(1, 2)  # [B, F, C, h, w] -> [B, C, F, h, w]
-        return latents.reshape(geometry.latent_shape)
+        if geometry.axes == "BCHW":
+            return latents[:, :, None]  # [B, C, h, w] -> [B, C, 1, h, w]
+        sizes = {"B": b, "C": c, "F": geometry.skipped_frames + f, "H": h, "W": w}
+        sent = latents.reshape([sizes[axis] for axis in geometry.axes])
+        ordered = sent.permute(*[geometry.axes.index(axis) for axis in "BCFHW"])  # [B, C, F, h, w]
+        return ordered[:, :, geometry.skipped_frames :]
 
     def finish(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
+        """Scaled latents have the axes of the pipeline's, others those of the VAE's."""
         scaled = self.scale(latents, spec, scaling)  # [B, C, F, h, w]
-        return scaled.transpose(1, 2) if self.is_frames_first and _is_scaled(scaling) else scaled
-
-
-def _is_scaled(scaling: Scaling) -> bool:
-    """The pipeline's latents were asked for, not the VAE's own."""
-    return scaling.from_model or scaling.factor is not None
+        is_scaled = scaling.from_model or scaling.factor is not None
+        return scaled.permute(*["BCFHW".index(axis) for axis in self.layouts[0]]) if is_scaled else scaled

@@ -14,7 +14,16 @@ LATENT_DTYPES = ("float16", "bfloat16", "float32")
 KNOWN = frozenset(
     (
         *("shape", "dtype", "model", "scaling_factor", "shift_factor", "do_scaling", "output_type", "image_format"),
-        *("partial_postprocess", "height", "width", "num_frames", "decode_timestep", "fps", "quality"),
+        *(
+            "partial_postprocess",
+            "height",
+            "width",
+            "num_frames",
+            "decode_timestep",
+            "decode_chunk_size",
+            "fps",
+            "quality",
+        ),
         *("sample", "seed"),
     )
 )

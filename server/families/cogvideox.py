@@ -1,0 +1,43 @@
+"""CogVideoX: frames first, and in version 1.5 latent frames ahead of the clip that only fill up a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from server.errors import WrongShape
+from server.families.base import Sent
+from server.families.video import Video
+from server.types import Geometry, LatentSpec
+
+
+class CogVideoX(Video):
+    """Unscaled as `CogVideoXPipeline.decode_latents` does: the scaling factor alone."""
+
+    name = "cogvideox"
+    class_names = ("AutoencoderKLCogVideoX",)
+    layouts = ("BFCHW", "BCFHW")
+    gpu_dtype = "bfloat16"
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return 2 ** (len(config["block_out_channels"]) - 1), int(config["temporal_compression_ratio"])
+
+    def num_frames(self, spec: LatentSpec, latent_frames: int) -> int:
+        """Two latent frames at a time, and the odd one first: only then a frame stands for itself."""
+        ratio = spec.temporal_compression_ratio
+        return ratio * (latent_frames - 1) + 1 if latent_frames % 2 else ratio * latent_frames
+
+    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        """`num_frames` says how many of the latent frames are the clip: those before it are dropped."""
+        found = super().geometry(spec, shape, sent)
+        asked = sent.integer("num_frames")
+        if not asked:
+            return found
+        batch, channels, frames, h, w = found.latent_shape
+        kept = (asked - 1) // spec.temporal_compression_ratio + 1
+        if kept > frames:
+            raise WrongShape(f"num_frames={asked} needs {kept} latent frames, there are {frames}; check num_frames")
+        num_frames = self.num_frames(spec, kept)
+        shape = batch, channels, kept, h, w
+        return replace(found, latent_shape=shape, num_frames=num_frames, skipped_frames=frames - kept)

@@ -1,0 +1,90 @@
+"""LTX-Video: a token for each latent pixel, `[B, F H W, C]`, so a clip needs height, width and num_frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from server.errors import WrongShape
+from server.families.base import Sent, times
+from server.families.video import Video
+from server.types import Geometry, LatentSpec, Scaling
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LTX(Video):
+    """Unscaled as `LTXPipeline.__call__` does; the statistics are buffers among the weights."""
+
+    name = "ltx"
+    class_names = ("AutoencoderKLLTXVideo",)
+    is_usually_packed = True
+    gpu_dtype = "bfloat16"
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        doublings = sum(config["spatio_temporal_scaling"])
+        spatial = config.get("spatial_compression_ratio") or config["patch_size"] * 2**doublings
+        return spatial, config.get("temporal_compression_ratio") or config["patch_size_t"] * 2**doublings
+
+    def describe(self, config: Mapping[str, Any]) -> LatentSpec:
+        return replace(super().describe(config), takes_timestep=bool(config.get("timestep_conditioning")))
+
+    def refine(self, spec: LatentSpec, vae: Any) -> LatentSpec:
+        mean, std = vae.latents_mean.float().tolist(), vae.latents_std.float().tolist()
+        return replace(spec, latents_mean=tuple(mean), latents_std=tuple(std))
+
+    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        found = self._packed(spec, shape, sent) if len(shape) == 3 else super().geometry(spec, shape, sent)
+        if not spec.takes_timestep:
+            return found
+        return replace(found, arguments=(("timestep", sent.number("decode_timestep", 0, 1) or 0.0),))
+
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+        if "timestep" not in arguments:
+            return super().decode(vae, latents)
+        timestep = latents.new_tensor([arguments["timestep"]] * len(latents))  # [B]
+        sample: torch.Tensor = vae.decode(latents, timestep, return_dict=False)[0]
+        return sample
+
+    def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        if not geometry.is_packed:
+            return super().unpack(latents, geometry)
+        b, c, f, h, w = geometry.latent_shape
+        return latents.reshape(b, f, h, w, c).permute(0, 4, 1, 2, 3)  # [B, S, C] -> [B, C, F, h, w]
+
+    def _packed(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        batch, tokens, channels = shape
+        if channels != spec.channels:
+            raise WrongShape(
+                f"shape {times(shape)} is not packed latents of this model, [B, F H W, {spec.channels}]; "
+                "were they made for another model?"
+            )
+        size, frames = sent.pixel_size(), sent.integer("num_frames")
+        if size is None or frames is None:
+            raise WrongShape("packed latents of a clip need height, width and num_frames, its size in pixels; send all")
+        h, w = (pixels // spec.vae_scale_factor for pixels in size)
+        f = (frames - 1) // spec.temporal_compression_ratio + 1
+        if f * h * w != tokens:
+            raise WrongShape(
+                f"{tokens} tokens do not fit {frames} frames of {size[0]}x{size[1]}: such a clip has "
+                f"{f} x {h} x {w} = {f * h * w}; check height, width and num_frames"
+            )
+        return replace(self.sized(spec, batch, f, h, w), is_packed=True)
+
+
+class LTX2(LTX):
+    """`LTX2Pipeline` unscales and unpacks its latents before it returns them; those of its loop are packed."""
+
+    name = "ltx2"
+    class_names = ("AutoencoderKLLTX2Video",)
+    is_usually_packed = False
+
+    def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+        if scaling.factor is None and not geometry.is_packed:
+            scaling = replace(scaling, from_model=False)
+        return super().prepare(latents, spec, geometry, scaling)
+
+    def finish(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
+        return super().finish(latents, spec, replace(scaling, from_model=False))

@@ -1,0 +1,103 @@
+"""Video families that differ in little more than where their config keeps the compression ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from server.errors import Impossible, WrongShape
+from server.families.base import Sent
+from server.families.video import Video
+from server.types import Geometry, LatentSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HunyuanVideo15(Video):
+    """HunyuanVideo 1.5, as `HunyuanVideo15Pipeline.__call__` unscales it: the scaling factor alone."""
+
+    name = "hunyuan_video_15"
+    class_names = ("AutoencoderKLHunyuanVideo15",)
+    gpu_dtype = "bfloat16"
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return config["spatial_compression_ratio"], config["temporal_compression_ratio"]
+
+
+class Mochi(Video):
+    """As `MochiPipeline.__call__` unscales it: by channel. The VAE itself drops the frames before the first."""
+
+    name = "mochi"
+    class_names = ("AutoencoderKLMochi",)
+    gpu_dtype = "bfloat16"
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return prod(config["spatial_expansions"]), prod(config["temporal_expansions"])
+
+
+class Cosmos(Video):
+    """As `CosmosTextToWorldPipeline.__call__` unscales it: by channel and latent frame, over the scheduler's sigma."""
+
+    name = "cosmos"
+    class_names = ("AutoencoderKLCosmos",)
+    has_posterior = False
+    gpu_dtype = "bfloat16"
+    sigma_data = 0.5
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return config["spatial_compression_ratio"], config["temporal_compression_ratio"]
+
+    def describe(self, config: Mapping[str, Any]) -> LatentSpec:
+        return replace(super().describe(config), scaling_factor=self.sigma_data)
+
+    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        found = super().geometry(spec, shape, sent)
+        most = len(spec.latents_mean or ()) // spec.channels
+        if most and found.latent_shape[2] > most:
+            raise WrongShape(f"{found.latent_shape[2]} latent frames; this model has statistics for {most} at most")
+        return found
+
+
+class Allegro(Video):
+    """Four frames to each latent frame, the first too; the VAE runs in tiles only."""
+
+    name = "allegro"
+    class_names = ("AutoencoderKLAllegro",)
+    gpu_dtype = "float32"  # as its pipeline's documentation runs it
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return 2 ** (len(config["block_out_channels"]) - 1), int(config["temporal_compression_ratio"])
+
+    def num_frames(self, spec: LatentSpec, latent_frames: int) -> int:
+        return latent_frames * spec.temporal_compression_ratio
+
+    def latent_frames(self, spec: LatentSpec, num_frames: int) -> int:
+        if num_frames % spec.temporal_compression_ratio:
+            raise Impossible(
+                f"a clip of {num_frames} frames cannot be encoded: this model takes multiples of "
+                f"{spec.temporal_compression_ratio}"
+            )
+        return num_frames // spec.temporal_compression_ratio
+
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+        vae.enable_tiling()
+        return super().decode(vae, latents).transpose(1, 2)  # [B, F, 3, H, W] -> [B, 3, F, H, W]
+
+    def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        vae.enable_tiling()
+        return super().encode(vae, pixels)
+
+
+class Magvit(Video):
+    """EasyAnimate, as `EasyAnimatePipeline.decode_latents` unscales it: the scaling factor alone."""
+
+    name = "magvit"
+    class_names = ("AutoencoderKLMagvit",)
+    gpu_dtype = "bfloat16"
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        levels = len(config["block_out_channels"])
+        return 2 ** (levels - 1), 2 ** (levels - 2)

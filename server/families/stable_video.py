@@ -1,0 +1,49 @@
+"""Stable Video Diffusion: a picture VAE whose decoder looks at the neighbouring frames; frames first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from server.families.base import Sent
+from server.families.video import Video
+from server.types import Geometry, LatentSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StableVideo(Video):
+    """As `StableVideoDiffusionPipeline.decode_latents`: the scaling factor alone, in chunks of `decode_chunk_size`."""
+
+    name = "stable_video"
+    class_names = ("AutoencoderKLTemporalDecoder",)
+    layouts = ("BFCHW", "BCFHW")
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return 2 ** (len(config["block_out_channels"]) - 1), 1
+
+    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        """A decode's frames see those of their chunk alone, so the size of the chunks is part of the picture."""
+        found = super().geometry(spec, shape, sent)
+        chunk = sent.integer("decode_chunk_size")
+        return replace(found, arguments=(("chunk", chunk),)) if chunk else found
+
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+        batch, _, frames, h, w = latents.shape
+        flat = latents.transpose(1, 2).reshape(batch * frames, -1, h, w)  # [B, 4, F, h, w] -> [B F, 4, h, w]
+        size = int(arguments.get("chunk", frames))
+        out: torch.Tensor | None = None
+        for start in range(0, batch * frames, size):
+            chunk = flat[start : start + size]
+            sample = vae.decode(chunk, num_frames=len(chunk), return_dict=False)[0]  # [n, 3, H, W]
+            out = sample.new_empty(batch * frames, *sample.shape[1:]) if out is None else out
+            out[start : start + size] = sample
+        assert out is not None
+        return out.reshape(batch, frames, *out.shape[1:]).transpose(1, 2)  # [B, 3, F, H, W]
+
+    def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        batch, _, frames = pixels.shape[:3]
+        parameters = super().encode(vae, pixels.transpose(1, 2).flatten(0, 1))  # [B F, 3, H, W] -> [B F, 8, h, w]
+        return parameters.reshape(batch, frames, *parameters.shape[1:]).transpose(1, 2)

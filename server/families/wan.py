@@ -1,0 +1,20 @@
+"""Wan 2.1 and 2.2 (and SkyReels, Cosmos 2, which take its VAE): statistics per channel, patches in Wan 2.2's 5B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from server.families.video import Video
+
+
+class Wan(Video):
+    """Unscaled as `WanPipeline.__call__` does: `latents * std + mean`."""
+
+    name = "wan"
+    class_names = ("AutoencoderKLWan",)
+    channels_key = "z_dim"
+    gpu_dtype = "float32"  # as its pipelines' documentation runs it
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        return config["scale_factor_spatial"], config["scale_factor_temporal"]
