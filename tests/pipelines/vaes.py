@@ -153,9 +153,10 @@ def temporal() -> Any:
 
 def ltx2() -> Any:
     """LTX-2: 32 times smaller by patches of 4x4 pixels, 8 times shorter; statistics in buffers."""
-    channels = {"block_out_channels": (8, 8, 8, 16), "decoder_block_out_channels": (8, 8, 16), "latent_channels": 16}
+    channels = {"block_out_channels": (8, 16, 32, 32), "decoder_block_out_channels": (8, 16, 32), "latent_channels": 16}
     layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4}
-    vae = seeded(AutoencoderKLLTX2Video, **channels, **layers)
+    ratios = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    vae = seeded(AutoencoderKLLTX2Video, **channels, **layers, **ratios)
     vae.latents_mean.normal_(std=0.5)
     vae.latents_std.uniform_(0.5, 3.0)
     return vae
