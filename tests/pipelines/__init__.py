@@ -21,6 +21,8 @@ from tests.pipelines import (
     stable_video,
     wan,
 )
+from tests.pipelines.clip_to_latents import CLIP_TO_LATENTS
+from tests.pipelines.image_to_latents import PICTURE_TO_LATENTS
 from tests.pipelines.sample import Sample
 
 FILES = (
@@ -41,4 +43,7 @@ FILES = (
 )
 SAMPLES: dict[str, Callable[[], Sample]] = {name: cache(make) for file in FILES for name, make in file.SAMPLES.items()}
 
-__all__ = ["SAMPLES", "Sample"]
+IMAGE_TO_LATENTS = PICTURE_TO_LATENTS | CLIP_TO_LATENTS
+"""By the name of the sample whose VAE the pipeline takes."""
+
+__all__ = ["IMAGE_TO_LATENTS", "SAMPLES", "Sample"]

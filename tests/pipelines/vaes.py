@@ -114,7 +114,7 @@ def hunyuan_video() -> Any:
 
 def hunyuan_video_15() -> Any:
     """16 times smaller, 4 times shorter, a scaling factor."""
-    vae = seeded(AutoencoderKLHunyuanVideo15, block_out_channels=(16, 16, 16, 32, 32), layers_per_block=1)
+    vae = seeded(AutoencoderKLHunyuanVideo15, block_out_channels=(16, 16, 16, 32, 64), layers_per_block=1)
     return brightened(vae, vae.decoder.conv_out.conv)
 
 
