@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ def test_a_sample_says_what_it_holds(name: str) -> None:
     assert sample.pixels.shape[-2:] == (sample.height, sample.width)
     assert sample.is_packed == (sample.latents.ndim == 3)
     assert 0 <= sample.pixels.min() < sample.pixels.max() <= 1
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_saved_vae_makes_the_same_pixels(name: str, tmp_path: Path) -> None:
+    sample = SAMPLES[name]()
+    sample.vae.save_pretrained(tmp_path)
+    loaded = type(sample.vae).from_pretrained(tmp_path).eval()
+    if name == "allegro":
+        loaded.enable_tiling()
+    torch.testing.assert_close(pixels(replace(sample, vae=loaded)), sample.pixels, atol=1e-5, rtol=0)
 
 
 def test_every_sample_is_decoded_by_hand() -> None:
