@@ -1,0 +1,199 @@
+"""What each pipeline does between its latents and its pixels, in as few lines as it takes: the server's specification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.pipelines.sample import Sample
+
+Decode = Callable[[Sample], torch.Tensor]
+
+
+def pixels(sample: Sample) -> torch.Tensor:
+    """The sample's pixels, made of its latents and its VAE alone."""
+    with torch.no_grad():
+        decoded = BY_HAND[sample.name](sample)  # [B, C, H, W] or [B, C, F, H, W], in [-1, 1]
+    unit = (decoded / 2 + 0.5).clamp(0, 1)
+    if sample.are_floored:
+        unit = (255 * unit).floor() / 255
+    return unit.transpose(1, 2) if unit.ndim == 5 else unit
+
+
+def scaled(sample: Sample) -> torch.Tensor:
+    """Stable Diffusion and most others."""
+    return decode(sample.vae, sample.latents / sample.vae.config.scaling_factor)
+
+
+def shifted(sample: Sample) -> torch.Tensor:
+    """SD3."""
+    return decode(sample.vae, shift(sample.vae, sample.latents))
+
+
+def spread(sample: Sample) -> torch.Tensor:
+    """SDXL with means and deviations, Mochi."""
+    mean, std = statistics(sample.vae, sample.latents.ndim)
+    return decode(sample.vae, sample.latents * std / sample.vae.config.scaling_factor + mean)
+
+
+def flux(sample: Sample) -> torch.Tensor:
+    """FLUX.1, Chroma."""
+    return decode(sample.vae, shift(sample.vae, unpack(sample, 8)))
+
+
+def qwen_image(sample: Sample) -> torch.Tensor:
+    latents = unpack(sample, 8)[:, :, None]  # [B, C, h, w] -> [B, C, 1, h, w]
+    mean, std = statistics(sample.vae, 5)
+    return decode(sample.vae, latents * std + mean)[:, :, 0]
+
+
+def qwen_image_21(sample: Sample) -> torch.Tensor:
+    rows, columns = sample.height // 16, sample.width // 16
+    latents = sample.latents.mT.unflatten(2, (1, rows, columns))  # [B, h w, C] -> [B, C, 1, h, w]
+    mean, std = statistics(sample.vae, 5)
+    return decode(sample.vae, latents * std + mean)[:, :, 0]
+
+
+def flux2(sample: Sample) -> torch.Tensor:
+    norm = sample.vae.bn
+    std = (norm.running_var + sample.vae.config.batch_norm_eps).sqrt()
+    tokens = sample.latents * std + norm.running_mean  # [B, S, 4C]
+    return decode(sample.vae, unpack(sample, 8, tokens))
+
+
+def wan(sample: Sample) -> torch.Tensor:
+    """Wan, Sana-Video."""
+    mean, std = statistics(sample.vae, 5)
+    return decode(sample.vae, sample.latents * std + mean)
+
+
+def ltx(sample: Sample) -> torch.Tensor:
+    """The model that takes a timestep takes the pipeline's default of 0, by which no noise is added."""
+    vae = sample.vae
+    frames = (sample.num_frames - 1) // 8 + 1
+    sizes = (frames, sample.height // 32, sample.width // 32)
+    latents = sample.latents.mT.unflatten(2, sizes)  # [B, F h w, C] -> [B, C, F, h, w]
+    mean, std = (values.view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
+    timestep = torch.zeros(1) if vae.config.timestep_conditioning else None
+    return decode(vae, latents * std / vae.config.scaling_factor + mean, timestep)
+
+
+def ltx2(sample: Sample) -> torch.Tensor:
+    """The pipeline has unpacked and unscaled already."""
+    return decode(sample.vae, sample.latents)
+
+
+def cogvideox(sample: Sample) -> torch.Tensor:
+    """Frames come before channels. CogVideoX 1.5 puts frames in front that are none of the clip."""
+    frames = (sample.num_frames - 1) // 4 + 1
+    latents = sample.latents[:, -frames:].transpose(1, 2)  # [B, F, C, h, w] -> [B, C, F, h, w]
+    return decode(sample.vae, latents / sample.vae.config.scaling_factor)
+
+
+def allegro(sample: Sample) -> torch.Tensor:
+    """The VAE gives frames before channels."""
+    decoded = scaled(sample).transpose(1, 2)  # [B, F, C, H, W] -> [B, C, F, H, W]
+    return decoded[:, :, : sample.num_frames, : sample.height, : sample.width]
+
+
+def cosmos(sample: Sample) -> torch.Tensor:
+    """A mean and a deviation for each channel of each latent frame; the scheduler's `sigma_data` is 0.5."""
+    config = sample.vae.config
+    channels, frames = sample.latents.shape[1:3]
+    mean, std = (
+        torch.tensor(values).view(1, channels, -1, 1, 1)[:, :, :frames]
+        for values in (config.latents_mean, config.latents_std)
+    )
+    return decode(sample.vae, sample.latents * std / 0.5 + mean)
+
+
+def cosmos2(sample: Sample) -> torch.Tensor:
+    """A clip of one frame without its axis; the scheduler's `sigma_data` is 1."""
+    mean, std = statistics(sample.vae, 5)
+    return decode(sample.vae, sample.latents[:, :, None] * std + mean)[:, :, 0]
+
+
+def kandinsky(sample: Sample) -> torch.Tensor:
+    """Channels come last; a picture's latents have an axis of one frame, and its VAE's shift is not used."""
+    latents = sample.latents.movedim(-1, 1)  # [B, F, h, w, C] -> [B, C, F, h, w]
+    latents = latents if sample.pixels.ndim == 5 else latents[:, :, 0]
+    return decode(sample.vae, latents / sample.vae.config.scaling_factor)
+
+
+def stable_video(sample: Sample) -> torch.Tensor:
+    """Frames come before channels, and the decoder wants them on the batch axis, with their number."""
+    latents = sample.latents.flatten(0, 1) / sample.vae.config.scaling_factor  # [B, F, C, h, w] -> [B F, C, h, w]
+    frames = sample.vae.decode(latents, num_frames=sample.num_frames).sample
+    return frames.unflatten(0, (-1, sample.num_frames)).transpose(1, 2)  # [B F, C, H, W] -> [B, C, F, H, W]
+
+
+def unpack(sample: Sample, scale: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Patches of 2x2: [B, (h/2)(w/2), 4C] -> [B, C, h, w]."""
+    rows, columns = sample.height // scale // 2, sample.width // scale // 2
+    tokens = sample.latents if tokens is None else tokens
+    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, columns))  # [B, h/2, w/2, C, 2, 2]
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def shift(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    return latents / vae.config.scaling_factor + vae.config.shift_factor
+
+
+def statistics(vae: Any, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The configuration's means and deviations, [1, C, 1, 1(, 1)]."""
+    shape = (1, -1, *[1] * (ndim - 2))
+    return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
+
+
+def decode(vae: Any, latents: torch.Tensor, *timestep: Any) -> torch.Tensor:
+    decoded: torch.Tensor = vae.decode(latents, *timestep, return_dict=False)[0]
+    return decoded
+
+
+BY_HAND: dict[str, Decode] = {
+    "stable-diffusion": scaled,
+    "stable-diffusion-taesd": scaled,
+    "sdxl": scaled,
+    "sdxl-playground": spread,
+    "sdxl-taesd": scaled,
+    "sd3": shifted,
+    "flux": flux,
+    "flux-taef1": flux,
+    "chroma": flux,
+    "lumina2": shifted,
+    "aura-flow": scaled,
+    "pixart-alpha": scaled,
+    "pixart-sigma": scaled,
+    "z-image": shifted,
+    "hidream": shifted,
+    "cogview3": scaled,
+    "cogview4": scaled,
+    "qwen-image": qwen_image,
+    "qwen-image-2.1": qwen_image_21,
+    "flux2": flux2,
+    "sana": scaled,
+    "sana-video": wan,
+    "wan": wan,
+    "wan-one-frame": wan,
+    "wan-2.2-5b": wan,
+    "hunyuan-video": scaled,
+    "hunyuan-video-1.5": scaled,
+    "hunyuan-image": scaled,
+    "hunyuan-dit": scaled,
+    "ltx": ltx,
+    "ltx-timestep": ltx,
+    "ltx2": ltx2,
+    "cogvideox": cogvideox,
+    "cogvideox-even": cogvideox,
+    "cogvideox-1.5": cogvideox,
+    "mochi": spread,
+    "easy-animate": scaled,
+    "allegro": allegro,
+    "cosmos": cosmos,
+    "cosmos2": cosmos2,
+    "kandinsky5-video": kandinsky,
+    "kandinsky5-image": kandinsky,
+    "stable-video": stable_video,
+}
