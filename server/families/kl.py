@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from server.errors import BadRequest, WrongShape
 from server.families.base import Family, Sent, on_grid, times, wrong_channels
@@ -33,7 +33,7 @@ class KL(Family):
 
     name = "kl"
     kind = "image"
-    class_names = ("AutoencoderKL",)
+    class_names: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return 2 ** (len(config["block_out_channels"]) - 1), 1
