@@ -1,0 +1,78 @@
+"""Every family through the server, as a user sends it, against the real pipeline's own pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils.remote_utils import remote_decode
+
+from server.config import load_settings
+from tests.conftest import running, write_models_yaml
+from tests.http.test_remote_decode import decode_quietly
+from tests.pipelines import SAMPLES, Sample
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
+
+FAMILY = {"flux": "flux", "chroma": "flux", "flux-taef1": None}
+# What diffusers' client cannot say is said in the endpoint's address.
+QUERIES: dict[str, dict[str, Any]] = {
+    "ltx": {"num_frames": "num_frames"},
+    "ltx-timestep": {"num_frames": "num_frames"},
+    "cogvideox-1.5": {"num_frames": "num_frames"},
+}
+# Pipelines that do not scale as their VAE's config says; their users send the factor.
+FACTORS = {"kandinsky5-image": {"scaling_factor": 0.3611}}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One server with the VAE of every sample."""
+    folder = tmp_path_factory.mktemp("families")
+    models: dict[str, Any] = {}
+    for name, make in SAMPLES.items():
+        make().vae.save_pretrained(folder / name, safe_serialization=True)
+        models[name] = {"repo": str(folder / name), "dtype": "float32"}
+    config = write_models_yaml(folder / "models.yaml", models, next(iter(models)))
+    with running(load_settings(config=config)) as url:
+        yield url
+
+
+def asked(address: str, sample: Sample, **arguments: Any) -> torch.Tensor:
+    """The server's answer to the pipeline's latents.
+
+    The client sends memory as it lies, and some pipelines return transposed views: users must make them contiguous.
+    """
+    latents = sample.latents.contiguous()
+    size = {"height": sample.height, "width": sample.width} if sample.is_packed else {}
+    query = "&".join(f"{key}={getattr(sample, value)}" for key, value in QUERIES.get(sample.name, {}).items())
+    url = f"{address}{sample.name}?{query}"
+    answer: torch.Tensor = decode_quietly(
+        url, latents, **size, **FACTORS.get(sample.name, {}), output_type="pt", return_type="pt", **arguments
+    )
+    return answer
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_pipelines_latents_become_its_pixels(address: str, name: str) -> None:
+    sample = SAMPLES[name]()
+    answer = asked(address, sample)  # [B, C, H, W] or [B, C, F, H, W]
+    unit = (answer / 2 + 0.5).clamp(0, 1)
+    if sample.are_floored:
+        unit = (255 * unit).floor() / 255
+    if unit.ndim == 5:
+        unit = unit.transpose(1, 2)  # [B, F, C, H, W]
+    expected = sample.pixels if sample.pixels.ndim == unit.ndim else sample.pixels[:, None]
+    torch.testing.assert_close(unit, expected, atol=1 / 255 if sample.are_floored else 1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_its_uint8_pixels_are_within_one_level(address: str, name: str) -> None:
+    sample = SAMPLES[name]()
+    answer = asked(address, sample, partial_postprocess=True)  # [B or F, H, W, C]
+    expected = (255 * sample.pixels).round().flatten(0, -4).permute(0, 2, 3, 1)
+    assert answer.dtype == torch.uint8
+    assert (answer.float() - expected).abs().max() <= 1
