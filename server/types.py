@@ -76,8 +76,9 @@ class Limits:
 class LatentSpec:
     """What a VAE's config.json says of its latents; the statistics are those of `pipeline.vae.config`.
 
-    patch_size: of packed latents, in latent pixels. has_posterior: encoding gives a distribution, whose mode is the
-    answer unless a sample is asked for. takes_timestep: decoding takes `decode_timestep`.
+    patch_size: of packed latents, in latent pixels. image_channels: 4 where pictures have an alpha channel.
+    has_posterior: encoding gives a distribution, whose mode is the answer unless a sample is asked for.
+    takes_timestep: decoding takes `decode_timestep`.
     """
 
     family: str
@@ -92,6 +93,7 @@ class LatentSpec:
     force_upcast: bool | None = None
     is_usually_packed: bool = False
     patch_size: int = 2
+    image_channels: int = 3
     has_posterior: bool = True
     takes_timestep: bool = False
 

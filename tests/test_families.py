@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from diffusers.utils.remote_utils import remote_decode
+from diffusers.utils.remote_utils import remote_encode
 
 from server.config import load_settings
 from tests.conftest import running, write_models_yaml
 from tests.http.test_remote_decode import decode_quietly
-from tests.pipelines import SAMPLES, Sample
+from tests.pipelines import IMAGE_TO_LATENTS, SAMPLES, Sample
+from tests.pipelines.encoding import certain, vae_input
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
 
-FAMILY = {"flux": "flux", "chroma": "flux", "flux-taef1": None}
 # What diffusers' client cannot say is said in the endpoint's address.
 QUERIES: dict[str, dict[str, Any]] = {
     "ltx": {"num_frames": "num_frames"},
@@ -76,3 +75,26 @@ def test_its_uint8_pixels_are_within_one_level(address: str, name: str) -> None:
     expected = (255 * sample.pixels).round().flatten(0, -4).permute(0, 2, 3, 1)
     assert answer.dtype == torch.uint8
     assert (answer.float() - expected).abs().max() <= 1
+
+
+# Where the server keeps the VAE's axes and a pipeline has others, or none for frames.
+TO_OURS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "kandinsky5-video": lambda latents: latents.movedim(-1, 1),  # [B, F, h, w, C]
+    "kandinsky5-image": lambda latents: latents[:, 0].movedim(-1, 1),  # [B, 1, h, w, C]
+    "qwen-image": lambda latents: latents[:, :, 0],
+    "qwen-image-2.1": lambda latents: latents[:, :, 0],
+    "stable-video": lambda latents: latents[:, :, None],  # a picture, unscaled
+}
+UNSCALED = {"stable-video"}
+
+
+@pytest.mark.parametrize("name", IMAGE_TO_LATENTS)
+def test_pixels_become_the_latents_that_an_image_to_image_pipeline_holds(address: str, name: str) -> None:
+    sample = SAMPLES[name]()
+    pixels = vae_input(sample)
+    expected = TO_OURS.get(name, lambda latents: latents)(IMAGE_TO_LATENTS[name](certain(sample.vae), pixels))
+    if pixels.ndim == 5 and 1 in expected.shape[1:3]:
+        pixels = pixels[:, :, :1]  # the pipeline takes the first frame alone
+    query = "" if name in UNSCALED | FACTORS.keys() else "?do_scaling=True"
+    answer = remote_encode(f"{address}{name}/encode{query}", pixels.contiguous(), **FACTORS.get(name, {}))
+    torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)

@@ -75,16 +75,15 @@ class LTX(Video):
 
 
 class LTX2(LTX):
-    """`LTX2Pipeline` unscales and unpacks its latents before it returns them; those of its loop are packed."""
+    """`LTX2Pipeline` unscales and unpacks its latents before it returns them; those of its loop are packed.
+
+    So `do_scaling` leaves unpacked latents as they are. Encoding scales with it, as `LTX2ImageToVideoPipeline` does.
+    """
 
     name = "ltx2"
     class_names = ("AutoencoderKLLTX2Video",)
     is_usually_packed = False
 
     def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
-        if scaling.factor is None and not geometry.is_packed:
-            scaling = replace(scaling, from_model=False)
-        return super().prepare(latents, spec, geometry, scaling)
-
-    def finish(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
-        return super().finish(latents, spec, replace(scaling, from_model=False))
+        is_unscaled = scaling.factor is None and not geometry.is_packed
+        return super().prepare(latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling)

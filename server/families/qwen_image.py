@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from server.families.base import Sent
@@ -47,7 +48,10 @@ class QwenImage21(QwenImage):
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return config["scale_factor_spatial"], 1
 
+    def describe(self, config: Mapping[str, Any]) -> LatentSpec:
+        return replace(super().describe(config), image_channels=config["in_channels"])
+
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        opaque = pixels.new_ones(len(pixels), 4, *pixels.shape[2:])  # [B, 4, H, W]
-        opaque[:, :3] = pixels
+        opaque = pixels.new_ones(len(pixels), vae.config.in_channels, *pixels.shape[2:])  # [B, 4, H, W]
+        opaque[:, : pixels.shape[1]] = pixels
         return super().encode(vae, opaque)

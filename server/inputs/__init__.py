@@ -39,11 +39,11 @@ def read_header(data: bytes | bytearray, media_type: str) -> Header:
     return Header(media_type, frames, height, width)
 
 
-def read_file(data: bytes | bytearray, header: Header) -> RawTensor:
-    """uint8 `[F, H, W, 3]`, of a picture one frame. Raises BadRequest."""
+def read_file(data: bytes | bytearray, header: Header, mode: str) -> RawTensor:
+    """uint8 `[F, H, W, C]`, of a picture one frame. mode: Pillow's, RGB or RGBA. Raises BadRequest."""
     if header.media_type == VIDEO_TYPE:
         return read_clip(data, header.frames, header.height, header.width)
-    return read_picture(data)
+    return read_picture(data, mode)
 
 
 __all__ = ["VIDEO_TYPE", "Header", "media_type_of", "read_file", "read_header", "resized"]

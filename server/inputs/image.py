@@ -33,13 +33,13 @@ def picture_size(data: bytes | bytearray) -> tuple[int, int]:
         return picture.height, picture.width
 
 
-def read_picture(data: bytes | bytearray) -> RawTensor:
-    """uint8 `[1, H, W, 3]`. The alpha channel is dropped and EXIF ignored, as `Image.convert("RGB")` does.
+def read_picture(data: bytes | bytearray, mode: str) -> RawTensor:
+    """uint8 `[1, H, W, C]`. RGB drops an alpha channel, as `Image.convert` does; EXIF is ignored.
 
     Raises BadRequest.
     """
     with _opened(data) as picture:
-        pixels = np.asarray(picture.convert("RGB"))  # [H, W, 3]
+        pixels = np.asarray(picture.convert(mode))  # [H, W, C]
     return RawTensor((1, *pixels.shape), "uint8", pixels.reshape(-1).data)
 
 

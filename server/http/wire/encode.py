@@ -26,7 +26,7 @@ from server.types import (
 )
 
 PIXEL_DTYPES = ("uint8", *LATENT_DTYPES)
-COLOURS = 3
+RGB, RGBA = 3, 4
 # The axes of the tensors that are understood, by rank, the likeliest first: what diffusers' image and video processors
 # take, what a VAE takes, and what this server answers with `partial_postprocess`.
 ORDERS: dict[Kind, dict[int, tuple[str, ...]]] = {
@@ -113,8 +113,8 @@ def _prepared(
 
 def _order(shape: tuple[int, ...], spec: LatentSpec) -> str:
     """Which axes these are: the one of three is the colours. Raises WrongShape."""
-    possible = ORDERS[spec.kind].get(len(shape), ())
-    found = next((order for order in possible if shape[order.index("C")] == COLOURS), None)
+    possible, colours = ORDERS[spec.kind].get(len(shape), ()), {RGB, spec.image_channels}
+    found = next((order for order in possible if shape[order.index("C")] in colours), None)
     if found is None:
         what = "[B, 3, H, W]" if spec.kind == "image" else "[B, 3, F, H, W] or [F, 3, H, W]"
         raise WrongShape(f"shape {times(shape)} is not pixels of this model; send {what}, RGB")
@@ -158,13 +158,13 @@ def header_of(info: ModelInfo, data: bytes | bytearray) -> Header:
 
 def file_bytes_held(header: Header, data: bytes | bytearray) -> int:
     """Of a file and its pixels, at most."""
-    return len(data) + header.frames * header.height * header.width * COLOURS
+    return len(data) + header.frames * header.height * header.width * RGBA
 
 
 def read_pixels(
     parameters: Parameters, accept: str, info: ModelInfo, data: bytes | bytearray, header: Header
 ) -> VAERequest:
     """A file to its request; takes as long as its pixels take to decode. Raises BadRequest, TooLarge, Impossible."""
-    pixels = read_file(data, header)
+    pixels = read_file(data, header, "RGBA" if info.latents.image_channels == RGBA else "RGB")
     prepared = prepare_file(parameters, accept, info, pixels.shape)
     return prepared.fitted().with_data(resized(pixels, prepared.geometry.height, prepared.geometry.width).data)
