@@ -86,11 +86,13 @@ def prepare(
     shape, dtype, scaling = parameters.shape(), parameters.dtype(), parameters.scaling()
     output_type = parameters.word("output_type", OUTPUT_TYPES) or "pil"
     is_partial = parameters.flag("partial_postprocess")
-    chosen, media_type = choose_format(parameters, output_type, accept, info.latents.kind)
     geometry = _geometry(parameters, shape, info, others)
+    is_picture = info.latents.kind == "image" or (geometry.num_frames == 1 and output_type == "pil")
+    kind: Kind = "image" if is_picture else "video"
+    chosen, media_type = choose_format(parameters, output_type, accept, kind)
     check_limits(geometry, info.limits, info.name)
     layout = _layout(chosen, output_type, is_partial)
-    _check_fits(geometry, chosen, layout, info.latents.kind)
+    _check_fits(geometry, chosen, layout, kind)
     return Prepared(
         model=info.name,
         shape=shape,
@@ -101,7 +103,7 @@ def prepare(
         format=chosen.names[0],
         render=RenderOptions(
             fps=parameters.number("fps", 0.1, 240) or defaults.fps,
-            quality=_quality(parameters, chosen, defaults.quality_of(info.latents.kind)),
+            quality=_quality(parameters, chosen, defaults.quality_of(kind)),
             media_type=media_type,
         ),
     )
