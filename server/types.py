@@ -132,17 +132,31 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """What a model takes. disk_mb: of what is here. decoder_mb, encoder_mb: in memory, in `dtype`; None: not known."""
+
+    is_here: bool
+    dtype: str
+    disk_mb: int | None = None
+    decoder_mb: int | None = None
+    encoder_mb: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What `GET /models` tells of one model, and what a request is checked against."""
+    """What `GET /models` tells of one model, and what a request is checked against.
+
+    is_assumed: said by the list of well-known checkpoints, not by a config.json that is here.
+    """
 
     name: str
     latents: LatentSpec
     limits: Limits
     class_name: str
     is_assumed: bool = False
-    """Said by the table of known checkpoints, not by a config.json that is here."""
-    weights: int | None = None
-    """How many numbers the weights are."""
+    licence: str | None = None
+    is_gated: bool = False
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ import torch
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from server.config import ModelEntry, Settings
 from server.engine.decoders.exact import preferred_cpu_dtype
 from server.errors import ModelUnavailable
 from server.families import FAMILIES, Family, family_of_class, plain_family
-from server.types import LatentSpec, Limits, ModelInfo
+from server.families.known import known
+from server.types import LatentSpec, Limits, ModelInfo, Operation, Weights
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,10 @@ WEIGHTS = (
     "diffusion_pytorch_model-*-of-*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
+OTHER_HALF = {
+    Operation.DECODE: ("encoder", "quant_conv"),
+    Operation.ENCODE: ("decoder", "post_quant_conv"),
+}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAFE_ONLY = "only safetensors weights are ever loaded, because a pickle file can run code"
 
@@ -163,8 +170,19 @@ def _no_weights(names: list[str]) -> str:
 
 
 def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
-    """What config.json and models.yaml say, before any weight is read. Raises ModelUnavailable."""
-    name, entry, config = source.name, source.entry, source.config(is_local_only=is_local_only)
+    """What config.json and models.yaml say, before any weight is read. Raises ModelUnavailable.
+
+    Of a well-known checkpoint without the network, what is known of it.
+    """
+    name, entry = source.name, source.entry
+    checkpoint = known(entry.repo, entry.subfolder) if source.local is None else None
+    is_assumed = False
+    try:
+        config = source.config(is_local_only=is_local_only)
+    except ModelUnavailable:
+        if not (is_local_only and checkpoint):
+            raise
+        config, is_assumed = {"_class_name": checkpoint.class_name, **checkpoint.config}, True
     class_name = config["_class_name"]
     family = _family(name, entry, class_name, config)
     try:
@@ -179,7 +197,38 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         latents=spec,
         limits=Limits(**entry.limits.model_dump()),
         class_name=class_name,
+        is_assumed=is_assumed,
+        licence=checkpoint.licence if checkpoint else None,
+        is_gated=checkpoint is not None and checkpoint.gated,
     )
+
+
+def weigh(source: Source, dtype: torch.dtype) -> Weights:
+    """What the weights take on the disk, and each direction of them in memory in this dtype."""
+    name = str(dtype).removeprefix("torch.")
+    if source.is_here():
+        folder = source.folder(is_local_only=True)
+        files = [path for pattern in WEIGHTS[:2] for path in folder.glob(pattern)]
+        encoder, decoder = _count(files)
+        disk_mb = sum(path.stat().st_size for path in files) >> 20
+        return Weights(True, name, disk_mb, decoder * dtype.itemsize >> 20, encoder * dtype.itemsize >> 20)
+    checkpoint = known(source.entry.repo, source.entry.subfolder) if source.local is None else None
+    if checkpoint is None:
+        return Weights(False, name)
+    sizes = (count * dtype.itemsize >> 20 for count in (checkpoint.decoder_weights, checkpoint.encoder_weights))
+    return Weights(False, name, None, *sizes)
+
+
+def _count(files: Sequence[Path]) -> tuple[int, int]:
+    """How many numbers the encoder and the decoder are, from the files' headers."""
+    encoder = decoder = 0
+    for path in files:
+        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  # not a dictionary
+                count = prod(file.get_slice(key).get_shape())
+                is_encoder = key.split(".")[0] in OTHER_HALF[Operation.DECODE]
+                encoder, decoder = encoder + count * is_encoder, decoder + count * (not is_encoder)
+    return encoder, decoder
 
 
 def whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,6 @@ from server.types import Computed, Layout, LoadedInfo, ModelInfo, Operation, VAE
 
 log = logging.getLogger(__name__)
 
-OTHER_HALF = {
-    Operation.DECODE: ("encoder", "quant_conv"),
-    Operation.ENCODE: ("decoder", "post_quant_conv"),
-}
 OVERFLOWS = {
     Operation.DECODE: "these latents overflow the VAE{}; check scaling_factor and dtype",
     Operation.ENCODE: "these pixels overflow the VAE{}; send them in [-1, 1]",
@@ -57,8 +53,10 @@ class SyncEngine:
         self._failed: dict[str, tuple[float, ModelUnavailable]] = {}
 
     def describe(self, name: str, is_local_only: bool = False) -> ModelInfo:
-        """What config.json says. Raises ModelUnavailable."""
-        return loader.read_info(loader.source_of(self._settings, name), is_local_only=is_local_only)
+        """What config.json says, and what the weights take. Raises ModelUnavailable."""
+        source = loader.source_of(self._settings, name)
+        info = loader.read_info(source, is_local_only=is_local_only)
+        return replace(info, weights=loader.weigh(source, self._dtype(info, self._device(name))))
 
     def loaded(self, name: str) -> LoadedInfo | None:
         """None until the weights of a direction are on a device."""
@@ -169,12 +167,10 @@ class SyncEngine:
         family = FAMILIES[info.latents.family]
         device, source = self._device(name), loader.source_of(self._settings, name)
         try:
-            chosen = entry.dtype or options.dtype
-            is_exact = entry.decodes_exactly and info.class_name in EXACT_CLASSES
-            dtype = dtype or loader.choose_dtype(chosen, info, device, is_exact=is_exact)
+            dtype = dtype or self._dtype(info, device)
             vae = loader.load_vae(info, source, dtype)
             spec = family.refine(info.latents, vae)
-            let_go(vae, OTHER_HALF[operation])
+            let_go(vae, loader.OTHER_HALF[operation])
             weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
             self._make_room(weight_bytes)
             budget_mb = entry.memory_budget_mb or options.memory_budget_mb
@@ -200,6 +196,11 @@ class SyncEngine:
         words = name, device, NAMES[dtype], coder.name, operation, seconds
         log.info("loaded %s on %s in %s, %s %sr, %.1f s", *words)
         return model
+
+    def _dtype(self, info: ModelInfo, device: torch.device) -> torch.dtype:
+        entry = self._settings.models[info.name]
+        is_exact = entry.decodes_exactly and info.class_name in EXACT_CLASSES
+        return loader.choose_dtype(entry.dtype or self._settings.options.dtype, info, device, is_exact=is_exact)
 
     def _device(self, name: str) -> torch.device:
         try:

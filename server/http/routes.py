@@ -254,7 +254,8 @@ def _listed(service: Service, name: str) -> dict[str, Any]:
     }
     info, loaded = service.infos.get(name), service.loaded(name)
     if info:
-        known |= {"latents": asdict(info.latents), "outputs": _outputs(info.latents.kind)}
+        known |= {"latents": asdict(info.latents), "outputs": _outputs(info.latents.kind), "class": info.class_name}
+        known |= {"licence": info.licence, "is_gated": info.is_gated, "weights": info.weights and asdict(info.weights)}
     if loaded:
         known |= {**asdict(loaded[0]), "device": ", ".join(device.device for device in loaded)}
     return known | {"state": service.model_state(name)}
