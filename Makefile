@@ -57,9 +57,10 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Decoders, outputs and videos beside their peers: tables and plots (half an hour)
+bench: $(INSTALLED) ## Decoders, the encoder, outputs and videos beside their peers: tables and plots (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
 	$(BIN)/python -m benchmarks.decode --sizes 256 512 1024 2048 4096 --repeats 3 --compile --save decode-cpu
+	$(BIN)/python -m benchmarks.encode --sizes 512 1024 --repeats 3 --save encode-cpu
 	$(BIN)/python -m benchmarks.codecs
 	$(BIN)/python -m benchmarks.video
 	$(BIN)/python -m benchmarks.overhead

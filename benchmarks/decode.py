@@ -49,8 +49,8 @@ LARGEST_FP32_SIDE = 2048
 BYTES_PER_PIXEL = {FP32: 4000, BF16: 1700, "OpenVINO bf16": 1200, "ours, one band": 1500}
 
 
-def full_size_vae() -> AutoencoderKL:
-    """Random weights, with norms that are not the identity, so that the activations have a trained decoder's spread."""
+def full_size_vae(without: str = "encoder") -> AutoencoderKL:
+    """Random weights, with norms that are not the identity, so that the activations have a trained VAE's spread."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -64,7 +64,7 @@ def full_size_vae() -> AutoencoderKL:
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.3)
-    vae.encoder = torch.nn.Identity()
+    setattr(vae, without, torch.nn.Identity())
     return vae.eval().requires_grad_(False)
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from server.engine.decoders.exact import ExactKLDecoder
 from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import GroupNorm, Moments
+from server.engine.decoders.exact.moments import GroupNorm
 from server.engine.decoders.exact.network import Network
 from server.engine.decoders.exact.plan import SMALLEST_BAND_BYTES, Plan, fit, footprint
 from server.types import Layout
+from tests.engine.exact.counting import CountingKernels
 from tests.engine.exact.networks import build, exact, latents_for, stock
 
 WHOLE = 1 << 40
@@ -90,30 +89,6 @@ def test_a_smaller_budget_first_takes_images_apart_and_then_lowers_the_bands() -
     assert plans[2].images == 1
     assert plans[2].band_bytes == SMALLEST_BAND_BYTES
     assert [plan.recomputes for plan in plans] == [False, False, True]
-
-
-class CountingKernels(Kernels):
-    """Knows the most bytes of convolutions' outputs that were alive at once."""
-
-    def __init__(self) -> None:
-        self.alive = self.most = 0
-
-    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1) -> Tensor:
-        return self.count(super().conv(x, weight, bias, columns))
-
-    def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:
-        picture, moments = super().interleave(phases, bias, unit)
-        return self.count(picture), moments
-
-    def count(self, made: Tensor) -> Tensor:
-        storage = made.untyped_storage()
-        self.alive += storage.nbytes()
-        self.most = max(self.most, self.alive)
-        weakref.finalize(storage, self.forget, storage.nbytes())
-        return made
-
-    def forget(self, size: int) -> None:
-        self.alive -= size
 
 
 def test_recomputing_keeps_half_of_what_bands_keep_and_bands_less_than_whole_pictures() -> None:

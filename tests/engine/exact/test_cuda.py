@@ -7,7 +7,16 @@ import torch
 
 from server.engine.decoders.exact import GRAPHS
 from server.types import Layout
-from tests.engine.exact.networks import build, exact, latents_for, psnr, stock
+from tests.engine.exact.networks import (
+    build,
+    exact,
+    exact_encoder,
+    latents_for,
+    pixels_for,
+    psnr,
+    stock,
+    stock_encode,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +53,14 @@ def test_every_layout_is_its_own_recording() -> None:
     pixels = decoder.decode(latents, Layout.PIXELS)  # [B, H, W, C]
     expected = ((sample.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert (pixels.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_replayed_encode_equals_diffusers() -> None:
+    vae = build("sd").cuda()
+    encoder = exact_encoder(vae)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for height in (3, 5, 3):
+            pixels = pixels_for(vae, 2, height, 7)
+            torch.testing.assert_close(encoder.encode(pixels), stock_encode(vae, pixels), atol=1e-4, rtol=0)
+    assert encoder.graphs is not None
+    assert len(encoder.graphs) == 2

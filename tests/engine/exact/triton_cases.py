@@ -10,8 +10,17 @@ from server.engine.decoders.exact.kernels import Kernels
 from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
 from server.engine.decoders.exact.network import Network
 from server.engine.decoders.exact.plan import Plan
+from server.engine.encoders.exact.network import Network as EncoderNetwork
 from server.types import Layout
-from tests.engine.exact.networks import build, exact, latents_for, stock
+from tests.engine.exact.networks import (
+    build,
+    exact,
+    exact_encoder,
+    latents_for,
+    pixels_for,
+    stock,
+    stock_encode,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 3, 5, 32), (2, 17, 9, 160), (1, 40, 70, 96)]  # [B, n, W, C]
@@ -112,3 +121,14 @@ def test_a_whole_decode_in_bands_equals_diffusers(kernels: Kernels, recomputes: 
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         got, _ = decoder.run(Plan(2, 4, 2000, 1 << 20, 1, recomputes), latents, Layout.SAMPLE)
         torch.testing.assert_close(got, stock(vae, latents), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_whole_encode_in_bands_equals_diffusers(kernels: Kernels, recomputes: bool) -> None:
+    vae = build("no-quant").to(DEVICE)
+    encoder = exact_encoder(vae)
+    encoder.kernels, encoder.network = kernels, EncoderNetwork.take(build("no-quant").to(DEVICE), kernels)
+    pixels = pixels_for(vae, 2, 3, 5)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        got, _ = encoder.run(Plan(2, 4, 2000, 1 << 20, 1, recomputes), pixels)
+        torch.testing.assert_close(got, stock_encode(vae, pixels), atol=1e-4, rtol=0)

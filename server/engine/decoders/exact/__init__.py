@@ -10,26 +10,17 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from server.engine.decoders.exact.cpu import preferred_cpu_dtype
-from server.engine.decoders.exact.graphs import Graphs
+from server.engine.decoders.exact.graphs import GRAPH_PIXELS, GRAPHS, Graphs
 from server.engine.decoders.exact.hunyuan_video import ExactHunyuanVideoDecoder
 from server.engine.decoders.exact.memory import free_bytes, kernels_for
 from server.engine.decoders.exact.network import Network
 from server.engine.decoders.exact.output import Output
 from server.engine.decoders.exact.passes import decode
-from server.engine.decoders.exact.plan import Plan, fit, footprint
+from server.engine.decoders.exact.plan import Plan, fit, footprint, wanted
 from server.engine.decoders.exact.structure import unsupported_reason
 from server.types import Layout
 
 __all__ = ["ExactHunyuanVideoDecoder", "ExactKLDecoder", "preferred_cpu_dtype"]
-
-# Bands of this size stay near a CPU's cores between the norm, the convolution and the statistics: 1.4x faster than one
-# band at 512² on two cores. Twice the size is no faster and takes 100 MB more at 1024².
-CPU_BAND_BYTES = 4 << 20
-# Small pictures share the weights' way from memory: eight of 64x64 take 0.55 of the time one by one, of 128x128 0.85.
-CPU_TOGETHER_BYTES = 16 << 20
-SCORES_BYTES = 256 << 20
-GRAPHS = 8
-GRAPH_PIXELS = 1 << 20  # above this a decode keeps the GPU busy by itself, and a graph would only hold its memory
 
 
 class ExactKLDecoder:
@@ -57,14 +48,9 @@ class ExactKLDecoder:
     def plan(self, batch: int, height: int, width: int) -> Plan:
         """For latents of height x width."""
         need = footprint(self.network, height, width)
-        itemsize = self.network.dtype.itemsize
-        if self.network.device.type == "cpu":
-            images = max(1, min(batch, CPU_TOGETHER_BYTES // need.largest))
-            wanted = Plan(images, itemsize, CPU_BAND_BYTES, SCORES_BYTES)
-        else:
-            wanted = Plan(batch, itemsize, batch * need.largest, SCORES_BYTES)
         budget = self.memory_budget_bytes
-        return fit(need, wanted, free_bytes(self.network.device) if budget is None else budget)
+        free = free_bytes(self.network.device) if budget is None else budget
+        return fit(need, wanted(need, batch, self.network), free)
 
     def peak_bytes(self, batch: int, height: int, width: int) -> int:
         """An estimate of the activations' peak for latents of height x width, without decoding."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from server.engine.decoders.exact.kernels import Kernels
 from server.engine.decoders.exact.moments import Affine, Moments
 
-_STRIDE = _DILATION = [1, 1]
+_ONES = [1, 1]  # the stride, unless another is given, and the dilation
 _PADDING = [0, 1]
 # The shape a weight is packed for. oneDNN packs it alike for every picture size, or packs it again at each call within
 # some 40 µs; but of 96 channels that takes 3 ms where the picture is small, and such a weight is left as it is.
@@ -47,29 +47,30 @@ class CpuKernels(Kernels):
             and all(hasattr(torch.ops.mkldnn, operator) for operator in operators)
         )
 
-    def pack(self, weight: Tensor) -> Tensor:  # [O, I, k, k]
+    def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
         if not self.prepacks:
             return super().pack(weight)
         shape = [1, weight.shape[1], _BAND_ROWS, _BAND_COLUMNS]
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, _STRIDE, _DILATION, 1, shape)
+        strides = [stride, stride]
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, strides, _ONES, 1, shape)
         plain = super().pack(weight)
-        return plain if self._seconds(packed) > SLOW_REORDER * self._seconds(plain) else packed
+        return plain if self._seconds(packed, stride) > SLOW_REORDER * self._seconds(plain, stride) else packed
 
-    def _seconds(self, weight: Tensor) -> float:
+    def _seconds(self, weight: Tensor, stride: int) -> float:
         """Of one convolution of a picture much smaller than the one a weight is packed for."""
         x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            self.conv(x, weight, None)
+            self.conv(x, weight, None, stride=stride)
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1) -> Tensor:
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1, stride: int = 1) -> Tensor:
         if not self.prepacks:
-            return super().conv(x, weight, bias, columns)
+            return super().conv(x, weight, bias, columns, stride)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x.permute(0, 3, 1, 2), weight, bias, [0, columns], _STRIDE, _DILATION, 1, "none", [], ""
+            x.permute(0, 3, 1, 2), weight, bias, [0, columns], [stride, stride], _ONES, 1, "none", [], ""
         )  # [B, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
@@ -78,7 +79,7 @@ class CpuKernels(Kernels):
             return super().add_conv_(total, x, weight, bias, unit)
         torch.ops.mkldnn._convolution_pointwise_.binary(
             total.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, bias,
-            _PADDING, _STRIDE, _DILATION, 1, "add", 1.0, None, [], None,
+            _PADDING, _ONES, _ONES, 1, "add", 1.0, None, [], None,
         )  # fmt: skip
         return self.moments(total, unit)
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of whole decodes: hundreds of kernel launches become one. The least recently used are dropped."""
+"""CUDA graphs of whole runs: hundreds of kernel launches become one. The least recently used are dropped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+GRAPHS = 8
+GRAPH_PIXELS = 1 << 20  # above this a run keeps the GPU busy by itself, and a graph would only hold its memory
 
 
 @dataclass(frozen=True)

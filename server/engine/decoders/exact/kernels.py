@@ -16,12 +16,13 @@ from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
 
 
 class Kernels:
-    def pack(self, weight: Tensor) -> Tensor:  # [O, I, k, k]
+    def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
+        """A weight as `conv` wants it, for the stride that it is called with."""
         return weight.contiguous(memory_format=torch.channels_last)
 
-    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1) -> Tensor:
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1, stride: int = 1) -> Tensor:
         """x [B, n + 2, W, I] -> [B, n, W, O]; `columns` of zeros are added left and right."""
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=(0, columns))  # [B, O, n, W]
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, (0, columns))  # [B, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:

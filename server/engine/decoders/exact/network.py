@@ -1,4 +1,4 @@
-"""The decoder's weights as a flat list of steps. Taking them empties the diffusers modules, so that they exist once."""
+"""The weights as a flat list of steps. Taking them empties the diffusers modules, so that they exist once."""
 
 from __future__ import annotations
 
@@ -57,6 +57,13 @@ class Upsample:
     conv: Conv
 
 
+@dataclass(frozen=True)
+class Downsample:
+    """A 3x3 convolution of stride 2 that starts at the first pixel: its zero padding is right and below."""
+
+    conv: Conv
+
+
 Step = Resnet | Attention | Upsample
 Taken = TypeVar("Taken")
 
@@ -77,9 +84,10 @@ class Network:
         return int(2 ** sum(isinstance(step, Upsample) for step in self.steps))
 
     @property
-    def last_upsample(self) -> int:
-        """The index of the step from which on the picture has its full size."""
-        return max((i for i, step in enumerate(self.steps) if isinstance(step, Upsample)), default=len(self.steps))
+    def full_size(self) -> range:
+        """The steps, by index, whose output has the picture's full size."""
+        last = max((i for i, step in enumerate(self.steps) if isinstance(step, Upsample)), default=len(self.steps))
+        return range(last, len(self.steps))
 
     @classmethod
     def take(cls, vae: Any, kernels: Kernels) -> Network:
@@ -88,10 +96,10 @@ class Network:
         dtype, device = decoder.conv_in.weight.dtype, decoder.conv_in.weight.device
         return cls(
             post_quant=None if vae.post_quant_conv is None else take_linear(vae.post_quant_conv),
-            conv_in=_take_conv(decoder.conv_in, kernels),
+            conv_in=take_conv(decoder.conv_in, kernels),
             steps=tuple(_take_all_steps(decoder, kernels)),
             norm_out=take_norm(decoder.conv_norm_out),
-            conv_out=_take_conv(decoder.conv_out, kernels),
+            conv_out=take_conv(decoder.conv_out, kernels),
             dtype=dtype,
             device=device,
         )
@@ -101,12 +109,7 @@ def take_steps(
     decoder: Any, take_resnet: Callable[[Any], Taken], take_upsample: Callable[[Any], Taken]
 ) -> Iterator[Taken | Attention]:
     """The mid block and the up blocks, in the order in which they run."""
-    first, *rest = decoder.mid_block.resnets
-    yield take_resnet(first)
-    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
-        if attention is not None:
-            yield take_attention(attention)
-        yield take_resnet(resnet)
+    yield from take_mid_block(decoder.mid_block, take_resnet)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
             yield take_resnet(resnet)
@@ -114,9 +117,18 @@ def take_steps(
             yield take_upsample(upsampler)
 
 
+def take_mid_block(block: Any, take_resnet: Callable[[Any], Taken]) -> Iterator[Taken | Attention]:
+    first, *rest = block.resnets
+    yield take_resnet(first)
+    for attention, resnet in zip(block.attentions, rest, strict=True):
+        if attention is not None:
+            yield take_attention(attention)
+        yield take_resnet(resnet)
+
+
 def _take_all_steps(decoder: Any, kernels: Kernels) -> Iterator[Step]:
     def resnet(block: Any) -> Step:
-        return _take_resnet(block, kernels)
+        return take_resnet(block, kernels)
 
     def upsample(upsampler: Any) -> Step:
         return _take_upsample(upsampler, kernels)
@@ -125,7 +137,7 @@ def _take_all_steps(decoder: Any, kernels: Kernels) -> Iterator[Step]:
 
 
 def _take_upsample(upsampler: Any, kernels: Kernels) -> Upsample:
-    weight, bias = _take(upsampler.conv)  # [O, I, 3, 3]
+    weight, bias = take_weights(upsampler.conv)  # [O, I, 3, 3], [O]
     return Upsample(Conv(kernels.pack(fold_upsample(weight)), bias, len(bias)))
 
 
@@ -139,8 +151,8 @@ def fold_upsample(weight: Tensor) -> Tensor:  # [O, I, 3, 3] -> [4 O, I, 2, 2]
     return phases.flatten(0, 2).to(weight.dtype)  # [4 O, I, 2, 2]
 
 
-def _take_resnet(resnet: Any, kernels: Kernels) -> Resnet:
-    conv1, conv2 = _take_conv(resnet.conv1, kernels), _take_conv(resnet.conv2, kernels)
+def take_resnet(resnet: Any, kernels: Kernels) -> Resnet:
+    conv1, conv2 = take_conv(resnet.conv1, kernels), take_conv(resnet.conv2, kernels)
     shortcut = None if resnet.conv_shortcut is None else take_linear(resnet.conv_shortcut)
     return Resnet(take_norm(resnet.norm1), conv1, take_norm(resnet.norm2), conv2, shortcut)
 
@@ -159,9 +171,9 @@ def take_attention(attention: Any) -> Attention:
     return Attention(take_norm(attention.group_norm), query, Linear(key.weight, None), folded, bias.to(dtype))
 
 
-def _take_conv(conv: Any, kernels: Kernels) -> Conv:
-    weight, bias = _take(conv)  # [O, I, 3, 3]
-    return Conv(kernels.pack(weight), bias, weight.shape[0])
+def take_conv(conv: Any, kernels: Kernels) -> Conv:
+    weight, bias = take_weights(conv)  # [O, I, 3, 3], [O]
+    return Conv(kernels.pack(weight, conv.stride[0]), bias, weight.shape[0])
 
 
 def take_linear(layer: Any) -> Linear:
@@ -177,7 +189,7 @@ def take_norm(norm: Any) -> GroupNorm:
     return taken
 
 
-def _take(conv: Any) -> tuple[Tensor, Tensor]:
+def take_weights(conv: Any) -> tuple[Tensor, Tensor]:
     weight = conv.weight.detach()  # [O, I, k, k]
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach()  # [O]
     empty(conv)

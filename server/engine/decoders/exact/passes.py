@@ -26,8 +26,11 @@ Emit = Callable[[int, Tensor], None]
 
 def decode(network: Network, kernels: Kernels, plan: Plan, latents: Tensor, emit: Emit) -> None:  # [B, C, h, w]
     """Run the decoder; `emit(top, sample [B, n, W, 3])` receives the picture from top to bottom."""
-    picture: Rows = first(network, kernels, plan, latents)
-    stored = network.steps[: network.last_upsample] if plan.recomputes else network.steps
+    x = latents.permute(0, 2, 3, 1).contiguous()  # [B, h, w, C]
+    if network.post_quant is not None:
+        x = F.linear(x, network.post_quant.weight, network.post_quant.bias)  # [B, h, w, C]
+    picture: Rows = first(network.conv_in, kernels, plan, x)
+    stored = network.steps[: network.full_size.start] if plan.recomputes else network.steps
     for step in stored:
         picture = advance(step, kernels, plan, picture)
     for step in network.steps[len(stored) :]:
@@ -56,15 +59,12 @@ def advance_recomputing(step: Step, kernels: Kernels, plan: Plan, x: Rows) -> Ro
             raise AssertionError("the attention comes before the last upsample")
 
 
-def first(network: Network, kernels: Kernels, plan: Plan, latents: Tensor) -> Picture:  # [B, C, h, w]
-    x = latents.permute(0, 2, 3, 1).contiguous()  # [B, h, w, C]
-    if network.post_quant is not None:
-        x = F.linear(x, network.post_quant.weight, network.post_quant.bias)  # [B, h, w, C]
-    latent = Picture(unit=1)
-    latent.append(x)
-    picture = Picture(plan.unit_rows(x.shape[2], network.conv_in.out_channels))
-    for top, bottom in spans(x.shape[1], plan.rows(x.shape[2], network.conv_in.out_channels)):
-        band = kernels.conv(with_halo(kernels, latent, top, bottom), network.conv_in.weight, network.conv_in.bias)
+def first(conv: Conv, kernels: Kernels, plan: Plan, x: Tensor) -> Picture:  # [B, H, W, C]
+    whole = Picture(unit=1)
+    whole.append(x)
+    picture = Picture(plan.unit_rows(x.shape[2], conv.out_channels))
+    for top, bottom in spans(x.shape[1], plan.rows(x.shape[2], conv.out_channels)):
+        band = kernels.conv(with_halo(kernels, whole, top, bottom), conv.weight, conv.bias)
         picture.append(band, kernels.moments(band, picture.unit))  # [B, n, w, C']
     return picture
 
@@ -172,17 +172,20 @@ def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Rows, emit: Emit) -> 
 
 def with_halo(kernels: Kernels, x: Rows, top: int, bottom: int, affine: Affine | None = None) -> Tensor:
     """Rows [top - 1, bottom + 1) of x, of silu(affine(x)) if given; rows outside the picture are the zero padding."""
-    pieces = list(x.rows(top - 1, bottom + 1))  # each [B, some rows, W, C]
+    return padded(kernels, x, top - 1, bottom + 1, affine)
+
+
+def padded(
+    kernels: Kernels, x: Rows, top: int, bottom: int, affine: Affine | None = None, columns: int = 0
+) -> Tensor:  # [B, bottom - top, W + columns, C]
+    """Rows [top, bottom) of x, of silu(affine(x)) if given; what is above, below or to the right of x is zero."""
+    pieces = list(x.rows(top, bottom))  # each [B, some rows, W, C]
     batch, _, width, channels = pieces[0].shape
-    y = pieces[0].new_empty(batch, bottom - top + 2, width, channels)  # [B, n + 2, W, C]
-    row = 0
-    if top == 0:
-        y[:, 0] = 0
-        row = 1
-    if bottom == x.height:
-        y[:, -1] = 0
+    y = pieces[0].new_empty(batch, bottom - top, width + columns, channels)  # [B, n, W + columns, C]
+    row = max(0, -top)
+    y[:, :row], y[:, x.height - top :], y[:, :, width:] = 0, 0, 0
     for piece in pieces:
-        part = y[:, row : row + piece.shape[1]]  # [B, some rows, W, C]
+        part = y[:, row : row + piece.shape[1], :width]  # [B, some rows, W, C]
         if affine is None:
             part.copy_(piece)
         else:

@@ -1,4 +1,7 @@
-"""Has this VAE exactly the decoder that the passes compute? Judged by structure; anything unknown is a reason."""
+"""Has this VAE exactly the decoder that the passes compute? Judged by structure; anything unknown is a reason.
+
+What an encoder has too is public.
+"""
 
 from __future__ import annotations
 
@@ -28,33 +31,37 @@ def _reasons(vae: Any) -> Iterator[str]:
         yield f"Its decoder is a {type(decoder).__name__}."
         return
     if vae.post_quant_conv is not None:
-        yield from _conv("post_quant_conv", vae.post_quant_conv, 1)
-    yield from _children(
+        yield from conv_reasons("post_quant_conv", vae.post_quant_conv, 1)
+    yield from children_reasons(
         "decoder", decoder, {"conv_in", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out"}
     )
-    yield from _conv("conv_in", decoder.conv_in, 3)
-    yield from _conv("conv_out", decoder.conv_out, 3)
+    yield from conv_reasons("conv_in", decoder.conv_in, 3)
+    yield from conv_reasons("conv_out", decoder.conv_out, 3)
     yield from norm_reasons("conv_norm_out", decoder.conv_norm_out)
-    yield from _silu("conv_act", decoder.conv_act)
-    yield from _mid_block(decoder.mid_block)
+    yield from silu_reasons("conv_act", decoder.conv_act)
+    yield from mid_block_reasons(decoder.mid_block)
     for index, block in enumerate(decoder.up_blocks):
         yield from _up_block(f"up_blocks.{index}", block)
 
-    parameters = [*decoder.parameters(), *(vae.post_quant_conv.parameters() if vae.post_quant_conv is not None else ())]
+    yield from weights_reasons("decoder", decoder, vae.post_quant_conv)
+
+
+def weights_reasons(name: str, *modules: nn.Module | None) -> Iterator[str]:
+    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
     if len({(parameter.dtype, parameter.device) for parameter in parameters}) != 1:
-        yield "Its decoder's weights are in more than one dtype or on more than one device."
+        yield f"Its {name}'s weights are in more than one dtype or on more than one device."
     elif parameters[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
         yield f"Its weights are {parameters[0].dtype}."
 
 
-def _mid_block(block: Any) -> Iterator[str]:
+def mid_block_reasons(block: Any) -> Iterator[str]:
     if type(block) is not UNetMidBlock2D:
         yield f"mid_block is a {type(block).__name__}."
         return
     if len(block.resnets) != len(block.attentions) + 1:
         yield "mid_block does not alternate resnets and attentions."
     for index, resnet in enumerate(block.resnets):
-        yield from _resnet(f"mid_block.resnets.{index}", resnet)
+        yield from resnet_reasons(f"mid_block.resnets.{index}", resnet)
     for index, attention in enumerate(block.attentions):
         if attention is not None:
             yield from attention_reasons(f"mid_block.attentions.{index}", attention)
@@ -65,19 +72,19 @@ def _up_block(name: str, block: Any) -> Iterator[str]:
         yield f"{name} is a {type(block).__name__}."
         return
     for index, resnet in enumerate(block.resnets):
-        yield from _resnet(f"{name}.resnets.{index}", resnet)
+        yield from resnet_reasons(f"{name}.resnets.{index}", resnet)
     for upsampler in block.upsamplers or ():
         if type(upsampler) is not Upsample2D:
             yield f"{name} has a {type(upsampler).__name__}."
         elif not (upsampler.use_conv and upsampler.interpolate and upsampler.name == "conv" and upsampler.norm is None):
             yield f"{name} upsamples in an unknown way."
         else:
-            yield from _conv(f"{name}.upsampler", upsampler.conv, 3)
+            yield from conv_reasons(f"{name}.upsampler", upsampler.conv, 3)
     if len(block.upsamplers or ()) > 1:
         yield f"{name} upsamples more than once."
 
 
-def _resnet(name: str, resnet: Any) -> Iterator[str]:
+def resnet_reasons(name: str, resnet: Any) -> Iterator[str]:
     if type(resnet) is not ResnetBlock2D:
         yield f"{name} is a {type(resnet).__name__}."
         return
@@ -93,11 +100,11 @@ def _resnet(name: str, resnet: Any) -> Iterator[str]:
         yield f"{name} has a time embedding, resampling, an output scale or dropout."
     yield from norm_reasons(f"{name}.norm1", resnet.norm1)
     yield from norm_reasons(f"{name}.norm2", resnet.norm2)
-    yield from _silu(f"{name}.nonlinearity", resnet.nonlinearity)
-    yield from _conv(f"{name}.conv1", resnet.conv1, 3)
-    yield from _conv(f"{name}.conv2", resnet.conv2, 3)
+    yield from silu_reasons(f"{name}.nonlinearity", resnet.nonlinearity)
+    yield from conv_reasons(f"{name}.conv1", resnet.conv1, 3)
+    yield from conv_reasons(f"{name}.conv2", resnet.conv2, 3)
     if resnet.conv_shortcut is not None:
-        yield from _conv(f"{name}.conv_shortcut", resnet.conv_shortcut, 1)
+        yield from conv_reasons(f"{name}.conv_shortcut", resnet.conv_shortcut, 1)
 
 
 def attention_reasons(name: str, attention: Any) -> Iterator[str]:
@@ -123,17 +130,19 @@ def attention_reasons(name: str, attention: Any) -> Iterator[str]:
             yield f"{name} projects with a {type(part).__name__}."
 
 
-def _conv(name: str, conv: Any, kernel: int) -> Iterator[str]:
+def conv_reasons(name: str, conv: Any, kernel: int, stride: int = 1) -> Iterator[str]:
+    padding = kernel // 2 if stride == 1 else 0  # Downsample2D pads by itself, right and below
     known = (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (kernel, kernel)
-        and conv.padding == (kernel // 2, kernel // 2)
-        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (padding, padding)
+        and conv.stride == (stride, stride)
+        and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
     if not known:
-        yield f"{name} is not a plain {kernel}x{kernel} convolution."
+        yield f"{name} is not a plain {kernel}x{kernel} convolution of stride {stride}."
 
 
 def norm_reasons(name: str, norm: Any) -> Iterator[str]:
@@ -141,12 +150,12 @@ def norm_reasons(name: str, norm: Any) -> Iterator[str]:
         yield f"{name} is not an affine GroupNorm."
 
 
-def _silu(name: str, activation: Any) -> Iterator[str]:
+def silu_reasons(name: str, activation: Any) -> Iterator[str]:
     if type(activation) is not nn.SiLU:
         yield f"{name} is a {type(activation).__name__}, not SiLU."
 
 
-def _children(name: str, module: Any, known: set[str]) -> Iterator[str]:
+def children_reasons(name: str, module: Any, known: set[str]) -> Iterator[str]:
     unknown = {child for child, _ in module.named_children()} - known
     if unknown:
         yield f"{name} has unknown parts: {', '.join(sorted(unknown))}."
