@@ -112,7 +112,7 @@ class Geometry:
     num_frames: int
     height: int
     width: int
-    axes: str = ""
+    axes: str = "BCFHW"
     skipped_frames: int = 0
     arguments: tuple[tuple[str, float], ...] = ()
 

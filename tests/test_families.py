@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AsymmetricAutoencoderKL
 from diffusers.utils.remote_utils import remote_encode
 
 from server.config import load_settings
-from tests.conftest import running, write_models_yaml
+from tests.conftest import Serve, running, write_models_yaml
 from tests.http.test_remote_decode import decode_quietly
 from tests.pipelines import IMAGE_TO_LATENTS, SAMPLES, Sample
 from tests.pipelines.encoding import certain, vae_input
@@ -98,3 +100,25 @@ def test_pixels_become_the_latents_that_an_image_to_image_pipeline_holds(address
     query = "" if name in UNSCALED | FACTORS.keys() else "?do_scaling=True"
     answer = remote_encode(f"{address}{name}/encode{query}", pixels.contiguous(), **FACTORS.get(name, {}))
     torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
+
+
+def test_a_class_that_no_family_knows_is_decoded_plainly(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its config's statistics and a warning, not an error."""
+    asymmetric = AsymmetricAutoencoderKL(
+        down_block_out_channels=(8, 16), up_block_out_channels=(8, 16), norm_num_groups=4, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    asymmetric.save_pretrained(tmp_path / "vae")
+    address = serve({"odd": {"repo": str(tmp_path / "vae"), "dtype": "float32"}})
+    assert "no family knows AsymmetricAutoencoderKL" in caplog.text
+    latents = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    sample = decode_quietly(address, latents, output_type="pt", return_type="pt")
+    pixels = torch.rand(1, 3, 16, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(sample, asymmetric.decode(latents / 0.5).sample, atol=1e-4, rtol=0)
+        expected = asymmetric.encode(pixels).latent_dist.mode() * 0.5
+    torch.testing.assert_close(
+        remote_encode(address + "encode", pixels, scaling_factor=0.5), expected, atol=1e-4, rtol=0
+    )

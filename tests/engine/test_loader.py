@@ -116,10 +116,10 @@ def test_a_missing_folder_and_a_missing_subfolder(copy: Path) -> None:
     assert "has the subfolder copy; set subfolder" in detail(lambda: read_info(source(copy.parent)))
 
 
-def test_an_unknown_class_lists_the_known_ones(copy: Path) -> None:
-    change(copy, _class_name="UNet2DConditionModel")
-    said = detail(lambda: read_info(source(copy)))
-    assert "no family here decodes a UNet2DConditionModel; known classes: AutoencoderKL" in said
+@pytest.mark.parametrize("class_name", ["UNet2DConditionModel", "AutoencoderOfTomorrow"])
+def test_a_class_that_is_no_vae_of_this_diffusers_is_refused(copy: Path, class_name: str) -> None:
+    change(copy, _class_name=class_name)
+    assert f"has no VAE class {class_name}" in detail(lambda: read_info(source(copy)))
 
 
 def test_a_config_that_is_not_a_vaes(copy: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_config_that_is_not_a_vaes(copy: Path) -> None:
 
 
 def test_a_family_that_is_unknown_or_does_not_fit(copy: Path) -> None:
-    assert "unknown family 'sd'; known: kl, flux, hunyuan_video" in detail(lambda: read_info(source(copy, family="sd")))
+    assert "unknown family 'sd'; known: kl, flux, flux2" in detail(lambda: read_info(source(copy, family="sd")))
     said = detail(lambda: read_info(source(copy, family="hunyuan_video")))
     assert "'hunyuan_video' does not fit a AutoencoderKL" in said
 

@@ -24,6 +24,7 @@ VIDEO = ModelInfo(
         {"latent_channels": 16, "spatial_compression_ratio": 8, "temporal_compression_ratio": 4}
     ),
 )  # fmt: skip
+CLIP = [("shape", "1,16,2,8,8")]
 SHAPE = [("shape", "1"), ("shape", "4"), ("shape", "8"), ("shape", "8"), ("dtype", "float16")]
 
 
@@ -117,7 +118,14 @@ REFUSED = [
 @pytest.mark.parametrize(("info", "output_type", "accept"), REFUSED)
 def test_what_no_cell_holds_is_not_acceptable(info: ModelInfo, output_type: str, accept: str) -> None:
     with pytest.raises(NotAcceptable):
-        prepare(("output_type", output_type), accept=accept, info=info)
+        prepare(*CLIP * (info is VIDEO), ("output_type", output_type), accept=accept, info=info)
+
+
+def test_a_clip_of_one_frame_may_be_a_picture() -> None:
+    for accept, chosen in [("*/*", "jpg"), ("image/png", "png")]:
+        assert prepare(("shape", "1,16,1,8,8"), accept=accept, info=VIDEO).format == chosen
+    with pytest.raises(NotAcceptable):
+        prepare(*CLIP, accept="image/png", info=VIDEO)
 
 
 def test_partial_postprocess_is_pixels_for_pt_alone() -> None:

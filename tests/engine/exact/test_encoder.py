@@ -21,6 +21,7 @@ from server.engine.decoders.exact.plan import SMALLEST_BAND_BYTES, Plan, footpri
 from server.engine.encoders import build_encoder
 from server.engine.encoders.exact import ExactKLEncoder
 from server.engine.encoders.exact.network import Network
+from server.families import FAMILIES
 from server.types import Layout
 from tests.engine.exact.counting import CountingKernels
 from tests.engine.exact.networks import (
@@ -35,6 +36,7 @@ from tests.engine.exact.networks import (
 )
 from tests.engine.exact.test_structure import set_of
 
+KL = FAMILIES["kl"]
 WHOLE = 1 << 40
 SHAPES = [(1, 8, 8), (2, 7, 5), (1, 1, 13), (1, 11, 1), (3, 1, 1), (4, 3, 9), (1, 33, 4), (1, 2, 40)]
 
@@ -168,7 +170,7 @@ def test_the_decoders_weights_are_freed_with_the_vae() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_plain_encoder_is_supported(config: str) -> None:
-    made, reason = build_encoder(build(config), "auto", "none", None)
+    made, reason = build_encoder(build(config), KL, "auto", "none", None)
     assert isinstance(made, ExactKLEncoder)
     assert reason is None
 
@@ -203,8 +205,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 def test_any_unknown_part_gives_a_reason_and_no_encoder(change: str) -> None:
     vae = build("sd")
     CHANGES[change](vae)
-    made, reason = build_encoder(vae, "auto", "none", None)
-    assert made is None
+    made, reason = build_encoder(vae, KL, "auto", "none", None)
+    assert made.name == "diffusers"
     assert reason is not None
     assert reason.endswith(".")
     assert ExactKLDecoder.unsupported_reason(vae) is None or change == "float64"
@@ -213,13 +215,14 @@ def test_any_unknown_part_gives_a_reason_and_no_encoder(change: str) -> None:
 def test_another_class_is_not_supported() -> None:
     tiny = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
                            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
-    assert build_encoder(tiny, "auto", "none", None) == (None, "AutoencoderTiny is not an AutoencoderKL.")
+    made, reason = build_encoder(tiny, FAMILIES["tiny"], "auto", "none", None)
+    assert (made.name, reason) == ("diffusers", "AutoencoderTiny is not an AutoencoderKL.")
 
 
 @pytest.mark.parametrize(
     ("choice", "tiling", "word"), [("diffusers", "none", "encoder"), ("auto", "diffusers", "tile")]
 )
 def test_models_yaml_may_ask_for_diffusers_own(choice: str, tiling: str, word: str) -> None:
-    made, reason = build_encoder(build("sd"), choice, tiling, None)
-    assert made is None
+    made, reason = build_encoder(build("sd"), KL, choice, tiling, None)
+    assert made.name == "diffusers"
     assert word in str(reason)
