@@ -1,4 +1,4 @@
-"""`python -m server`: serve, models, check, download, decode. Torch is imported only by the commands that compute."""
+"""`python -m server`: serve, models, check, download, decode, encode. Only the commands that compute import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -16,6 +16,11 @@ from server import __version__
 from server.config import ServerOptions, Settings, load_settings
 from server.errors import ConfigError, ModelUnavailable, ServerError
 from server.logs import write_logs
+
+if TYPE_CHECKING:
+    import requests
+
+    from server.direct import Direct
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -130,13 +135,22 @@ def announce(settings: Settings, listener: socket.socket) -> None:
 
 
 @main.command()
+@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", help="how to list")
 @options("config")
-def models(config: str | None) -> None:
-    """List the models of models.yaml and whether their weights are here."""
-    from server.inspect import list_models
+def models(form: str, config: str | None) -> None:
+    """List the models of models.yaml: latents, statistics, limits, licences, weights."""
+    from server.inspect import describe_all
+    from server.listing import as_text, families_table, listed
 
-    for line in list_models(load_settings(config=config)):
-        click.echo(line)
+    settings = load_settings(config=config)
+    infos = describe_all(settings)
+    if form == "markdown":
+        click.echo(families_table(settings, infos), nl=False)
+    elif form == "json":
+        click.echo(json.dumps([listed(settings, name, infos.get(name)) for name in settings.models], indent=1))
+    else:
+        for name in settings.models:
+            click.echo(as_text(settings, name, infos.get(name)))
 
 
 @main.command()
@@ -182,6 +196,7 @@ def download(names: tuple[str, ...], config: str | None) -> None:
 @click.option("--key", help="the tensor's name in the file; default: 'latents', or the only one")
 @click.option("--height", type=int, help="the picture's height in pixels, for packed latents")
 @click.option("--width", type=int, help="the picture's width in pixels, for packed latents")
+@click.option("--num-frames", type=int, help="the clip's frames, for packed latents of clips")
 @click.option(
     "--scaled/--unscaled",
     default=True,
@@ -203,10 +218,50 @@ def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled
         "do_scaling": scaled,
         "output_type": output_type,
     }
+    data = bytes(tensor.data)
     if server:
-        body = _decode_there(server, parameters, bytes(tensor.data), accept)
+        body = _ask(server, parameters, data, {"Content-Type": "tensor/binary", "Accept": accept}).content
     else:
-        body = _decode_here(load_settings(**flags), given["model"], parameters, bytes(tensor.data), accept)
+        direct, name = _direct(load_settings(**flags), given["model"])
+        request = direct.parse(name, parameters, data, accept)
+        body = bytes(direct.render(request, direct.run(request)).body)
+    _write(out, body)
+
+
+@main.command()
+@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--server", metavar="URL", help="encode there; default: in this process")
+@click.option("--model", help="name or alias in models.yaml; default: its default")
+@click.option("--seed", type=int, help="a sample of the posterior, with this seed; default: its mode")
+@click.option(
+    "--scaled/--unscaled",
+    default=True,
+    help="the latents are as a pipeline takes them (default) or as vae.encode gives them",
+)
+@options("config", "device")
+def encode(picture: Path, out: Path, server: str | None, seed: int | None, scaled: bool, **given: Any) -> None:
+    """Encode PICTURE (.png, .jpg, .webp or .mp4) to latents in OUT (a .safetensors file)."""
+    from server.files import write_latents
+    from server.types import RawTensor
+
+    flags = {name: given.pop(name) for name in ("config", "device")}
+    parameters = {"do_scaling": scaled, **given, **({} if seed is None else {"sample": True, "seed": seed})}
+    try:
+        data = picture.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{picture}: {error.strerror}") from None
+    if server:
+        answer = _ask(server.rstrip("/") + "/encode", parameters, data, {})
+        shape, dtype = tuple(json.loads(answer.headers["shape"])), answer.headers["dtype"]
+        latents = RawTensor(shape, dtype, memoryview(answer.content))
+    else:
+        direct, name = _direct(load_settings(**flags), given["model"])
+        latents = direct.run(direct.parse_pixels(name, parameters, data, "*/*")).tensor
+    _write(out, write_latents(latents))
+
+
+def _write(out: Path, body: bytes) -> None:
     try:
         out.write_bytes(body)
     except OSError as error:
@@ -214,10 +269,9 @@ def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled
     click.echo(f"{out}: {len(body)} bytes")
 
 
-def _decode_there(server: str, parameters: dict[str, Any], data: bytes, accept: str) -> bytes:
+def _ask(server: str, parameters: dict[str, Any], data: bytes, headers: dict[str, str]) -> requests.Response:
     import requests
 
-    headers = {"Content-Type": "tensor/binary", "Accept": accept}
     try:
         response = requests.post(server, params=parameters, data=data, headers=headers, timeout=(10, None))
     except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
@@ -230,15 +284,13 @@ def _decode_there(server: str, parameters: dict[str, Any], data: bytes, accept: 
         except (json.JSONDecodeError, KeyError, TypeError):
             sentence = f"status {response.status_code}; is this a VAE decode server?"
         raise ConfigError(f"{server}: {sentence}")
-    return response.content
+    return response
 
 
-def _decode_here(settings: Settings, model: str | None, parameters: dict[str, Any], data: bytes, accept: str) -> bytes:
+def _direct(settings: Settings, model: str | None) -> tuple[Direct, str]:
     from server.direct import Direct
 
     name = settings.name_of(model) if model else settings.default
     if name is None:
         raise ConfigError(f"no model '{model}' in {settings.source}; known: {', '.join(settings.models)}")
-    direct = Direct(settings)
-    request = direct.parse(name, parameters, data, accept)
-    return bytes(direct.render(request, direct.run(request)).body)
+    return Direct(settings), name

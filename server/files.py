@@ -1,7 +1,8 @@
-"""Latents in a .safetensors file, and pictures by their file name: what `python -m server decode` reads and writes."""
+"""Latents in a .safetensors file, and pictures by their file name: what `decode` and `encode` read and write."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, deserialize
@@ -28,6 +29,15 @@ def read_latents(path: Path, key: str | None) -> RawTensor:
     if found["dtype"] not in DTYPES:
         raise ConfigError(f"{path}: '{name}' is {found['dtype']}; latents are float16, bfloat16 or float32")
     return RawTensor(tuple(found["shape"]), DTYPES[found["dtype"]], memoryview(found["data"]))
+
+
+def write_latents(latents: RawTensor) -> bytes:
+    """A .safetensors file with the tensor `latents`; the library's way to write bytes differs between its versions."""
+    name = next(name for name, dtype in DTYPES.items() if dtype == latents.dtype)
+    entry = {"dtype": name, "shape": latents.shape, "data_offsets": (0, latents.data.nbytes)}
+    header = json.dumps({"latents": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + latents.data
 
 
 def output_of(path: Path) -> tuple[str, str]:

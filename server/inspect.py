@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import imageio_ffmpeg
@@ -12,10 +13,11 @@ from PIL import features
 from server.config import Settings
 from server.direct import Direct
 from server.engine import loader
+from server.engine.sync import SyncEngine
 from server.engine.tensors import is_finite
 from server.errors import ConfigError, ModelUnavailable, ServerError
 from server.families import FAMILIES
-from server.types import RawTensor
+from server.types import ModelInfo, RawTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,13 @@ def problem(text: str) -> Finding:
     return Finding(True, text)
 
 
-def list_models(settings: Settings) -> Iterator[str]:
-    """One line a model."""
-    for name, entry in settings.models.items():
-        source = loader.source_of(settings, name)
-        here = "weights here" if source.is_here() else "not downloaded"
-        mark = "*" if name == settings.default else " "
-        also = f" (also {', '.join(entry.aliases)})" if entry.aliases else ""
-        yield f"{mark} {name:<16} {source.label}: {here}{also}"
+def describe_all(settings: Settings) -> dict[str, ModelInfo]:
+    """What is known of each model without the network; those of which nothing is are left out."""
+    engine, infos = SyncEngine(settings), {}
+    for name in settings.models:
+        with suppress(ModelUnavailable):
+            infos[name] = engine.describe(name, is_local_only=True)
+    return infos
 
 
 def check_all(settings: Settings) -> Iterator[Finding]:

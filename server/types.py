@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["image", "video"]
 
+LATENT_DTYPES = ("float16", "bfloat16", "float32")
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY, write_models_yaml
 from tests.vaes import LocalVae
@@ -79,8 +82,19 @@ def test_a_port_in_use_is_one_sentence() -> None:
 
 def test_models_lists_what_is_here(models_yaml: Path) -> None:
     told = run("models", "--config", models_yaml).stdout
-    assert re.search(r"^\* sd +.*weights here \(also sd-v1\)$", told, re.MULTILINE)
-    assert re.search(r"^  hunyuan ", told, re.MULTILINE)
+    assert re.search(
+        r"^\* sd +.* \(also sd-v1\)\n +pictures, 4 channels.*; weights here, \d+ MB on disk", told, re.MULTILINE
+    )
+    assert re.search(r"^  hunyuan .*\n +clips, 16 channels, each of 8x8, 4 frames", told, re.MULTILINE)
+
+
+def test_models_lists_every_shipped_model_without_the_network() -> None:
+    listed = json.loads(run("models", "--format", "json").stdout)
+    assert len(listed) > 25
+    for model in listed:
+        assert all(model[key] for key in ("latents", "outputs", "inputs", "class")), model["name"]
+        assert model["weights"]["decoder_mb"] is not None, model["name"]
+        assert (model["licence"] is None) == (model["name"] == "demo")
 
 
 def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
@@ -150,6 +164,33 @@ def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: 
     assert_one_sentence(
         run("decode", latents_file, out, "--key", "x"), "no tensor 'x'; choose with --key one of video", 2
     )
+
+
+@pytest.mark.parametrize("options", [(), ("--unscaled",), ("--seed", "3", "--unscaled")])
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_encode_a_picture_and_decode_it_again(
+    url: str, models_yaml: Path, vaes: Vaes, tmp_path: Path, options: tuple[str, ...], where: str
+) -> None:
+    picture, latents, again = tmp_path / "in.png", tmp_path / "out.safetensors", tmp_path / "again.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(picture)
+    place = ("--config", models_yaml) if where == "here" else ("--server", url)
+    ran = run("encode", picture, latents, *place, *options)
+    assert ran.returncode == 0, ran.stderr
+    with torch.no_grad(), Image.open(picture) as opened:
+        posterior = vaes["sd"].module.encode(VaeImageProcessor().preprocess(opened)).latent_dist
+    expected = posterior.sample(torch.Generator().manual_seed(3)) if "--seed" in options else posterior.mode()
+    scale = 1 if "--unscaled" in options else 0.18215
+    torch.testing.assert_close(load_file(latents)["latents"], expected * scale, atol=1e-4, rtol=0)
+    assert run("decode", latents, again, *place, *options[-1:]).returncode == 0
+    with Image.open(again) as opened:
+        assert opened.size == (96, 64)
+
+
+def test_encode_says_what_is_wrong_with_a_file(url: str, tmp_path: Path) -> None:
+    out, text = tmp_path / "out.safetensors", tmp_path / "text.png"
+    text.write_text("no picture")
+    assert_one_sentence(run("encode", text, out, "--server", url), "the body is no PNG, JPEG, WebP or MP4", 2)
+    assert_one_sentence(run("encode", tmp_path / "none.png", out), "No such file", 2)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S
 from server.errors import DeadlinePassed, RequestTooSlow, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
-from server.outputs import FORMATS
+from server.listing import listed
 from server.service import Admission, Answer, Service
 from server.types import ModelInfo, Operation, VAERequest
 
@@ -242,27 +242,10 @@ async def models(request: Request) -> Response:
 
 
 def _listed(service: Service, name: str) -> dict[str, Any]:
-    entry = service.settings.models[name]
-    known: dict[str, Any] = {
-        "name": name,
-        "repo": entry.repo if service.settings.folder_of(name) is None else "a local folder",
-        "subfolder": entry.subfolder,
-        "revision": entry.revision,
-        "aliases": list(entry.aliases),
-        "limits": entry.limits.model_dump(),
-        "dtypes": list(wire.LATENT_DTYPES),
-    }
-    info, loaded = service.infos.get(name), service.loaded(name)
-    if info:
-        known |= {"latents": asdict(info.latents), "outputs": _outputs(info.latents.kind), "class": info.class_name}
-        known |= {"licence": info.licence, "is_gated": info.is_gated, "weights": info.weights and asdict(info.weights)}
+    known, loaded = listed(service.settings, name, service.infos.get(name)), service.loaded(name)
     if loaded:
         known |= {**asdict(loaded[0]), "device": ", ".join(device.device for device in loaded)}
     return known | {"state": service.model_state(name)}
-
-
-def _outputs(kind: str) -> list[str]:
-    return [media_type for entry in FORMATS if kind in entry.kinds for media_type in entry.media_types]
 
 
 async def root(request: Request) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 import random
 import string
@@ -15,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from PIL import Image
 
 from tests.http.raw import QUERY, good, head
 
@@ -110,6 +112,19 @@ def inserted(rng: Rng) -> bytes:
     return GOOD[:at] + rng.randbytes(rng.randint(1, 8)) + GOOD[at:]
 
 
+PICTURE = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+
+
+def damaged(rng: Rng) -> bytes:
+    """A PNG, JPEG or WebP with bytes changed, or cut short, for encoding."""
+    file = io.BytesIO()
+    Image.fromarray(PICTURE).save(file, rng.choice(["PNG", "JPEG", "WEBP"]))
+    body = bytearray(file.getvalue())
+    for _ in range(rng.randint(1, 9)):
+        body[rng.randrange(len(body))] = rng.randrange(256)
+    return ask("", path="/encode", body=bytes(body[: rng.randint(0, len(body))] if rng.random() < 0.3 else body))
+
+
 def anything(rng: Rng) -> Any:
     return rng.choice([None, True, 1, -1, 1e308, "", "x", [], [1], {}, {"a": []}, [[[]]], "=" * 9, "AAAA", text(rng)])
 
@@ -164,6 +179,12 @@ FRAMED: dict[str, Kind] = {
     # routes and methods
     "paths": lambda rng: ask(path=f"/{rng.choice(PATHS)}"),
     "methods": lambda rng: head(rng.choice(["PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "MKCOL", "LOCK"]), f"/{rng.choice(['', 'sd', 'health'])}"),
+    "damaged pictures": damaged,
+    "pixels of anything": lambda rng: ask(
+        f"shape={quote(rng.choice([*WORDS, '1,3,8,8', '3,8,8', '1,8,8,3']))}&dtype={rng.choice(['uint8', 'float16', 'int8'])}",
+        path="/encode",
+        body=rng.randbytes(rng.randint(0, 600)),
+    ),
     "encode": lambda rng: ask(path=rng.choice(["/encode", "/sd/encode", "/nobody/encode"])),
     "a wrong method": lambda rng: head("GET", rng.choice(["/predict", "/sd", "/encode"])),
     # headers

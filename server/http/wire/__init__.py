@@ -11,10 +11,9 @@ from server.http.wire.encode import (
     read_pixels,
 )
 from server.http.wire.formats import choose_format
-from server.http.wire.parameters import LATENT_DTYPES, Parameters, patience_s
+from server.http.wire.parameters import Parameters, patience_s
 
 __all__ = [
-    "LATENT_DTYPES",
     "Parameters",
     "Prepared",
     "PreparedPixels",

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from server.errors import Impossible, ServerError, WrongShape
 from server.families import FAMILIES, check_limits
 from server.http.wire.formats import choose_format
-from server.http.wire.parameters import LATENT_DTYPES, Parameters
+from server.http.wire.parameters import Parameters
 from server.http.wire.tensors import check_length
 from server.outputs import OUTPUT_TYPES, Format
 from server.types import (
+    LATENT_DTYPES,
     Geometry,
     Kind,
     Layout,

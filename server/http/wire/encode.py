@@ -8,10 +8,11 @@ from server.errors import BadRequest, Impossible, UnsupportedBody, WrongShape
 from server.families import FAMILIES, check_limits
 from server.families.base import times
 from server.http.wire.formats import choose_format
-from server.http.wire.parameters import LATENT_DTYPES, Parameters
+from server.http.wire.parameters import Parameters
 from server.http.wire.tensors import check_length
 from server.inputs import VIDEO_TYPE, Header, media_type_of, read_file, read_header, resized
 from server.types import (
+    LATENT_DTYPES,
     Geometry,
     Kind,
     LatentSpec,

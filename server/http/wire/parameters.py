@@ -8,9 +8,8 @@ from math import isfinite
 from typing import Any
 
 from server.errors import BadRequest
-from server.types import Scaling
+from server.types import LATENT_DTYPES, Scaling
 
-LATENT_DTYPES = ("float16", "bfloat16", "float32")
 KNOWN = frozenset(
     (
         *("shape", "dtype", "model", "scaling_factor", "shift_factor", "do_scaling", "output_type", "image_format"),

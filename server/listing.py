@@ -1,0 +1,107 @@
+"""What is told of a model, by `GET /models`, by `python -m server models` and by the table in README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from server.config import Settings
+from server.outputs import FORMATS
+from server.types import LATENT_DTYPES, LatentSpec, ModelInfo, Weights
+
+INPUTS = {
+    "image": ["image/png", "image/jpeg", "image/webp", "tensor/binary"],
+    "video": ["video/mp4", "image/png", "image/jpeg", "image/webp", "tensor/binary"],
+}
+
+
+def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, Any]:
+    """One entry, as `GET /models` has it, but for what only a running server knows."""
+    entry = settings.models[name]
+    known: dict[str, Any] = {
+        "name": name,
+        "repo": entry.repo if settings.folder_of(name) is None else "a local folder",
+        "subfolder": entry.subfolder,
+        "revision": entry.revision,
+        "aliases": list(entry.aliases),
+        "limits": entry.limits.model_dump(),
+        "dtypes": list(LATENT_DTYPES),
+    }
+    if info is None:
+        return known
+    kind = info.latents.kind
+    outputs = [media_type for form in FORMATS if kind in form.kinds for media_type in form.media_types]
+    return known | {
+        "class": info.class_name,
+        "latents": asdict(info.latents),
+        "outputs": outputs,
+        "inputs": INPUTS[kind],
+        "licence": info.licence,
+        "is_gated": info.is_gated,
+        "weights": info.weights and asdict(info.weights),
+    }
+
+
+def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:
+    """Two lines."""
+    entry = settings.models[name]
+    subfolder = f", subfolder {entry.subfolder}" if entry.subfolder else ""
+    also = f" (also {', '.join(entry.aliases)})" if entry.aliases else ""
+    first = f"{'*' if name == settings.default else ' '} {name:<18} {entry.repo}{subfolder}{also}"
+    if info is None:
+        return f"{first}\n    not described here; its config.json is read with the first request"
+    facts = [*_facts(info.latents), _limits(settings, name, info), *_licence(info), *_sizes(info.weights)]
+    return f"{first}\n    {'; '.join(facts)}"
+
+
+def families_table(settings: Settings, infos: dict[str, ModelInfo]) -> str:
+    """Markdown, a row for models alike."""
+
+    def alike(name: str) -> tuple[str, ...]:
+        spec = infos[name].latents
+        return infos[name].class_name, _latents(spec), _ratios(spec)
+
+    rows = ["| models | class | latents | a latent pixel is |", "| --- | --- | --- | --- |"]
+    for (class_name, latents, ratios), names in groupby(infos, alike):
+        each = ", ".join(f"`{name}`" + (" (gated)" if infos[name].is_gated else "") for name in names)
+        rows.append(f"| {each} | {class_name} | {latents} | {ratios} |")
+    return "\n".join(rows) + "\n"
+
+
+def _latents(spec: LatentSpec) -> str:
+    return f"{spec.channels} channels{', packed' * spec.is_usually_packed}"
+
+
+def _ratios(spec: LatentSpec) -> str:
+    space = f"{spec.vae_scale_factor}x{spec.vae_scale_factor}"
+    return f"{space}, {spec.temporal_compression_ratio} frames" if spec.temporal_compression_ratio > 1 else space
+
+
+def _facts(spec: LatentSpec) -> Iterator[str]:
+    yield f"{'clips' if spec.kind == 'video' else 'pictures'}, {_latents(spec)}, each of {_ratios(spec)}"
+    numbers = {"scaling_factor": spec.scaling_factor, "shift_factor": spec.shift_factor}
+    said = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
+    if spec.latents_mean is not None:
+        said.append("mean and deviation by channel")
+    yield ", ".join(said) or "statistics among the weights"
+
+
+def _limits(settings: Settings, name: str, info: ModelInfo) -> str:
+    limits = settings.models[name].limits
+    frames = f", {limits.max_frames} frames" if info.latents.kind == "video" else ""
+    return f"at most {limits.max_pixels} pixels{frames}, batches of {limits.max_batch}"
+
+
+def _licence(info: ModelInfo) -> Iterable[str]:
+    if info.licence:
+        yield f"licence {info.licence}" + (", gated" if info.is_gated else "")
+
+
+def _sizes(weights: Weights | None) -> Iterable[str]:
+    if weights is None:
+        return
+    yield f"weights here, {weights.disk_mb} MB on disk" if weights.is_here else "not downloaded"
+    if weights.decoder_mb is not None:
+        yield f"{weights.decoder_mb} MB in memory to decode, {weights.encoder_mb} MB to encode, in {weights.dtype}"
