@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-dockerfile check format bench bench-server demo browser clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-dockerfile check format bench bench-server demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ figures: $(INSTALLED) ## Measure the server's promises and write docs/figures.md
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-hub: $(INSTALLED) ## Compare the hosted models' real weights with published values (network and a CUDA device)
+	$(BIN)/python -m pytest -q -rs -m hub tests/test_hub.py
 
 test-dockerfile: $(INSTALLED) ## Carry the Dockerfile out in a clean Debian root and try the result (root, debootstrap)
 	$(BIN)/python -m deploy.chroot_build $(ARGS)
