@@ -17,9 +17,12 @@ from PIL import Image
 
 from server import outputs
 from server.config import load_settings
+from server.inspect import describe_all
+from server.listing import families_table
 from tests.conftest import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -105,6 +108,13 @@ def test_a_models_yaml_in_the_docs_is_valid_and_complete(block: Block, tmp_path:
     settings = load_settings(config=tmp_path / "models.yaml")
     entry = next(iter(settings.models.values()))
     assert all(re.search(rf"\b{key}:", block.text) for key in type(entry).model_fields), "every key is shown"
+
+
+def test_the_readmes_table_of_models_is_what_the_command_prints() -> None:
+    command, table = re.findall(r"<!-- made by: (.*?) -->\n(.*?)<!-- end -->", README.read_text(), re.DOTALL)[0]
+    assert command == "python -m server models --format markdown"
+    settings = load_settings(config=REPOSITORY / "models.yaml")
+    assert table == families_table(settings, describe_all(settings)), f"run {command} and put it there"
 
 
 def test_the_recipe_for_an_output_registers_it() -> None:
