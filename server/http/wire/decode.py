@@ -122,6 +122,8 @@ def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, o
 
 
 def _fits(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo) -> bool:
+    if len(shape) == 4 and info.latents.kind == "video":  # it would, as clips of one frame
+        return False
     try:
         FAMILIES[info.latents.family].geometry(info.latents, shape, parameters)
     except ServerError:
