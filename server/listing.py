@@ -102,6 +102,9 @@ def _licence(info: ModelInfo) -> Iterable[str]:
 def _sizes(weights: Weights | None) -> Iterable[str]:
     if weights is None:
         return
-    yield f"weights here, {weights.disk_mb} MB on disk" if weights.is_here else "not downloaded"
+    if weights.is_here:
+        yield f"weights here, {weights.disk_mb} MB on disk"
+    else:
+        yield "not downloaded" + (f", at most {weights.disk_mb} MB" if weights.disk_mb is not None else "")
     if weights.decoder_mb is not None:
         yield f"{weights.decoder_mb} MB in memory to decode, {weights.encoder_mb} MB to encode, in {weights.dtype}"

@@ -134,7 +134,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What a model takes. disk_mb: of what is here. decoder_mb, encoder_mb: in memory, in `dtype`; None: not known."""
+    """What a model takes. disk_mb: of what is not here at most. decoder_mb, encoder_mb: in memory, in `dtype`."""
 
     is_here: bool
     dtype: str

@@ -138,3 +138,11 @@ def test_the_environment_holds_several_keys(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("VAE_SERVER_API_KEY", " , ")
     with pytest.raises(ConfigError, match="VAE_SERVER_API_KEY: is set and empty"):
         load_settings(config=write(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize(("alias", "model"), [
+    ("pixartalpha", "sd-v1"), ("pixartsigma", "sd-xl"), ("hunyuandit", "sd-xl"), ("auraflow", "sd-xl"), ("omnigen", "sd-xl"),
+    ("h1", "flux"), ("chroma", "flux"), ("zimage", "flux"), ("lumina2", "flux"), ("kolors", "sd-xl"), ("wan2.1", "wan"),
+])  # fmt: skip
+def test_the_names_that_clients_use_are_known(alias: str, model: str) -> None:
+    assert load_settings(config=SHIPPED_MODELS_YAML).name_of(alias) == model

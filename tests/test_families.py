@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
 
 # What diffusers' client cannot say is said in the endpoint's address.
 QUERIES: dict[str, dict[str, Any]] = {
-    "ltx": {"num_frames": "num_frames"},
-    "ltx-timestep": {"num_frames": "num_frames"},
+    "ltx": {"num_frames": "num_frames"},  # the tokens say it too, as they must for ltx-timestep here
     "cogvideox-1.5": {"num_frames": "num_frames"},
 }
 # Pipelines that do not scale as their VAE's config says; their users send the factor.

@@ -215,8 +215,9 @@ def weigh(source: Source, dtype: torch.dtype) -> Weights:
     checkpoint = known(source.entry.repo, source.entry.subfolder) if source.local is None else None
     if checkpoint is None:
         return Weights(False, name)
-    sizes = (count * dtype.itemsize >> 20 for count in (checkpoint.decoder_weights, checkpoint.encoder_weights))
-    return Weights(False, name, None, *sizes)
+    counts = checkpoint.decoder_weights, checkpoint.encoder_weights
+    disk_mb = sum(counts) * torch.float32.itemsize >> 20
+    return Weights(False, name, disk_mb, *(count * dtype.itemsize >> 20 for count in counts))
 
 
 def _count(files: Sequence[Path]) -> tuple[int, int]:

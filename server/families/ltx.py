@@ -1,4 +1,4 @@
-"""LTX-Video: a token for each latent pixel, `[B, F H W, C]`, so a clip needs height, width and num_frames."""
+"""LTX-Video: a token for each latent pixel, `[B, F H W, C]`, so a clip needs height and width."""
 
 from __future__ import annotations
 
@@ -61,15 +61,17 @@ class LTX(Video):
                 f"shape {times(shape)} is not packed latents of this model, [B, F H W, {spec.channels}]; "
                 "were they made for another model?"
             )
-        size, frames = sent.pixel_size(), sent.integer("num_frames")
-        if size is None or frames is None:
-            raise WrongShape("packed latents of a clip need height, width and num_frames, its size in pixels; send all")
+        size = sent.pixel_size()
+        if size is None:
+            raise WrongShape("packed latents of a clip need height and width, a frame's size in pixels; send both")
         h, w = (pixels // spec.vae_scale_factor for pixels in size)
-        f = (frames - 1) // spec.temporal_compression_ratio + 1
+        frames = sent.integer("num_frames")  # what it must be, the tokens say
+        f = (frames - 1) // spec.temporal_compression_ratio + 1 if frames else tokens // max(1, h * w)
         if f * h * w != tokens:
+            clip = f"{frames} frames" if frames else "whole frames"
             raise WrongShape(
-                f"{tokens} tokens do not fit {frames} frames of {size[0]}x{size[1]}: such a clip has "
-                f"{f} x {h} x {w} = {f * h * w}; check height, width and num_frames"
+                f"{tokens} tokens do not fit {clip} of {size[0]}x{size[1]}: a latent frame of that size has "
+                f"{h} x {w} = {h * w}; check height, width and num_frames"
             )
         return replace(self.sized(spec, batch, f, h, w), is_packed=True)
 
