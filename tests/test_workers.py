@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import torch
 
 from server.config import Settings, load_settings
 from server.engine.process import ProcessEngine
@@ -118,6 +119,34 @@ def test_a_killed_worker_loses_nothing(start: Start) -> None:
         "kill -9 of the worker mid-request",
         f"{KILLS} kills, 0 of {6 * KILLS} requests lost; ready again after {np.median(back_s):.2f} s (median)",
     )
+
+
+def test_both_directions_share_a_worker_and_come_back_after_its_death(start: Start, vaes: dict[str, LocalVae]) -> None:
+    served = start()
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 64, 64)).astype("float32")
+    with torch.no_grad():
+        expected = vaes["sd"].module.encode(torch.from_numpy(pixels)).latent_dist.mode().numpy()
+
+    def encode() -> np.ndarray:
+        sent = {"shape": pixels.shape, "dtype": "float32"}
+        answer = requests.post(served.url + "encode", pixels.tobytes(), params=sent, timeout=60)
+        return np.frombuffer(answer.content, "float32").reshape(expected.shape)
+
+    def holds() -> tuple[Any, Any]:
+        models = requests.get(served.url + "models", timeout=10).json()["models"]
+        model = next(model for model in models if model["name"] == "sd")
+        return model.get("decoder"), model.get("encoder")
+
+    picture = served.post().content
+    for _ in range(2):
+        with ThreadPoolExecutor(12) as clients:
+            encoded = [clients.submit(encode) for _ in range(6)]
+            decoded = [clients.submit(served.post) for _ in range(6)]
+        assert all(np.abs(answer.result() - expected).max() <= 1e-4 for answer in encoded)
+        assert all(answer.result().content == picture for answer in decoded)
+        assert holds() == ("exact", "exact")
+        served.engine.kill()
+        served.until(lambda: holds() == ("exact", "exact"))
 
 
 def test_while_no_worker_lives_new_requests_and_health_are_503(start: Start) -> None:
@@ -275,8 +304,7 @@ def test_a_model_that_is_not_used_is_unloaded_and_comes_back(start: Start) -> No
     served = start(idle_unload_s=0.5)
     assert served.post().ok
     served.until(lambda: served.metric('vae_model_loaded{model="sd"}') == 0)
-    assert served.post().ok
-    assert served.metric('vae_model_loaded{model="sd"}') == 1
+    served.until(lambda: served.post().ok and served.metric('vae_model_loaded{model="sd"}') == 1)
 
 
 def test_the_least_recently_used_model_leaves_when_memory_is_short(start: Start) -> None:
