@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from server.engine.decoders.streaming.slabs import Part, cut, unpatchify
 from server.engine.decoders.streaming.windows import Span, slide
 
-CHUNK = 4  # latent frames: of two at a time the frames around them are a quarter more work in the last blocks
 Step = tuple[Any, dict[str, Any]]
 
 
@@ -31,7 +29,7 @@ class LTX:
         self.parts = (*steps, Part(self._last, (self.decoder.conv_out,), self.patch))
 
     def begin(self, latents: Tensor) -> Iterator[Tensor]:  # [1, C, F, h, w]
-        yield from torch.split(latents, CHUNK, dim=2)
+        yield latents
 
     def finish(self, chunks: Iterable[Tensor], cuts: Sequence[slice], **arguments: float) -> Iterator[Tensor]:
         temb = self._timestep(arguments.get("timestep"))
