@@ -13,7 +13,7 @@ from server.engine.decoders.exact.output import Output
 from server.engine.decoders.streaming.grouped import CogVideoX, Magvit, Mochi
 from server.engine.decoders.streaming.hunyuan_video_15 import HunyuanVideo15
 from server.engine.decoders.streaming.ltx import LTX
-from server.engine.decoders.streaming.slabs import SMALLEST_SLAB, Part, Rows, cuts, slabs
+from server.engine.decoders.streaming.slabs import Part, cuts, split
 from server.engine.decoders.streaming.wan import Wan
 from server.families import Family
 from server.families.video import Video
@@ -22,6 +22,10 @@ from server.types import Layout
 __all__ = ["NETWORKS", "StreamingDecoder"]
 
 Emit = Callable[[Tensor], None]
+
+# Latent rows. A slab costs memory as so many more would: those around it, and the first half's output, of all rows.
+SPARE_ROWS = 4
+SMALLEST_SLAB = 4  # at fewer the rows around them cost more time than they save memory
 
 
 class Network(Protocol):
@@ -35,6 +39,10 @@ class Network(Protocol):
     @property
     def parts(self) -> Sequence[Part]:
         """What the second half runs, in order; empty where all of it must see whole pictures."""
+        ...
+
+    def values_per_pixel(self, latent_frames: int) -> float:
+        """How many values the second half holds at once, at most, for each pixel of a picture: measured."""
         ...
 
     def begin(self, latents: Tensor) -> Iterator[Tensor]:
@@ -104,38 +112,28 @@ class StreamingDecoder:
     def _decode(
         self, clip: Tensor, output: Output, first: int, emit: Emit | None, arguments: dict[str, float]
     ) -> None:  # [1, C, F, h, w]
-        height = clip.shape[3]
-        chosen = list(slabs(height, self.slab_rows(height, clip.shape[4])))
-        chunks: Iterable[Tensor] = self.network.begin(clip)
-        chunks = chunks if len(chosen) == 1 else list(chunks)
-        for slab in chosen:
-            done = emit if slab == chosen[-1] else None
-            self._write(chunks, slab, height, output, first, done, arguments)
-
-    def _write(
-        self,
-        chunks: Iterable[Tensor],
-        slab: Rows,
-        height: int,
-        output: Output,
-        frame: int,
-        emit: Emit | None,
-        arguments: dict[str, float],
-    ) -> None:
-        rows = cuts(self.network.parts, height, slab)
-        for sample in self.network.finish(chunks, rows, **arguments):  # [1, C, n, H, W]
-            output.write(frame, self.spec.vae_scale_factor * slab[0], sample[0].permute(1, 2, 3, 0))
-            after = frame + sample.shape[2]
-            if emit is not None:
-                emit(output.tensor[frame:after])
-            frame = after
+        network, (latent_frames, height, width) = self.network, clip.shape[2:]
+        slabs = list(split(height, self.slab_rows(latent_frames, height, width, output.tensor.nbytes)))
+        chunks: Iterable[Tensor] = network.begin(clip)
+        chunks = chunks if len(slabs) == 1 else list(chunks)
+        for slab in slabs:
+            frame = first
+            for sample in network.finish(chunks, cuts(network.parts, height, slab), **arguments):  # [1, C, n, H, W]
+                after = frame + sample.shape[2]
+                output.write(frame, self.spec.vae_scale_factor * slab[0], sample[0].permute(1, 2, 3, 0))
+                if emit is not None and slab == slabs[-1]:
+                    emit(output.tensor[frame:after])
+                frame = after
 
     def _frames(self, latent_frames: int) -> int:
         return self.family.num_frames(self.spec, latent_frames) if isinstance(self.family, Video) else 1
 
-    def slab_rows(self, height: int, width: int) -> int:
+    def slab_rows(self, latent_frames: int, height: int, width: int, output_bytes: int) -> int:
         """As many latent rows together as the budget allows."""
-        if not self.network.parts:
+        budget = self.memory_budget_bytes
+        budget = free_bytes(self.device) - output_bytes if budget is None else budget
+        pixels = self.spec.vae_scale_factor**2 * width  # of a latent row
+        row_bytes = self.network.values_per_pixel(latent_frames) * self.dtype.itemsize * pixels
+        if not self.network.parts or height * row_bytes <= budget:
             return height
-        budget = free_bytes(self.device) if self.memory_budget_bytes is None else self.memory_budget_bytes
-        return height if budget > (1 << 20) else min(height, SMALLEST_SLAB)
+        return min(height, max(SMALLEST_SLAB, int(budget / row_bytes) - SPARE_ROWS))

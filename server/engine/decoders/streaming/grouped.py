@@ -21,6 +21,9 @@ class WholePictures:
         self.vae = vae
         self.channels: int = vae.config.out_channels
 
+    def values_per_pixel(self, latent_frames: int) -> float:
+        return 0
+
     def finish(self, chunks: Iterable[Tensor], cuts: Sequence[slice], **arguments: float) -> Iterator[Tensor]:
         return iter(chunks)
 

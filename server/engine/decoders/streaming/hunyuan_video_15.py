@@ -19,7 +19,13 @@ class HunyuanVideo15:
         self.decoder = vae.decoder
         self.channels: int = self.decoder.conv_out.conv.out_channels
         steps = [step for block in self.decoder.up_blocks for step in (*block.resnets, *(block.upsamplers or ()))]
-        self.parts = (*(Part(step, (step,)) for step in steps), Part(self._last, (self.decoder.conv_out,)))
+        last = self.decoder.norm_out, self.decoder.conv_act, self.decoder.conv_out
+        self.parts = tuple(Part(step, (step,)) for step in (*steps, *last))
+
+    def values_per_pixel(self, latent_frames: int) -> float:
+        """The first frame comes alone, every other as four of them."""
+        width: int = self.decoder.conv_out.conv.in_channels
+        return width * (50 if latent_frames > 1 else 34)
 
     def begin(self, latents: Tensor) -> Iterator[Tensor]:  # [1, C, F, h, w]
         decoder = self.decoder
@@ -38,6 +44,3 @@ class HunyuanVideo15:
                 for part, rows in zip(self.parts, cuts[1:], strict=True):
                     x = cut(part.run(x), rows)
             yield x
-
-    def _last(self, x: Tensor) -> Tensor:  # [1, C, n, H, W] -> [1, 3, n, H, W]
-        return self.decoder.conv_out(self.decoder.conv_act(self.decoder.norm_out(x)))  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from server.engine.decoders.streaming.slabs import Part, cut, unpatchify
-from server.engine.decoders.streaming.windows import Span, slide
+from server.engine.decoders.streaming.windows import MOST, Span, slide
 
 Step = tuple[Any, dict[str, Any]]
 
@@ -27,6 +27,11 @@ class LTX:
         self.switch = {"causal": vae.config.decoder_causal} if is_second else {}
         steps = [Part(step, (step,)) for step, _ in self._steps(None)]
         self.parts = (*steps, Part(self._last, (self.decoder.conv_out,), self.patch))
+
+    def values_per_pixel(self, latent_frames: int) -> float:
+        """A window has as many frames as are made at a time, and four around them."""
+        width: int = self.decoder.conv_out.conv.in_channels
+        return 7 * width / self.patch**2 * min(MOST + 4, 8 * latent_frames)
 
     def begin(self, latents: Tensor) -> Iterator[Tensor]:  # [1, C, F, h, w]
         yield latents

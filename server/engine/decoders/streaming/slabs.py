@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 Rows = tuple[int, int]  # from, to
 
-SMALLEST_SLAB = 4  # latent rows: at fewer the rows around them cost more time than they save memory
-
 UPSAMPLERS: dict[str, Callable[[Any], int]] = {
     "WanResample": lambda _: 2,
     "QwenImageResample": lambda _: 2,
@@ -79,7 +77,7 @@ def cuts(parts: Sequence[Part], height: int, slab: Rows) -> list[slice]:
     return [slice(top - start, bottom - start) for (top, bottom), start in zip(kept, starts, strict=True)]
 
 
-def slabs(height: int, rows: int) -> Iterator[Rows]:
+def split(height: int, rows: int) -> Iterator[Rows]:
     """As even as can be, none of more than `rows`."""
     count = -(-height // rows)
     return pairwise(height * slab // count for slab in range(count + 1))

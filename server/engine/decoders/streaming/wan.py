@@ -29,8 +29,8 @@ class Cache:
     def convolve(self, conv: Any, x: Tensor) -> Tensor:  # [B, C, n, H, W] -> [B, C', n, H, W]
         """What a block does around each of its convolutions."""
         before = self.frames[self.position[0]]
-        frames = x if before is None else torch.cat([before, x], 2)
-        self.frames[self.position[0]] = frames[:, :, -2:].clone()
+        is_alone = x.shape[2] == 1 and before is not None
+        self.frames[self.position[0]] = torch.cat([before[:, :, -1:], x], 2) if is_alone else x[:, :, -2:].clone()
         self.position[0] += 1
         return conv(x, before)  # type: ignore[no-any-return]
 
@@ -44,7 +44,14 @@ class Wan:
         self.channels: int = self.decoder.conv_out.out_channels // self.patch**2
         self.knows_first = "first_chunk" in signature(self.decoder.up_blocks[0].forward).parameters
         blocks = [Part(block, (block,)) for block in self.decoder.up_blocks]
-        self.parts = (*blocks, Part(self._last, (self.decoder.conv_out,), self.patch))
+        self.parts = (*blocks, Part(self.decoder.conv_out, (self.decoder.conv_out,), self.patch))
+
+    def values_per_pixel(self, latent_frames: int) -> float:
+        """The first frame comes alone, every other as four of them."""
+        width: int = self.decoder.conv_out.in_channels
+        has_shortcuts = hasattr(self.decoder.up_blocks[0], "avg_shortcut")
+        alone, others = (23, 85) if has_shortcuts else (19, 52)
+        return width / self.patch**2 * (others if latent_frames > 1 else alone)
 
     def begin(self, latents: Tensor) -> Iterator[Tensor]:  # [1, C, F, h, w]
         cache = Cache()
@@ -61,9 +68,6 @@ class Wan:
             x = cut(x, cuts[0])
             for part, rows in zip(self.parts[:-1], cuts[1:-1], strict=True):
                 x = cut(part.run(x, **cache.arguments(), **first), rows)
-            yield cut(self._last(x, cache), cuts[-1])
-
-    def _last(self, x: Tensor, cache: Cache) -> Tensor:  # [1, C, n, H, W] -> [1, 3, n, p H, p W]
-        decoder = self.decoder
-        x = cache.convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)))
-        return unpatchify(x, self.patch).clamp(-1, 1)
+            x = self.decoder.norm_out(x)
+            x = cache.convolve(self.decoder.conv_out, self.decoder.nonlinearity(x))  # [1, 3 p p, n, H, W]
+            yield cut(unpatchify(x, self.patch).clamp(-1, 1), cuts[-1])
