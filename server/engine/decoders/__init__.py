@@ -1,4 +1,7 @@
-"""Which decoder runs a VAE: ours where its structure is known, diffusers' own everywhere else."""
+"""Which decoder runs a VAE: ours where its structure is known, diffusers' own everywhere else.
+
+`exact` has layers of its own, `streaming` runs diffusers' layers piece by piece; both give what a plain decode gives.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 
 from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.decoders.stock import Emit, StockDecoder
+from server.engine.decoders.streaming import NETWORKS, StreamingDecoder
 from server.families import Family
 from server.types import Layout
 
@@ -17,7 +21,7 @@ class Decoder(Protocol):
     """A VAE on its device.
 
     name: what `GET /models` calls this way of decoding. finite: whether the last decode's sample was, a 0-d tensor.
-    memory_budget_bytes: bounds an exact decoder's activations; None is what is free at each decode.
+    memory_budget_bytes: bounds the activations of all but diffusers' own; None is what is free at each decode.
     """
 
     name: str
@@ -30,7 +34,7 @@ class Decoder(Protocol):
         """`[B, C, h, w]` or `[B, C, F, h, w]`, unscaled, on any device and dtype, to pixels as `layout` says.
 
         emit: receives the pictures or frames in order, on the device, each as soon as it is done.
-        arguments: of the family's own `vae.decode`; families that are decoded exactly have none.
+        arguments: of the family's own `vae.decode`.
         """
         ...
 
@@ -57,7 +61,16 @@ def build_decoder(
     for exact, reason in zip(EXACT, reasons, strict=True):
         if reason is None:
             return exact(vae, memory_budget_bytes=memory_budget_bytes), None
+    if type(vae).__name__ in NETWORKS:
+        return _streaming(vae, family, memory_budget_bytes)
     return StockDecoder(vae, family), reasons[-1] if isinstance(vae, AutoencoderKLHunyuanVideo) else reasons[0]
+
+
+def _streaming(vae: Any, family: Family, memory_budget_bytes: int | None) -> tuple[Decoder, str | None]:
+    reason = StreamingDecoder.unsupported_reason(vae)
+    if reason is not None:
+        return StockDecoder(vae, family), reason
+    return StreamingDecoder(vae, family, memory_budget_bytes=memory_budget_bytes), None
 
 
 __all__ = ["EXACT_CLASSES", "Decoder", "build_decoder"]

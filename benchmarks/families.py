@@ -1,0 +1,187 @@
+"""Video families: the streaming decoder beside diffusers' plain decode, at published sizes with random weights.
+
+`python -m benchmarks.families [--only NAME …] [--save NAME]`. A small clip is decoded in float32 to the sample, every
+way in a process of its own: one run for the resident memory, one for the time. "Lowest slabs" is a budget of one byte.
+Then the memory of 81 frames of 480x832 to uint8 pixels, counted: all bytes of tensors, without data, that are alive.
+`--save NAME` also writes benchmarks/results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor
+
+from benchmarks.decode import MEGA, RESULTS, device_name, peak_of, timed
+from server.engine.decoders.stock import StockDecoder
+from server.engine.decoders.streaming import StreamingDecoder
+from server.engine.postprocess import postprocess
+from server.families import Family, family_of_class
+from server.types import Layout
+from tests.engine.live import LiveBytes
+
+CPU = torch.device("cpu")
+STOCK, OURS, SLABS = WAYS = ("diffusers", "ours", "ours, lowest slabs")
+HEADER = (
+    "| family | frames | size | diffusers s | ours s | ratio | diffusers MB | ours MB | max abs difference "
+    "| lowest slabs s | MB | max abs difference |"
+)
+LARGE_HEADER = "| family | frames | diffusers GB | ours GB | lowest slabs GB |"
+WAN_22: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+    "is_residual": True,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+
+
+class Case(NamedTuple):
+    class_name: str
+    config: dict[str, Any]
+    latents: tuple[int, ...]
+    """(C, F, h, w), or (C, h, w) of a picture."""
+
+
+LTX_2 = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+CASES = {
+    "Wan 2.1": Case("AutoencoderKLWan", {}, (16, 3, 24, 4)),
+    "Wan 2.2 5B": Case("AutoencoderKLWan", WAN_22, (48, 3, 12, 4)),
+    "Qwen-Image": Case("AutoencoderKLQwenImage", {}, (16, 32, 16)),
+    "HunyuanVideo 1.5": Case("AutoencoderKLHunyuanVideo15", {}, (32, 5, 12, 3)),
+    "LTX-Video": Case("AutoencoderKLLTXVideo", {}, (128, 13, 5, 2)),
+    "LTX-2": Case("AutoencoderKLLTX2Video", LTX_2, (128, 9, 4, 2)),
+    "CogVideoX": Case("AutoencoderKLCogVideoX", {}, (16, 5, 8, 6)),
+    "Mochi": Case("AutoencoderKLMochi", {}, (12, 5, 8, 6)),
+    "EasyAnimate": Case("AutoencoderKLMagvit", {}, (16, 5, 8, 6)),
+}
+IN_SLABS = set(CASES) - {"CogVideoX", "Mochi", "EasyAnimate"}
+LARGE = (81, 480, 832)  # frames, height, width
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--one", nargs=3, default=None, metavar=("FAMILY", "WAY", "PATH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        run_one(*arguments.one)
+        return
+    machine = f"{device_name(CPU)}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    print(f"{machine}\n\n{HEADER}\n{'| --- ' * HEADER.count(' | ')}| --- |")
+    rows = [row_of(name) for name in arguments.only]
+    print(f"\n{LARGE_HEADER}\n{'| --- ' * LARGE_HEADER.count(' | ')}| --- |")
+    for row in rows:
+        row["large"] = {way: counted(row["family"], way) for way in ways_of(row["family"])}
+        print(large_line_of(row), flush=True)
+    if arguments.save:
+        saved = {"machine": machine, "date": f"{datetime.now(UTC):%Y-%m-%d}", "rows": rows}
+        (RESULTS / f"{arguments.save}.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def ways_of(name: str) -> tuple[str, ...]:
+    return WAYS if name in IN_SLABS else WAYS[:2]
+
+
+def row_of(name: str) -> dict[str, Any]:
+    """Every way of decoding in turn, against diffusers' sample."""
+    row: dict[str, Any] = {"family": name}
+    with tempfile.TemporaryDirectory() as folder:
+        reference: Tensor | None = None
+        for way in ways_of(name):
+            path = Path(folder) / "sample.pt"
+            command = [sys.executable, "-m", "benchmarks.families", "--one", name, way, str(path)]
+            environment = {"GOMP_SPINCOUNT": "8000"} | os.environ  # as the server's worker runs
+            row[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+            sample = torch.load(path)
+            reference = sample if reference is None else reference
+            row[way]["max_abs_difference"] = float((sample - reference).abs().max())
+            row |= {"frames": sample.shape[2] if sample.ndim == 5 else 1, "size": list(sample.shape[-2:])}
+    print(line_of(row), flush=True)
+    return row
+
+
+def line_of(row: dict[str, Any]) -> str:
+    theirs, ours = row[STOCK], row[OURS]
+    height, width = row["size"]
+    cells = [row["family"], row["frames"], f"{height}x{width}", f"{theirs['s']:.1f}", f"{ours['s']:.1f}"]
+    cells += [f"{ours['s'] / theirs['s']:.2f}", f"{theirs['peak_bytes'] / MEGA:.0f}"]
+    for way in (OURS, SLABS):
+        if way == SLABS:
+            cells.append(f"{row[way]['s']:.1f}" if way in row else "")
+        cells += (
+            [f"{row[way]['peak_bytes'] / MEGA:.0f}", f"{row[way]['max_abs_difference']:.1e}"]
+            if way in row
+            else ["", ""]
+        )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def large_line_of(row: dict[str, Any]) -> str:
+    sizes = [f"{row['large'][way]['bytes'] / 1e9:.1f}" if way in row["large"] else "" for way in WAYS]
+    return f"| {row['family']} | {row['large'][OURS]['frames']} | {' | '.join(sizes)} |"
+
+
+def run_one(name: str, way: str, path: str) -> None:
+    torch.manual_seed(0)
+    decoder = decoder_of(*made(name), way)
+    latents = torch.randn(1, *CASES[name].latents)  # [1, C, (F,) h, w]
+    peak_bytes, sample = peak_of(lambda z: decoder.decode(z, Layout.SAMPLE), latents, CPU)
+    torch.save(sample.contiguous(), path)
+    seconds = timed(lambda z: decoder.decode(z, Layout.SAMPLE), latents, CPU)
+    print(json.dumps({"s": seconds, "peak_bytes": peak_bytes}))
+
+
+def counted(name: str, way: str) -> dict[str, int]:
+    """The most bytes of tensors alive at once in a large clip, output and all."""
+    frames, height, width = LARGE
+    with torch.device("meta"), torch.inference_mode():
+        vae, family = made(name)
+        spec = family.describe(vae.config)
+        ratio, times = spec.vae_scale_factor, spec.temporal_compression_ratio
+        clip = ((frames - 1) // times + 1,) if len(CASES[name].latents) == 4 else ()
+        latents = torch.empty(1, spec.channels, *clip, height // ratio, width // ratio)  # [1, C, (F,) h, w]
+        with LiveBytes() as live:
+            if way == STOCK:
+                pixels = postprocess(family.decode(vae, latents), Layout.PIXELS)  # [F, H, W, C]
+            else:
+                pixels = decoder_of(vae, family, way).decode(latents, Layout.PIXELS)  # [F, H, W, C]
+    return {"bytes": live.most, "frames": len(pixels)}
+
+
+def made(name: str) -> tuple[Any, Family]:
+    torch.set_grad_enabled(False)
+    warnings.simplefilter("ignore")
+    class_name, config, _ = CASES[name]
+    family = family_of_class(class_name)
+    assert family is not None
+    vae = getattr(diffusers, class_name)(**config).eval()
+    vae.encoder = torch.nn.Identity()
+    return vae, family
+
+
+def decoder_of(vae: Any, family: Family, way: str) -> StockDecoder | StreamingDecoder:
+    if way == STOCK:
+        return StockDecoder(vae, family)
+    return StreamingDecoder(vae, family, memory_budget_bytes=1 if way == SLABS else 1 << 60)
+
+
+if __name__ == "__main__":
+    main()

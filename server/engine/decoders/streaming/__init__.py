@@ -1,0 +1,139 @@
+"""diffusers' own video decoders in little memory: frames leave as they are done, rows by themselves where they may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from server.engine.decoders.exact.memory import free_bytes
+from server.engine.decoders.exact.output import Output
+from server.engine.decoders.streaming.grouped import CogVideoX, Magvit, Mochi
+from server.engine.decoders.streaming.hunyuan_video_15 import HunyuanVideo15
+from server.engine.decoders.streaming.ltx import LTX
+from server.engine.decoders.streaming.slabs import Part, cuts, split
+from server.engine.decoders.streaming.wan import Wan
+from server.families import Family
+from server.families.video import Video
+from server.types import Layout
+
+__all__ = ["NETWORKS", "StreamingDecoder"]
+
+Emit = Callable[[Tensor], None]
+
+# Latent rows. A slab costs memory as so many more would: those around it, and the first half's output, of all rows.
+SPARE_ROWS = 4
+SMALLEST_SLAB = 4  # at fewer the rows around them cost more time than they save memory
+
+
+class Network(Protocol):
+    """A decoder as two generators of chunks of frames, the second local in space."""
+
+    @property
+    def channels(self) -> int:
+        """Of the sample."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What the second half runs, in order; empty where all of it must see whole pictures."""
+        ...
+
+    def values_per_pixel(self, latent_frames: int) -> float:
+        """How many values the second half holds at once, at most, for each pixel of a picture: measured."""
+        ...
+
+    def begin(self, latents: Tensor) -> Iterator[Tensor]:
+        """[1, C, F, h, w] -> chunks [1, C', n, h, w] of whole pictures, first to last."""
+        ...
+
+    def finish(self, chunks: Iterable[Tensor], cuts: Sequence[slice], **arguments: float) -> Iterator[Tensor]:
+        """Chunks to samples [1, C, n, H, W] of the rows that `slabs.cuts` says."""
+        ...
+
+
+NETWORKS: dict[str, Callable[[Any], Network]] = {
+    "AutoencoderKLWan": Wan,
+    "AutoencoderKLQwenImage": Wan,
+    "AutoencoderKLQwenImage21": Wan,
+    "AutoencoderKLHunyuanVideo15": HunyuanVideo15,
+    "AutoencoderKLLTXVideo": LTX,
+    "AutoencoderKLLTX2Video": LTX,
+    "AutoencoderKLCogVideoX": CogVideoX,
+    "AutoencoderKLMagvit": Magvit,
+    "AutoencoderKLMochi": Mochi,
+}
+
+
+class StreamingDecoder:
+    """Equals diffusers' plain decode, without tiles or slices. It runs the VAE's own modules, which stay as they are.
+
+    memory_budget_bytes: bounds the activations by rows decoded by themselves, which takes longer; None: what is free.
+    """
+
+    name = "streaming"
+
+    @staticmethod
+    def unsupported_reason(vae: Any) -> str | None:
+        """None if a VAE of `NETWORKS` can be decoded in pieces, else one sentence saying why not."""
+        if any(getattr(module, "per_channel_scale1", None) is not None for module in vae.decoder.modules()):
+            return "Its decoder adds noise that all frames of a clip share."
+        return None
+
+    def __init__(self, vae: Any, family: Family, *, memory_budget_bytes: int | None = None) -> None:
+        weight = next(vae.decoder.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.memory_budget_bytes = memory_budget_bytes
+        self.network = NETWORKS[type(vae).__name__](vae)
+        self.family = family
+        self.spec = family.describe(vae.config)
+        self.finite = torch.ones((), dtype=torch.bool)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, layout: Layout, emit: Emit | None = None, **arguments: float) -> Tensor:
+        """Unscaled latents `[B, C, h, w]` or `[B, C, F, h, w]` to the layout.
+
+        emit: receives the layout's frames `[n, …]` in order, as soon as all their rows are done.
+        """
+        latents = latents.to(self.device, self.dtype)
+        clips = latents if latents.ndim == 5 else latents[:, :, None]  # [B, C, F, h, w]
+        frames, ratio = self._frames(clips.shape[2]), self.spec.vae_scale_factor
+        shape = len(clips) * frames, ratio * clips.shape[3], ratio * clips.shape[4], self.network.channels
+        output = Output(layout, shape, latents)
+        for index, clip in enumerate(torch.split(clips, 1)):  # [1, C, F, h, w]
+            self._decode(clip, output, index * frames, emit, arguments)
+        self.finite = output.finite
+        if layout is not Layout.SAMPLE or latents.ndim == 4:
+            return output.tensor  # [B F, ...]
+        return output.tensor.view(-1, frames, *output.tensor.shape[1:]).transpose(1, 2)  # [B, C, F, H, W]
+
+    def _decode(
+        self, clip: Tensor, output: Output, first: int, emit: Emit | None, arguments: dict[str, float]
+    ) -> None:  # [1, C, F, h, w]
+        network, (latent_frames, height, width) = self.network, clip.shape[2:]
+        slabs = list(split(height, self.slab_rows(latent_frames, height, width, output.tensor.nbytes)))
+        chunks: Iterable[Tensor] = network.begin(clip)
+        chunks = chunks if len(slabs) == 1 else list(chunks)
+        for slab in slabs:
+            frame = first
+            for sample in network.finish(chunks, cuts(network.parts, height, slab), **arguments):  # [1, C, n, H, W]
+                after = frame + sample.shape[2]
+                output.write(frame, self.spec.vae_scale_factor * slab[0], sample[0].permute(1, 2, 3, 0))
+                if emit is not None and slab == slabs[-1]:
+                    emit(output.tensor[frame:after])
+                frame = after
+
+    def _frames(self, latent_frames: int) -> int:
+        return self.family.num_frames(self.spec, latent_frames) if isinstance(self.family, Video) else 1
+
+    def slab_rows(self, latent_frames: int, height: int, width: int, output_bytes: int) -> int:
+        """As many latent rows together as the budget allows."""
+        budget = self.memory_budget_bytes
+        budget = free_bytes(self.device) - output_bytes if budget is None else budget
+        pixels = self.spec.vae_scale_factor**2 * width  # of a latent row
+        row_bytes = self.network.values_per_pixel(latent_frames) * self.dtype.itemsize * pixels
+        if not self.network.parts or height * row_bytes <= budget:
+            return height
+        return min(height, max(SMALLEST_SLAB, int(budget / row_bytes) - SPARE_ROWS))

@@ -1,0 +1,190 @@
+"""The streaming decoders against diffusers' plain decode: every family, every length, in slabs and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.decoders import build_decoder
+from server.engine.decoders.stock import StockDecoder
+from server.engine.decoders.streaming import StreamingDecoder
+from server.engine.postprocess import postprocess
+from server.families import Family, family_of_class
+from server.types import Layout
+from tests.engine.live import peak_beside_output
+from tests.pipelines import vaes
+
+pytestmark = pytest.mark.usefixtures("one_core")
+
+SMALLEST = 1  # as a budget: the lowest slabs
+CLIPS: dict[str, Callable[[], Any]] = {
+    "wan": vaes.wan,
+    "wan-2.2-5b": vaes.wan_22,
+    "hunyuan-video-1.5": vaes.hunyuan_video_15,
+    "ltx": vaes.ltx,
+    "ltx-causal": lambda: vaes.ltx(decoder_causal=True),
+    "ltx-timestep": lambda: vaes.ltx(timestep_conditioning=True),
+    "ltx2": vaes.ltx2,
+    "cogvideox": vaes.cogvideox,
+    "easy-animate": vaes.magvit,
+    "mochi": vaes.mochi,
+}
+PICTURES: dict[str, Callable[[], Any]] = {"qwen-image": vaes.qwen_image, "qwen-image-2.1": vaes.qwen_image_21}
+IN_SLABS = ["wan", "wan-2.2-5b", "hunyuan-video-1.5", "ltx", "ltx-causal", "ltx-timestep", "ltx2", *PICTURES]
+WHOLE_CLIP = ["hunyuan-video-1.5", "ltx", "ltx2", "mochi"]  # diffusers decodes these at once
+
+
+@cache
+def made(name: str) -> tuple[Any, Family]:
+    vae = (CLIPS | PICTURES)[name]()
+    family = family_of_class(type(vae).__name__)
+    assert family is not None
+    return vae, family
+
+
+def streaming(name: str, budget: int | None = None) -> StreamingDecoder:
+    return StreamingDecoder(*made(name), memory_budget_bytes=budget)
+
+
+def stock(name: str, latents: Tensor, layout: Layout = Layout.SAMPLE) -> Tensor:
+    """A clip at a time: HunyuanVideo 1.5 of diffusers takes no more."""
+    decoder = StockDecoder(*made(name))
+    with torch.inference_mode():
+        samples = [decoder.decode(one, Layout.SAMPLE, **arguments(name)) for one in latents.split(1)]
+        return postprocess(torch.cat(samples), layout)
+
+
+def arguments(name: str) -> dict[str, float]:
+    return {"timestep": 0.05} if name == "ltx-timestep" else {}
+
+
+def latents_for(name: str, frames: int, height: int = 3, width: int = 2, batch: int = 1) -> Tensor:
+    channels = streaming(name).spec.channels
+    shape = (channels, frames, height, width) if name in CLIPS else (channels, height, width)
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(frames))  # [B, C, (F,) h, w]
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype is expected.dtype
+    assert expected.float().std() > 0.05  # else anything is close
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 6])
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_of_any_length_equals_a_plain_decode(name: str, frames: int) -> None:
+    latents = latents_for(name, frames)
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)), stock(name, latents))
+
+
+@pytest.mark.parametrize("name", ["ltx", "ltx-causal", "ltx2"])
+def test_a_clip_longer_than_the_windows_equals_a_plain_decode(name: str) -> None:
+    latents = latents_for(name, 19, 2, 2)
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE), stock(name, latents))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_equal_a_plain_decode(name: str) -> None:
+    latents = latents_for(name, 1, 4, 5, batch=2)
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE), stock(name, latents))
+
+
+@pytest.mark.parametrize("name", IN_SLABS)
+def test_slabs_of_rows_equal_a_plain_decode(name: str) -> None:
+    """Tall enough that a slab in the middle sees neither edge."""
+    latents = latents_for(name, 2, 44, 2)
+    decoder = streaming(name, SMALLEST)
+    assert decoder.slab_rows(2, 44, 2, 0) == 4
+    assert_same(decoder.decode(latents, Layout.SAMPLE, **arguments(name)), stock(name, latents))
+
+
+@pytest.mark.parametrize("budget", [None, SMALLEST])
+@pytest.mark.parametrize("layout", [Layout.UNIT, Layout.PIXELS])
+@pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
+def test_layouts_are_the_postprocessed_sample(name: str, layout: Layout, budget: int | None) -> None:
+    latents = latents_for(name, 2, 5, 2, batch=2)
+    found = streaming(name, budget).decode(latents, layout, **arguments(name))
+    expected = stock(name, latents, layout)
+    assert found.dtype is expected.dtype
+    atol = 1 if layout is Layout.PIXELS else 1e-5
+    torch.testing.assert_close(found.float(), expected.float(), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [None, SMALLEST])
+@pytest.mark.parametrize("name", CLIPS)
+def test_frames_leave_in_order_and_once(name: str, budget: int | None) -> None:
+    left: list[Tensor] = []
+    latents = latents_for(name, 6, 8, 2, batch=2)
+    clips = streaming(name, budget).decode(
+        latents, Layout.PIXELS, lambda frames: left.append(frames.clone()), **arguments(name)
+    )
+    assert len(left) > 2
+    assert torch.equal(torch.cat(left), clips)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_memory_does_not_grow_with_the_clip(name: str) -> None:
+    """Beside the output; keys and values of HunyuanVideo 1.5's attention are kept, at the latents' size."""
+    frames = (17, 33) if "ltx" in name else (5, 13)
+    decoder = streaming(name)
+    short, long = (
+        peak_beside_output(lambda n=n: decoder.decode(latents_for(name, n), Layout.PIXELS, **arguments(name)))
+        for n in frames
+    )
+    assert long < 1.1 * short
+
+
+@pytest.mark.parametrize("name", WHOLE_CLIP)
+def test_memory_is_a_fraction_of_a_plain_decode(name: str) -> None:
+    latents = latents_for(name, 33 if "ltx" in name else 13)
+    ours = peak_beside_output(lambda: streaming(name).decode(latents, Layout.PIXELS))
+    theirs = peak_beside_output(lambda: stock(name, latents, Layout.PIXELS))
+    assert ours < 0.5 * theirs
+
+
+@pytest.mark.parametrize("name", IN_SLABS)
+def test_slabs_take_a_fraction_of_the_memory(name: str) -> None:
+    latents = latents_for(name, 2, 64, 2)
+    whole, lowest = (
+        peak_beside_output(lambda b=budget: streaming(name, b).decode(latents, Layout.PIXELS, **arguments(name)))
+        for budget in (None, SMALLEST)
+    )
+    assert lowest < 0.35 * whole
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_decode_that_broke_off_leaves_nothing_behind(name: str) -> None:
+    def full(frames: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    latents = latents_for(name, 3)
+    before = stock(name, latents)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streaming(name).decode(latents, Layout.SAMPLE, full, **arguments(name))
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)), before)
+    assert torch.equal(stock(name, latents), before)
+
+
+def test_a_sample_that_is_not_finite_is_told() -> None:
+    decoder = streaming("wan")
+    decoder.decode(latents_for("wan", 2), Layout.PIXELS)
+    assert bool(decoder.finite)
+    decoder.decode(latents_for("wan", 2) * torch.nan, Layout.PIXELS)
+    assert not bool(decoder.finite)
+
+
+@pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
+def test_it_is_what_runs_unless_models_yaml_asks_for_diffusers(name: str) -> None:
+    names = [build_decoder(*made(name), choice, "none", None)[0].name for choice in ("auto", "diffusers")]
+    assert names == ["streaming", "diffusers"]
+
+
+def test_noise_that_frames_share_is_left_to_diffusers() -> None:
+    vae = vaes.ltx(decoder_inject_noise=(True,) * 5)
+    decoder, note = build_decoder(vae, made("ltx")[1], "auto", "none", None)
+    assert (decoder.name, note) == ("diffusers", "Its decoder adds noise that all frames of a clip share.")
