@@ -36,6 +36,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for name, make in SAMPLES.items():
         make().vae.save_pretrained(folder / name, safe_serialization=True)
         models[name] = {"repo": str(folder / name), "dtype": "float32"}
+    for name in ("ltx-timestep", "wan", "flux2"):
+        models[name] |= {"warmup": [[64, 64]]}
     config = write_models_yaml(folder / "models.yaml", models, next(iter(models)))
     with running(load_settings(config=config)) as url:
         yield url

@@ -239,4 +239,6 @@ def warm_up(model: LoadedModel, sizes: tuple[tuple[int, int], ...]) -> None:
         shape = model.family.latent_shape(model.spec, height, width)
         with torch.inference_mode():
             assert model.decoder is not None
-            model.decoder.decode(torch.zeros(shape, device=model.device, dtype=model.dtype), Layout.PIXELS)
+            arguments = {"timestep": 0.0} if model.spec.takes_timestep else {}
+            latents = torch.zeros(shape, device=model.device, dtype=model.dtype)
+            model.decoder.decode(latents, Layout.PIXELS, None, **arguments)

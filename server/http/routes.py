@@ -245,6 +245,7 @@ def _listed(service: Service, name: str) -> dict[str, Any]:
     known, loaded = listed(service.settings, name, service.infos.get(name)), service.loaded(name)
     if loaded:
         known |= {**asdict(loaded[0]), "device": ", ".join(device.device for device in loaded)}
+        known["weights"] = {**(known.get("weights") or {}), "is_here": True}
     return known | {"state": service.model_state(name)}
 
 

@@ -18,7 +18,7 @@ from server.types import RawTensor
 # The demuxer is named and the protocols are few: a playlist in disguise could make ffmpeg read files and addresses.
 # Rotation is left alone, as EXIF is in pictures.
 INPUT = ("-v", "error", "-xerror", "-nostdin", "-noautorotate", "-f", "mov", "-protocol_whitelist", "file")
-LONGEST_S = 60
+LONGEST_S = 30
 DIMENSIONS = re.compile(rb"^#dimensions 0: (\d+)x(\d+)$", re.MULTILINE)
 PACKET = re.compile(rb"^0,", re.MULTILINE)
 
