@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -17,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self._workers = 0
         self.requests = Counter("vae_requests", "Requests answered", ["route", "model", "code"], registry=registry)
         self.duration_s = Histogram(
             "vae_request_duration_seconds", "Head read to answer ready", ["route"], buckets=SECONDS, registry=registry
@@ -52,6 +55,10 @@ class Metrics:
             "vae_worker_restarts", "Worker processes that ended", ["cause"], registry=registry
         )
         self.model_loaded = Gauge("vae_model_loaded", "Devices that hold the weights", ["model"], registry=registry)
+        self.resident_memory = Gauge(
+            "vae_resident_memory_bytes", "Of the front process and each worker", ["process"], registry=registry
+        )
+        self.resident_memory.labels("front").set_function(lambda: resident_bytes(os.getpid()))
         self.queue_depth = Gauge("vae_queue_depth", "Requests that wait for a device", registry=registry)
         self.queue_bytes = Gauge("vae_queue_bytes", "Bytes of accepted requests and answers", registry=registry)
         self.inflight = Gauge("vae_inflight", "Requests given to a device", registry=registry)
@@ -60,6 +67,12 @@ class Metrics:
             Gauge("inf_batch_current_size", "As vae_inflight, for the toolkit's scrapers", registry=registry),
         )
 
+    def watch_worker(self, device: str, pid: Callable[[], int | None]) -> None:
+        """Read its process's memory whenever the metrics are."""
+        self._workers += 1
+        name = f"worker {self._workers} on {device}"
+        self.resident_memory.labels(name).set_function(lambda: resident_bytes(pid()))
+
     def watch_queue(self, waiting: Count, running: Count, size_bytes: Count) -> None:
         """Read these whenever the metrics are."""
         for gauge in (self.queue_depth, self._toolkit[0]):
@@ -67,3 +80,12 @@ class Metrics:
         for gauge in (self.inflight, self._toolkit[1]):
             gauge.set_function(running)
         self.queue_bytes.set_function(size_bytes)
+
+
+def resident_bytes(pid: int | None) -> float:
+    """Of a process; 0 when it has ended, and where there is no /proc."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0.0
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))

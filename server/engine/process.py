@@ -100,6 +100,7 @@ class ProcessEngine:
         """Raises ConfigError when there is no such device, or the process ends again and again before it is ready."""
         self._changed = changed
         self._first = asyncio.get_running_loop().create_future()
+        self._metrics.watch_worker(self.device, lambda: self.pid)
         self._supervising = asyncio.create_task(self._supervise())
         takes_all = self.device in ("auto", "cuda")
         await self._first
