@@ -3,7 +3,7 @@
 `python -m benchmarks.families [--only NAME …] [--save NAME]`: a small clip once, in float32 to the sample, every way in
 a process of its own, for time, resident memory and difference. "Lowest slabs" is a memory budget of one byte.
 
-`python -m benchmarks.families --count`: the most bytes of tensors alive in a decode of 121 frames of 480x832 to uint8
+`python -m benchmarks.families --count`: the most bytes of tensors alive in a decode of 49 frames of 480x832 to uint8
 pixels. The tensors have no data, so it takes seconds.
 
 `--save NAME` also writes benchmarks/results/NAME.json.
@@ -76,7 +76,7 @@ CASES = {
     "EasyAnimate": Case("AutoencoderKLMagvit", {}, (16, 5, 8, 6)),
 }
 IN_SLABS = set(CASES) - {"CogVideoX", "Mochi", "EasyAnimate"}
-LARGE = (121, 480, 832)  # frames, height, width
+LARGE = (49, 480, 832)  # frames, height, width
 
 
 def main() -> None:
