@@ -1,8 +1,11 @@
 """Video families: the streaming decoder beside diffusers' plain decode, at published sizes with random weights.
 
-`python -m benchmarks.families [--only NAME …] [--save NAME]`. A small clip is decoded in float32 to the sample, every
-way in a process of its own: one run for the resident memory, one for the time. "Lowest slabs" is a budget of one byte.
-Then the memory of 81 frames of 480x832 to uint8 pixels, counted: all bytes of tensors, without data, that are alive.
+`python -m benchmarks.families [--only NAME …] [--save NAME]`: a small clip once, in float32 to the sample, every way in
+a process of its own, for time, resident memory and difference. "Lowest slabs" is a memory budget of one byte.
+
+`python -m benchmarks.families --count`: the most bytes of tensors alive in a decode of 49 frames of 480x832 to uint8
+pixels. The tensors have no data, so it takes seconds.
+
 `--save NAME` also writes benchmarks/results/NAME.json.
 """
 
@@ -14,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +27,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from benchmarks.decode import MEGA, RESULTS, device_name, peak_of, timed
+from benchmarks.decode import MEGA, RESULTS, device_name, peak_of
 from server.engine.decoders.stock import StockDecoder
 from server.engine.decoders.streaming import StreamingDecoder
 from server.engine.postprocess import postprocess
@@ -72,25 +76,26 @@ CASES = {
     "EasyAnimate": Case("AutoencoderKLMagvit", {}, (16, 5, 8, 6)),
 }
 IN_SLABS = set(CASES) - {"CogVideoX", "Mochi", "EasyAnimate"}
-LARGE = (81, 480, 832)  # frames, height, width
+LARGE = (49, 480, 832)  # frames, height, width
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--count", action="store_true", help="count the memory of large clips instead")
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     parser.add_argument("--one", nargs=3, default=None, metavar=("FAMILY", "WAY", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         run_one(*arguments.one)
         return
+    header, row, line = (LARGE_HEADER, large_row_of, large_line_of) if arguments.count else (HEADER, row_of, line_of)
     machine = f"{device_name(CPU)}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    print(f"{machine}\n\n{HEADER}\n{'| --- ' * HEADER.count(' | ')}| --- |")
-    rows = [row_of(name) for name in arguments.only]
-    print(f"\n{LARGE_HEADER}\n{'| --- ' * LARGE_HEADER.count(' | ')}| --- |")
-    for row in rows:
-        row["large"] = {way: counted(row["family"], way) for way in ways_of(row["family"])}
-        print(large_line_of(row), flush=True)
+    print(f"{machine}\n\n{header}\n{'| --- ' * header.count(' | ')}| --- |", flush=True)
+    rows = []
+    for name in arguments.only:
+        rows.append(row(name))
+        print(line(rows[-1]), flush=True)
     if arguments.save:
         saved = {"machine": machine, "date": f"{datetime.now(UTC):%Y-%m-%d}", "rows": rows}
         (RESULTS / f"{arguments.save}.json").write_text(json.dumps(saved, indent=1) + "\n")
@@ -114,7 +119,6 @@ def row_of(name: str) -> dict[str, Any]:
             reference = sample if reference is None else reference
             row[way]["max_abs_difference"] = float((sample - reference).abs().max())
             row |= {"frames": sample.shape[2] if sample.ndim == 5 else 1, "size": list(sample.shape[-2:])}
-    print(line_of(row), flush=True)
     return row
 
 
@@ -134,18 +138,23 @@ def line_of(row: dict[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def large_row_of(name: str) -> dict[str, Any]:
+    return {"family": name} | {way: counted(name, way) for way in ways_of(name)}
+
+
 def large_line_of(row: dict[str, Any]) -> str:
-    sizes = [f"{row['large'][way]['bytes'] / 1e9:.1f}" if way in row["large"] else "" for way in WAYS]
-    return f"| {row['family']} | {row['large'][OURS]['frames']} | {' | '.join(sizes)} |"
+    sizes = [f"{row[way]['bytes'] / 1e9:.1f}" if way in row else "" for way in WAYS]
+    return f"| {row['family']} | {row[OURS]['frames']} | {' | '.join(sizes)} |"
 
 
 def run_one(name: str, way: str, path: str) -> None:
     torch.manual_seed(0)
     decoder = decoder_of(*made(name), way)
     latents = torch.randn(1, *CASES[name].latents)  # [1, C, (F,) h, w]
+    started = time.perf_counter()
     peak_bytes, sample = peak_of(lambda z: decoder.decode(z, Layout.SAMPLE), latents, CPU)
+    seconds = time.perf_counter() - started
     torch.save(sample.contiguous(), path)
-    seconds = timed(lambda z: decoder.decode(z, Layout.SAMPLE), latents, CPU)
     print(json.dumps({"s": seconds, "peak_bytes": peak_bytes}))
 
 

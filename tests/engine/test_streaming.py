@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLLTXVideo, AutoencoderKLWan
 from torch import Tensor
 
 from server.engine.decoders import build_decoder
@@ -155,6 +156,20 @@ def test_slabs_take_a_fraction_of_the_memory(name: str) -> None:
         for budget in (None, SMALLEST)
     )
     assert lowest < 0.35 * whole
+
+
+@pytest.mark.parametrize("make", [AutoencoderKLWan, AutoencoderKLHunyuanVideo15, AutoencoderKLLTXVideo])
+def test_a_budget_is_kept_at_the_published_size(make: Callable[[], Any]) -> None:
+    """With tensors that have no data."""
+    with torch.device("meta"):
+        vae = make().eval()
+        family = family_of_class(type(vae).__name__)
+        assert family is not None
+        decoder = StreamingDecoder(vae, family)
+        latents = torch.empty(1, decoder.spec.channels, 5, 40, 2)
+        whole = peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS))
+        decoder.memory_budget_bytes = int(0.5 * whole)
+        assert peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS)) < 0.5 * whole
 
 
 @pytest.mark.parametrize("name", CLIPS)

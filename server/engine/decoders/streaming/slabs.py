@@ -73,7 +73,7 @@ def cuts(parts: Sequence[Part], height: int, slab: Rows) -> list[slice]:
     for margin, times in zip(margins, [*(part.scale for part in parts), 1], strict=True):
         kept.append((max(0, slab[0] * scale - margin), min(height * scale, slab[1] * scale + margin)))
         scale *= times
-    starts = [0, *(start * part.scale for (start, _), part in zip(kept, parts, strict=False))]
+    starts = [0, *(start * part.scale for (start, _), part in zip(kept[:-1], parts, strict=True))]
     return [slice(top - start, bottom - start) for (top, bottom), start in zip(kept, starts, strict=True)]
 
 
