@@ -145,8 +145,9 @@ def test_both_directions_share_a_worker_and_come_back_after_its_death(start: Sta
         assert all(np.abs(answer.result() - expected).max() <= 1e-4 for answer in encoded)
         assert all(answer.result().content == picture for answer in decoded)
         assert holds() == ("exact", "exact")
+        pid = served.engine.pid
         served.engine.kill()
-        served.until(lambda: holds() == ("exact", "exact"))
+        served.until(lambda pid=pid: served.engine.pid != pid and holds() == ("exact", "exact"))
 
 
 def test_while_no_worker_lives_new_requests_and_health_are_503(start: Start) -> None:

@@ -138,6 +138,9 @@ class ProcessEngine:
             await ended
         finally:
             del self._batches[number]
+            ended.cancel()  # where sending failed, nobody waits for it
+            if not ended.cancelled():
+                ended.exception()
 
     def kill(self) -> None:
         if self._process:

@@ -123,7 +123,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
         {"params": with_params(shape=[2, 4, 8, 8]), "data": BODY * 2}, 422, "impossible", "output_type=pt, or send one",
     ),
     "a picture from a video model": (
-        {"params": with_params(shape=[1, 16, 1, 4, 4]), "path": "hunyuan"}, 406, "not_acceptable", "output_type=mp4 or pt",
+        {"params": with_params(shape=[1, 16, 2, 4, 4]), "path": "hunyuan"}, 406, "not_acceptable", "output_type=mp4 or pt",
     ),
     "an MP4 from an image model": ({"params": with_params(output_type="mp4")}, 406, "not_acceptable", "decodes pictures"),
     "two clips in one MP4": (
@@ -140,7 +140,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
         {"params": with_params(shape=[1, 16, 1, 8200]), "path": "sd3"}, 422, "impossible", "8x65600 does not fit a JPG, whose sides are at most 65500",
     ),
     "a packed batch without its tokens' size in a video": (
-        {"params": with_params(shape=[1, 16, 8, 8], output_type="mp4"), "path": "hunyuan"}, 400, "wrong_shape", "is not one clip",
+        {"params": with_params(shape=[1, 15, 8, 8], output_type="mp4"), "path": "hunyuan"}, 400, "wrong_shape", "is not one clip",
     ),
     "Accept that nothing fits": ({"headers": {**BINARY, "Accept": "image/gif"}}, 406, "not_acceptable", "image/jpeg"),
     "a picture format for pt": (
