@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from server.engine.decoders.exact.graphs import GRAPH_PIXELS, GRAPHS, Graphs
-from server.engine.decoders.exact.memory import free_bytes, kernels_for
+from server.engine.decoders.exact.graphs import GRAPH_PIXELS
+from server.engine.decoders.exact.half import ExactHalf
 from server.engine.decoders.exact.output import Output
-from server.engine.decoders.exact.plan import Plan, fit, footprint, wanted
+from server.engine.decoders.exact.plan import Plan
 from server.engine.encoders.exact.network import Network
 from server.engine.encoders.exact.passes import encode
 from server.engine.encoders.exact.structure import unsupported_reason
@@ -23,14 +23,8 @@ from server.types import Layout
 __all__ = ["ExactKLEncoder"]
 
 
-class ExactKLEncoder:
-    """Takes over the weights of `vae.encoder` and `vae.quant_conv`; `vae.encode` no longer works after.
-
-    The weights are already on their device in the dtype to compute in. `memory_budget_bytes` bounds the activations'
-    peak; None takes it from the memory that is free at each encode.
-    """
-
-    name = "exact"
+class ExactKLEncoder(ExactHalf[Network]):
+    """Takes over the weights of `vae.encoder` and `vae.quant_conv`; `vae.encode` no longer works after."""
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:
@@ -38,23 +32,7 @@ class ExactKLEncoder:
         return unsupported_reason(vae)
 
     def __init__(self, vae: AutoencoderKL, *, memory_budget_bytes: int | None = None) -> None:
-        weight = vae.encoder.conv_in.weight
-        self.memory_budget_bytes = memory_budget_bytes
-        self.kernels = kernels_for(weight.device, weight.dtype)
-        self.network = Network.take(vae, self.kernels)
-        self.graphs = Graphs(GRAPHS) if weight.device.type == "cuda" else None
-        self.finite = torch.ones((), dtype=torch.bool)
-
-    def plan(self, batch: int, height: int, width: int) -> Plan:
-        """For pictures of height x width."""
-        need = footprint(self.network, height, width)
-        budget = self.memory_budget_bytes
-        free = free_bytes(self.network.device) if budget is None else budget
-        return fit(need, wanted(need, batch, self.network), free)
-
-    def peak_bytes(self, batch: int, height: int, width: int) -> int:
-        """An estimate of the activations' peak for pictures of height x width, without encoding."""
-        return footprint(self.network, height, width).peak(self.plan(batch, height, width))
+        super().__init__(vae.encoder.conv_in.weight, partial(Network.take, vae), memory_budget_bytes)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
