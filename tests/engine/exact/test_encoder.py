@@ -92,7 +92,7 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(
     dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "plain":
-        monkeypatch.setattr("server.engine.encoders.exact.kernels_for", lambda *_: Kernels())
+        monkeypatch.setattr("server.engine.decoders.exact.half.kernels_for", lambda *_: Kernels())
     vae, half = build("sd"), build("sd", dtype)
     pixels = pixels_for(vae, 2, 20, 14)
     reference = stock_encode(vae, pixels)
