@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling --measure --save scaling-cpu     # measure, check, then simulate
     python -m benchmarks.scaling --load scaling-cpu               # simulate alone
+    python -m benchmarks.scaling --costs 3 19.6 --max-batch 1     # another device: ms a batch, ms a picture
 
 A replica has one device and a queue. Requests come in bursts: a Poisson process that changes between two rates. Every
 replica takes what waits, up to a batch, and refuses what finds its queue full, as the server does.
@@ -237,6 +238,8 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="start servers, measure and check first")
     parser.add_argument("--save", metavar="NAME", help="to benchmarks/results/NAME.json")
     parser.add_argument("--load", metavar="NAME", default="scaling-cpu", help="costs of an earlier run")
+    parser.add_argument("--costs", nargs=2, type=float, metavar="MS", help="of a batch and of a picture, instead")
+    parser.add_argument("--max-batch", type=int, default=16, help="with --costs")
     arguments = parser.parse_args()
     found: dict[str, object] = {}
     if arguments.measure:
@@ -247,6 +250,10 @@ def main() -> None:
         found |= {"costs": {workers: asdict(costs) for workers, costs in costs_of.items()}, "checks": checks}
         print_checks(checks)
         costs = costs_of[1]
+    elif arguments.costs:
+        first_ms, each_ms = arguments.costs
+        costs = Costs(first_ms / 1e3, each_ms / 1e3, max_batch=arguments.max_batch)
+        found["costs"] = {"1": asdict(costs)}
     else:
         saved = json.loads((RESULTS / f"{arguments.load}.json").read_text())
         found |= saved

@@ -17,6 +17,8 @@ a path, an address or a traceback; `ModelUnavailable.detail` and ConfigError may
 
 from __future__ import annotations
 
+OUR_FAULT = "the server failed on this request; its log has the reason under this request_id, tell its operator"
+
 
 class ServerError(Exception):
     """A request that ends without its picture. `str(error)` is the sentence the client reads."""
@@ -24,6 +26,9 @@ class ServerError(Exception):
     status = 500
     code = "internal"
     retry_after_s: int | None = None
+
+    def __str__(self) -> str:
+        return super().__str__() or OUR_FAULT
 
 
 class BadRequest(ServerError):
@@ -43,6 +48,10 @@ class WrongShape(BadRequest):
     """The rank, the channels or the token count do not fit the model."""
 
     code = "wrong_shape"
+
+
+class WrongChannels(WrongShape):
+    """Latents of another model's channels."""
 
 
 class NonFiniteInput(BadRequest):

@@ -86,8 +86,7 @@ class Service:
         try:
             await self._dispatcher.start()
             for name in self.settings.models:
-                with suppress(ModelUnavailable):
-                    self.infos[name] = await self._engine(name).describe(name, is_local_only=True)
+                await self._describe_what_is_here(name)
             await self.describe(self.settings.default)
             for name, entry in self.settings.models.items():
                 if entry.preload or entry.warmup:
@@ -101,6 +100,13 @@ class Service:
             self._end_start(ModelUnavailable(self.settings.default, detail))
         else:
             self._end_start(None)
+
+    async def _describe_what_is_here(self, name: str) -> None:
+        try:
+            self.infos[name] = await self._engine(name).describe(name, is_local_only=True)
+        except ModelUnavailable as error:
+            if self.settings.folder_of(name) is not None:  # a hub's may be fetched yet
+                log.error("%s", error.detail)
 
     def _end_start(self, failure: ModelUnavailable | ConfigError | None) -> None:
         if self.state is State.STARTING:  # a signal may have come meanwhile

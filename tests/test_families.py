@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import requests
 import torch
 from diffusers import AsymmetricAutoencoderKL
 from diffusers.utils.remote_utils import remote_encode
@@ -101,6 +104,34 @@ def test_pixels_become_the_latents_that_an_image_to_image_pipeline_holds(address
     query = "" if name in UNSCALED | FACTORS.keys() else "?do_scaling=True"
     answer = remote_encode(f"{address}{name}/encode{query}", pixels.contiguous(), **FACTORS.get(name, {}))
     torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
+
+
+BATCHED = ["stable-video", "hunyuan-video-1.5", "wan", "qwen-image", "cogvideox", "ltx", "sd3"]
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("path", ["", "/encode"])
+def test_requests_that_run_together_get_what_each_would_have_got_alone(address: str, name: str, path: str) -> None:
+    sample = SAMPLES[name]()
+    query = {"decode_chunk_size": 2} if name == "stable-video" else {}
+    if path:
+        pixels = vae_input(sample)[:, :, :1] if sample.pixels.ndim == 5 else vae_input(sample)
+        tensors = [(pixels * share).contiguous() for share in (1.0, 0.5, -0.5, 0.1)]
+    else:
+        tensors = [(sample.latents * share).contiguous() for share in (1.0, 0.5, -0.5, 0.1)]
+    sizes = {"height": sample.height, "width": sample.width} if sample.is_packed else {}
+
+    def ask(tensor: torch.Tensor) -> bytes:
+        sent = {"shape": list(tensor.shape), "dtype": "float32", "output_type": "pt", **query, **sizes}
+        answer = requests.post(f"{address}{name}{path}", tensor.numpy().tobytes(), params=sent, timeout=60)
+        assert answer.ok, answer.text
+        return answer.content
+
+    alone = [np.frombuffer(ask(tensor), "float32") for tensor in tensors]
+    with ThreadPoolExecutor(8) as clients:
+        together = [np.frombuffer(found, "float32") for found in clients.map(ask, tensors * 4)]
+    for index, found in enumerate(together):
+        assert np.abs(found - alone[index % 4]).max() <= 1e-4
 
 
 def test_a_class_that_no_family_knows_is_decoded_plainly(

@@ -32,23 +32,21 @@ class Stream(Protocol):
     def abandon(self) -> None: ...
 
 
-def run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | ServerError]:
+def run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | Exception]:
     """Run jobs of one key together; each gets what it would have got alone, or its own error.
 
-    stream: for one job, receives its frames as they are done. The errors: NonFiniteInput, TooLargeForDevice, and
-    NonFiniteOutput of a half-precision decode that overflowed.
+    stream: for one job, receives its frames as they are done. The errors: BadRequest, TooLargeForDevice,
+    NonFiniteOutput of half precision that overflowed, and whatever torch raises.
     """
     try:
         with torch.inference_mode():
-            return _run(model, jobs, stream)
-    except NonFiniteOutput as error:
-        failure: ServerError = error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+            return list(_run(model, jobs, stream))
+    except Exception as error:  # noqa: BLE001  # whoever is to blame, the others must not pay
+        failure: Exception = error
+    if is_out_of_memory(failure):
         _free_caches(model)
         failure = _too_large(jobs[0])
-    if len(jobs) > 1:  # whoever is to blame, the others must not pay
+    if len(jobs) > 1:
         return [run(model, [job])[0] for job in jobs]
     return [failure]
 

@@ -84,6 +84,8 @@ class Runner:
         listener.decoded()
         for index, outcome in zip(wanted, outcomes, strict=True):
             if isinstance(outcome, Exception):
+                if not isinstance(outcome, ServerError):
+                    log.error("a job failed", exc_info=outcome)
                 listener.failed(index, outcome)
             elif film and not film.is_abandoned:
                 film.finish()

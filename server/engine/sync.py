@@ -19,7 +19,7 @@ from server.engine.encoders import build_encoder
 from server.engine.model import LoadedModel
 from server.engine.pipeline import NonFiniteOutput, Stream, run
 from server.engine.tensors import NAMES
-from server.errors import ModelUnavailable, NonFiniteInput, ServerError
+from server.errors import ModelUnavailable, NonFiniteInput
 from server.families import FAMILIES
 from server.types import Computed, Layout, LoadedInfo, ModelInfo, Operation, VAEJob
 
@@ -88,7 +88,7 @@ class SyncEngine:
                 self._failed[name] = time.monotonic(), ModelUnavailable(error.model, error.detail)
                 raise
 
-    def run(self, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | ServerError]:
+    def run(self, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | Exception]:
         """Run jobs of one key now, loading first if it must; what half precision overflows again in float32.
 
         Raises ModelUnavailable. The errors: NonFiniteInput, BadRequest, TooLargeForDevice.
@@ -110,7 +110,7 @@ class SyncEngine:
         oldest = time.monotonic() - limit
         return self._unload([name for name, used_at in self._used_at.items() if used_at < oldest])
 
-    def _run_upcast(self, job: VAEJob, is_single: bool) -> Computed | ServerError:
+    def _run_upcast(self, job: VAEJob, is_single: bool) -> Computed | Exception:
         key, overflow = Key(job.model, job.operation, is_upcast=True), OVERFLOWS[job.operation]
         if is_single:
             return NonFiniteInput(overflow.format(" even in float32"))

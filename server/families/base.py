@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from server.errors import Impossible, TooLarge, WrongShape
+from server.errors import Impossible, TooLarge, WrongChannels
 from server.types import Geometry, Kind, LatentSpec, Limits, Scaling
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Family(ABC):
     is_usually_packed: ClassVar[bool] = False
     has_posterior: ClassVar[bool] = True
     patch_size: ClassVar[int] = 2
+    takes_batches: ClassVar[bool] = True
+    """Whether diffusers' own decode and encode run several clips together."""
     gpu_dtype: ClassVar[str] = "float16"
     """What `dtype: auto` is on a GPU."""
 
@@ -192,9 +194,9 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
         raise Impossible(f"latents {times(geometry.latent_shape)} are empty; every dimension must be at least 1")
 
 
-def wrong_channels(spec: LatentSpec, found: int, expected_shape: str) -> WrongShape:
+def wrong_channels(spec: LatentSpec, found: int, expected_shape: str) -> WrongChannels:
     """The error of latents made for another model."""
-    return WrongShape(
+    return WrongChannels(
         f"the latents have {found} channels, this model's have {spec.channels} ({expected_shape}); "
         "were they made for another model? GET /models lists each model's channels"
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from server.errors import BadRequest, WrongShape
+from server.errors import BadRequest, WrongChannels, WrongShape
 from server.families.base import Family, Sent, on_grid, times, wrong_channels
 from server.types import Geometry, LatentSpec
 
@@ -93,7 +93,7 @@ class KL(Family):
                 raise _unfitting_tokens(spec, tokens, size)
         if is_one_latent:
             return self._unpacked(spec, (1, *shape))
-        raise WrongShape(
+        raise WrongChannels(
             f"shape {times(shape)} is neither one latent [{spec.channels}, H, W] nor packed latents "
             f"[B, S, {spec.patch_size**2 * spec.channels}] of this model"
         )

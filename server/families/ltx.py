@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.errors import WrongShape
+from server.errors import WrongChannels, WrongShape
 from server.families.base import Sent, times
 from server.families.video import Video
 from server.types import Geometry, LatentSpec, Scaling
@@ -57,7 +57,7 @@ class LTX(Video):
     def _packed(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         batch, tokens, channels = shape
         if channels != spec.channels:
-            raise WrongShape(
+            raise WrongChannels(
                 f"shape {times(shape)} is not packed latents of this model, [B, F H W, {spec.channels}]; "
                 "were they made for another model?"
             )

@@ -21,6 +21,7 @@ class HunyuanVideo15(Video):
 
     name = "hunyuan_video_15"
     class_names = ("AutoencoderKLHunyuanVideo15",)
+    takes_batches = False
     gpu_dtype = "bfloat16"
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -54,7 +55,12 @@ class Cosmos(Video):
         return replace(super().describe(config), scaling_factor=self.sigma_data)
 
     def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        found = super().geometry(spec, shape, sent)
+        return self._with_statistics(spec, super().geometry(spec, shape, sent))
+
+    def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
+        return self._with_statistics(spec, super().encoded(spec, batch, frames, height, width))
+
+    def _with_statistics(self, spec: LatentSpec, found: Geometry) -> Geometry:
         most = len(spec.latents_mean or ()) // spec.channels
         if most and found.latent_shape[2] > most:
             raise WrongShape(f"{found.latent_shape[2]} latent frames; this model has statistics for {most} at most")
@@ -66,6 +72,7 @@ class Allegro(Video):
 
     name = "allegro"
     class_names = ("AutoencoderKLAllegro",)
+    takes_batches = False
     gpu_dtype = "float32"  # as its pipeline's documentation runs it
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -84,11 +91,21 @@ class Allegro(Video):
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
         vae.enable_tiling()
+        self._check_tile(vae, 4 * latents.shape[2], 8 * latents.shape[3], 8 * latents.shape[4])
         return super().decode(vae, latents).transpose(1, 2)  # [B, F, 3, H, W] -> [B, 3, F, H, W]
 
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         vae.enable_tiling()
+        self._check_tile(vae, *pixels.shape[2:])
         return super().encode(vae, pixels)
+
+    def _check_tile(self, vae: Any, frames: int, height: int, width: int) -> None:
+        least_frames, least_height, least_width = vae.kernel
+        if frames < least_frames or height < least_height or width < least_width:
+            raise Impossible(
+                f"{frames} frames of {height}x{width} are less than the tile of {least_frames} frames of "
+                f"{least_height}x{least_width} that this model is decoded and encoded in"
+            )
 
 
 class Magvit(Video):

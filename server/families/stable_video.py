@@ -31,17 +31,18 @@ class StableVideo(Video):
         return replace(found, arguments=(("chunk", chunk),)) if chunk else found
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
-        batch, _, frames, h, w = latents.shape
-        flat = latents.transpose(1, 2).reshape(batch * frames, -1, h, w)  # [B, 4, F, h, w] -> [B F, 4, h, w]
+        batch, _, frames = latents.shape[:3]
         size = int(arguments.get("chunk", frames))
-        out: torch.Tensor | None = None
-        for start in range(0, batch * frames, size):
-            chunk = flat[start : start + size]
-            sample = vae.decode(chunk, num_frames=len(chunk), return_dict=False)[0]  # [n, 3, H, W]
-            out = sample.new_empty(batch * frames, *sample.shape[1:]) if out is None else out
-            out[start : start + size] = sample
+        out: torch.Tensor | None = None  # [B, F, 3, H, W]
+        for index in range(batch):  # a chunk never reaches into another clip, which may be another's
+            clip = latents[index].transpose(0, 1)  # [4, F, h, w] -> [F, 4, h, w]
+            for start in range(0, frames, size):
+                chunk = clip[start : start + size]
+                sample = vae.decode(chunk, num_frames=len(chunk), return_dict=False)[0]  # [n, 3, H, W]
+                out = sample.new_empty(batch, frames, *sample.shape[1:]) if out is None else out
+                out[index, start : start + size] = sample
         assert out is not None
-        return out.reshape(batch, frames, *out.shape[1:]).transpose(1, 2)  # [B, 3, F, H, W]
+        return out.transpose(1, 2)  # [B, 3, F, H, W]
 
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
         batch, _, frames = pixels.shape[:3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from server.errors import Impossible, WrongShape
+from server.errors import Impossible, WrongChannels, WrongShape
 from server.families.base import Family, Sent, on_grid, times, wrong_channels
 from server.types import Geometry, LatentSpec, Scaling
 
@@ -37,20 +37,20 @@ class Video(Family):
     def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """Height and width are never asked for: clients send nonsense for videos, and the shape says it all.
 
-        Four axes are one clip, or pictures: clips of one frame.
+        Four axes are one clip, or, unless the frames come first, pictures: clips of one frame.
         """
         usual = ", ".join(self.layouts[0]).replace("C", str(spec.channels))
         if len(shape) not in (4, 5):
             raise WrongShape(
                 f"shape {times(shape)} has {len(shape)} dimensions; this model takes video latents [{usual}]"
             )
-        is_pictures = len(shape) == 4 and shape[1] == spec.channels != shape[0]
+        is_pictures = len(shape) == 4 and shape[1] == spec.channels != shape[0] and self.layouts[0] == "BCFHW"
         if is_pictures:
             return self.sized(spec, shape[0], 1, *shape[2:], axes="BCHW")
         clip = shape if len(shape) == 5 else (1, *shape)
         axes = next((axes for axes in self.layouts if clip[axes.index("C")] == spec.channels), None)
         if axes is None and len(shape) == 4:
-            raise WrongShape(f"shape {times(shape)} is not one clip of this model; send video latents [{usual}]")
+            raise WrongChannels(f"shape {times(shape)} is not one clip of this model; send video latents [{usual}]")
         if axes is None:
             raise wrong_channels(spec, clip[self.layouts[0].index("C")], f"[{usual}]")
         batch, frames, h, w = (clip[axes.index(axis)] for axis in "BFHW")

@@ -9,8 +9,6 @@ from starlette.routing import Match
 
 from server.errors import MethodNotAllowed, NotFound, ServerError
 
-OUR_FAULT = "the server failed on this request; its log has the reason under this request_id, tell its operator"
-
 
 def as_json(error: ServerError, request_id: str, sentence: str | None = None) -> JSONResponse:
     """The response of an error; `sentence` replaces the error's own text."""

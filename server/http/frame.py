@@ -12,8 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ServerError, Unavailable
-from server.http.failures import OUR_FAULT, failure
+from server.errors import OUR_FAULT, ServerError, Unavailable
+from server.http.failures import failure
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from server.inputs.video import clip_size, read_clip
 from server.types import RawTensor
 
 VIDEO_TYPE = "video/mp4"
+STILLS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"})  # pictures in such a box
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ def media_type_of(data: bytes | bytearray) -> str | None:
         return "image/jpeg"
     if head[:4] == b"RIFF" and head[8:] == b"WEBP":
         return "image/webp"
-    return VIDEO_TYPE if head[4:8] == b"ftyp" else None
+    return VIDEO_TYPE if head[4:8] == b"ftyp" and head[8:] not in STILLS else None
 
 
 def read_header(data: bytes | bytearray, media_type: str) -> Header:

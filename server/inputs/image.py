@@ -16,6 +16,7 @@ from server.types import RawTensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow would try forty, some of them hardly ever attacked and hardly ever mended
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"})
+PNG_BITS = 24  # where the header says how many a channel has
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error)
 
 # Pillow's own bound only warns between once and twice its value; every picture is checked against its model's limits.
@@ -28,7 +29,7 @@ def picture_size(data: bytes | bytearray) -> tuple[int, int]:
         # An MPO is a JPEG with further views in it, as phones write them; the first is the picture.
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
             raise UnsupportedBody("animated pictures are not read; send one frame, or a clip as MP4 to a video model")
-        if picture.mode not in MODES:
+        if picture.mode not in MODES or (picture.format == "PNG" and data[PNG_BITS] > 8):  # Pillow cuts 16 to 8
             raise UnsupportedBody("the picture has more than 8 bits a channel; send 8 bits, or a float tensor")
         return picture.height, picture.width
 

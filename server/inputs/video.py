@@ -19,6 +19,7 @@ from server.types import RawTensor
 # Rotation is left alone, as EXIF is in pictures.
 INPUT = ("-v", "error", "-xerror", "-nostdin", "-noautorotate", "-f", "mov", "-protocol_whitelist", "file")
 LONGEST_S = 30
+EXACT = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # the usual conversion darkens by about a level
 DIMENSIONS = re.compile(rb"^#dimensions 0: (\d+)x(\d+)$", re.MULTILINE)
 PACKET = re.compile(rb"^0,", re.MULTILINE)
 
@@ -34,8 +35,9 @@ def clip_size(data: bytes | bytearray) -> tuple[int, int, int]:
 
 def read_clip(data: bytes | bytearray, frames: int, height: int, width: int) -> RawTensor:
     """uint8 `[F, H, W, 3]`, each coded frame once. Raises BadRequest."""
-    passed = "-fps_mode", "passthrough", "-frames:v", str(frames)
-    pixels = _ffmpeg(data, *passed, "-s", f"{width}x{height}", "-f", "rawvideo", "-pix_fmt", "rgb24")
+    scale = f"scale={width}:{height}:flags={EXACT}"
+    passed = "-fps_mode", "passthrough", "-frames:v", str(frames), "-vf", scale
+    pixels = _ffmpeg(data, *passed, "-f", "rawvideo", "-pix_fmt", "rgb24")
     decoded = len(pixels) // (height * width * 3)
     if decoded == 0:
         raise BadRequest("no frame of the clip can be decoded; send a whole MP4")
@@ -53,7 +55,7 @@ def _ffmpeg(data: bytes | bytearray, *output: str) -> bytes:
                 check=True,
             ).stdout  # fmt: skip
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-            raise BadRequest("the clip is damaged or cut short; send a whole MP4") from None
+            raise BadRequest("the clip is damaged, cut short or has no pictures; send a whole MP4") from None
 
 
 @contextmanager

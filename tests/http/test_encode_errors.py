@@ -64,7 +64,10 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FILES: list[tuple[Callable[[], bytes], int, str, str]] = [
     (lambda: b"no picture at all", 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
-    (lambda: b"", 415, "unsupported_body", "send shape and dtype"),
+    (lambda: b"", 400, "bad_request", "the body is empty"),
+    (lambda: b"\0\0\0\x1cftypavif" + bytes(99), 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
+    (lambda: png_that_claims(64, 64, 16, 2), 415, "unsupported_body", "more than 8 bits"),
+    (lambda: png_that_claims(64, 64, 16, 6), 415, "unsupported_body", "more than 8 bits"),
     (lambda: file_of("GIF"), 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
     (lambda: file_of("TIFF"), 415, "unsupported_body", "no PNG"),
     (lambda: file_of("BMP"), 415, "unsupported_body", "no PNG"),
@@ -125,6 +128,7 @@ TENSORS: list[tuple[dict[str, Any], bytes, int, str, str]] = [
     ({"shape": [1, 3, 512, 512]}, b"", 413, "too_large", "takes at most 131072"),
     ({"shape": [1, 3, 4, 64]}, b"", 422, "impossible", "a height of 4 pixels"),
     ({"sample": "True"}, b"", 400, "bad_request", "needs a seed"),
+    ({"sample": "True", "seed": "9" * 20}, b"", 400, "bad_request", "below 2 to the 64"),
     ({"scaling_factor": 0}, b"", 400, "bad_request", "must not be zero"),
 ]
 
@@ -149,14 +153,15 @@ def test_pixels_out_of_range_are_refused(url: str, value: float, code: str, word
 def test_what_an_answer_cannot_be(url: str) -> None:
     refused = ask(url, file_of("PNG"), headers={"Accept": "image/png"})
     assert_says(refused, 406, "not_acceptable", "send one of tensor/binary")
-    assert_says(ask(url, b"{}", headers={"Content-Type": "text/csv"}), 415, "unsupported_body", "image/png")
+    form = ask(url, b"x", headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert_says(form, 415, "unsupported_body", "send the file itself as the body")
     assert_says(ask(url, b"", model="nobody"), 404, "unknown_model", "known models")
 
 
 CLIPS: list[tuple[Callable[[], bytes], int, str, str]] = [
     (lambda: clip(8), 422, "impossible", "takes 4 k + 1 frames; send 5 or 9"),
     (lambda: clip(21), 413, "too_large", "21 frames, 'hunyuan' takes at most 17"),
-    (lambda: clip(5)[:-900], 400, "bad_request", "the clip is damaged or cut short"),
+    (lambda: clip(5)[:-900], 400, "bad_request", "the clip is damaged, cut short"),
     (lambda: b"\0\0\0\x18ftypmp42" + bytes(999), 400, "bad_request", "the clip"),
 ]
 

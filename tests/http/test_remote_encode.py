@@ -16,6 +16,7 @@ from diffusers.utils.remote_utils import remote_encode
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
+from server.inputs import read_file, read_header
 from server.outputs.video import render_mp4
 from server.types import RawTensor, RenderOptions
 from tests.conftest import Serve
@@ -107,7 +108,9 @@ def test_a_batch_and_a_tensor_off_the_grid(url: str, vaes: Vaes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
-@pytest.mark.parametrize("content_type", [None, "right", "application/octet-stream"])
+@pytest.mark.parametrize(
+    "content_type", [None, "right", "application/octet-stream", "application/x-www-form-urlencoded"]
+)
 def test_the_bytes_say_what_they_are(url: str, vaes: Vaes, kind: str, content_type: str | None) -> None:
     file = io.BytesIO()
     picture(64, 64).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
@@ -187,7 +190,20 @@ def test_a_clip_encodes_from_an_mp4(url: str, vaes: Vaes) -> None:
     mp4 = bytes(render_mp4(raw, RenderOptions(fps=24, quality=9, media_type="video/mp4")).body)
     answer = requests.post(url + "hunyuan/encode", mp4, timeout=30)
     found = torch.frombuffer(bytearray(answer.content), dtype=torch.float32)
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", "-", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    exactly = ["-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"]
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-i",
+        "-",
+        *exactly,
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
     import subprocess
 
     decoded = subprocess.run(command, input=mp4, capture_output=True, check=True).stdout
@@ -195,6 +211,17 @@ def test_a_clip_encodes_from_an_mp4(url: str, vaes: Vaes) -> None:
     processor = VideoProcessor(vae_scale_factor=8)
     video = processor.preprocess_video([Image.fromarray(frame) for frame in seen], height=32, width=48)
     close(found.reshape(1, 16, 3, 4, 6), mode_of(vaes["hunyuan"], video))
+
+
+def test_a_clips_colours_are_read_as_they_were_written() -> None:
+    """On average; swscale's usual conversion darkens by about a level."""
+    ramp = np.linspace([0, 40, 250], [250, 120, 10], 128)[None] + np.linspace(0, 5, 128)[:, None, None]
+    frames = np.broadcast_to(ramp.round().astype(np.uint8), (3, 128, 128, 3))
+    raw = RawTensor(frames.shape, "uint8", memoryview(frames.tobytes()))
+    mp4 = bytes(render_mp4(raw, RenderOptions(fps=10, quality=10, media_type="video/mp4")).body)
+    seen = read_file(mp4, read_header(mp4, "video/mp4"), "RGB")
+    error = np.frombuffer(seen.data, np.uint8).reshape(-1, 3).astype(float).mean(0) - frames.reshape(-1, 3).mean(0)
+    assert np.abs(error).max() < 0.4, error
 
 
 def test_half_precision_answers_in_its_own_dtype(url: str, vaes: Vaes) -> None:

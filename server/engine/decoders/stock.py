@@ -30,7 +30,10 @@ class StockDecoder:
     def decode(
         self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None, **arguments: float
     ) -> torch.Tensor:
-        sample = self.family.decode(self.vae, latents.to(self.device, self.dtype), **arguments)
+        latents = latents.to(self.device, self.dtype)
+        parts = [latents] if self.family.takes_batches else torch.split(latents, 1)
+        samples = [self.family.decode(self.vae, part, **arguments) for part in parts]
+        sample = samples[0] if len(samples) == 1 else torch.cat(samples)
         self.finite = torch.isfinite(sample).all()
         output = postprocess(sample, layout)
         if emit is not None:

@@ -23,6 +23,9 @@ class StockEncoder:
         self.finite = torch.ones((), dtype=torch.bool)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        parameters = self.family.encode(self.vae, pixels.to(self.device, self.dtype))
+        pixels = pixels.to(self.device, self.dtype)
+        parts = [pixels] if self.family.takes_batches else torch.split(pixels, 1)
+        encoded = [self.family.encode(self.vae, part) for part in parts]
+        parameters = encoded[0] if len(encoded) == 1 else torch.cat(encoded)
         self.finite = torch.isfinite(parameters).all()
         return parameters

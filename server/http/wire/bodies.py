@@ -11,7 +11,6 @@ from typing import Any
 from server.errors import BadRequest, UnsupportedBody
 
 BINARY_BODIES = frozenset({"", "tensor/binary", "application/octet-stream"})
-FILE_BODIES = frozenset({"image/png", "image/jpeg", "image/webp", "video/mp4"})
 JSON_BODIES = frozenset({"tensor/base64", "application/json"})
 
 
@@ -22,10 +21,13 @@ def is_json_body(content_type: str | None, content_encoding: str | None, *, may_
     media_type = (content_type or "").split(";")[0].strip().lower()
     if media_type in JSON_BODIES:
         return True
-    read = BINARY_BODIES | FILE_BODIES if may_be_file else BINARY_BODIES
-    if media_type in read:
+    if may_be_file and not media_type.startswith("multipart/"):  # the bytes say what they are; curl calls all a form
         return False
-    known = ", ".join(sorted((read | JSON_BODIES) - {""}))
+    if media_type in BINARY_BODIES:
+        return False
+    if may_be_file:
+        raise UnsupportedBody("forms are not read; send the file itself as the body (curl: --data-binary @FILE)")
+    known = ", ".join(sorted((BINARY_BODIES | JSON_BODIES) - {""}))
     raise UnsupportedBody(f"the body's Content-Type is not one of {known}; send tensor/binary and the tensor's bytes")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from server.errors import Impossible, ServerError, WrongShape
+from server.errors import Impossible, ServerError, WrongChannels
 from server.families import FAMILIES, check_limits
 from server.http.wire.formats import choose_format
 from server.http.wire.parameters import Parameters
@@ -111,14 +111,14 @@ def prepare(
 
 
 def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, others: Iterable[ModelInfo]) -> Geometry:
-    """Raises WrongShape, which names the models that these latents fit."""
+    """Raises WrongShape; of wrong channels it names the models that these latents fit."""
     try:
         return FAMILIES[info.latents.family].geometry(info.latents, shape, parameters)
-    except WrongShape as error:
+    except WrongChannels as error:
         fitting = [other.name for other in others if _fits(parameters, shape, other)]
         if not fitting:
             raise
-        raise WrongShape(f"{error}; of this server's models {', '.join(fitting)} would take them") from None
+        raise WrongChannels(f"{error}; of this server's models {', '.join(fitting)} would take them") from None
 
 
 def _fits(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo) -> bool:

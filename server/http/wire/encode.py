@@ -128,7 +128,7 @@ def _seed(parameters: Parameters, spec: LatentSpec) -> int | None:
         return None
     if not spec.has_posterior:
         raise Impossible("this model's encoder gives latents and no distribution; leave sample out")
-    seed = parameters.integer("seed")
+    seed = parameters.long("seed")
     if seed is None:
         raise BadRequest("a sample of the posterior needs a seed, a whole number; send it, or leave sample out")
     return seed
@@ -144,6 +144,8 @@ def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
 def header_of(info: ModelInfo, data: bytes | bytearray) -> Header:
     """Of a picture or a clip that this model takes. Raises BadRequest, UnsupportedBody, TooLarge, Impossible."""
     media_type = media_type_of(data)
+    if not data:
+        raise BadRequest("the body is empty; send a PNG, JPEG, WebP or MP4, or a tensor's bytes with shape and dtype")
     if media_type is None:
         raise UnsupportedBody(
             "the body is no PNG, JPEG, WebP or MP4; for a tensor's bytes send shape and dtype, for example "

@@ -30,6 +30,7 @@ NOT_SENT = frozenset({"", "none", "null"})
 MAX_DIMENSIONS = 5
 
 # ASCII digits only: Python's int() and float() also take `1_0`, `٣` and five thousand digits.
+LONG = re.compile(r"[0-9]{1,20}", re.ASCII)
 INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
 DECIMAL = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?", re.ASCII)
 
@@ -83,6 +84,13 @@ class Parameters:
         text = self.text(key)
         if text is not None and not INTEGER.fullmatch(text):
             raise BadRequest(f"{key} must be a whole number of at most 6 digits, not {_quoted(text)}")
+        return int(text) if text else None
+
+    def long(self, key: str) -> int | None:
+        """As large as torch's seeds."""
+        text = self.text(key)
+        if text is not None and not (LONG.fullmatch(text) and int(text) < 1 << 64):
+            raise BadRequest(f"{key} must be a whole number below 2 to the 64, not {_quoted(text)}")
         return int(text) if text else None
 
     def word(self, key: str, known: Iterable[str]) -> str | None:
