@@ -39,7 +39,7 @@ def take_over(app: Starlette, settings: Settings) -> SyncEngine:
     """Serve every path but those that only the toolkit has. Returns the models, for what comes in by its own routes.
 
     Returns at once: /health is 503 until the default model is loaded. A start that fails ends the process, as the
-    toolkit's own does.
+    toolkit's own does. Where keys are required every path is ours, for the toolkit asks for none.
     """
     # Not worker processes: their fork server wants to be started before the event loop and its threads are, and torch
     # is in this process anyway, for the toolkit imports it. One device is what an endpoint's replica has.
@@ -48,7 +48,7 @@ def take_over(app: Starlette, settings: Settings) -> SyncEngine:
     ours = create_app(service, lambda: end_if_failed(service))
     paths = {route.path for route in ours.routes if isinstance(route, Route)}
     theirs = [route for route in app.router.routes if not (isinstance(route, Route) and route.path in paths)]
-    app.router.routes[:] = [*theirs, Mount("", ours)]
+    app.router.routes[:] = [*([] if settings.api_keys else theirs), Mount("", ours)]
     app.state.vae_server = asyncio.create_task(run(ours))  # the event loop itself keeps no task alive
     return engine.runner.sync
 
