@@ -5,6 +5,7 @@ TOOLKIT=FOLDER is the toolkit's own source; no package index has it. `make test-
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import signal
@@ -21,7 +22,11 @@ from pathlib import Path
 import pytest
 import requests
 import starlette
+from starlette.applications import Starlette
 
+from server.config import load_settings
+from server.engine.local import LocalEngine
+from server.toolkit import take_over
 from tests.conftest import REPOSITORY
 from tests.contract import CASES, Case
 from tests.vaes import LocalVae, build_all, write_entries
@@ -234,10 +239,14 @@ def post_theirs(app: App, vaes: Vaes) -> requests.Response:
     return requests.post(app.url + "their/predict", json=body, headers=headers, timeout=30)
 
 
-def test_a_route_that_only_the_toolkit_has_runs_call(app_dir: Path, pushed: tuple[Path, Vaes], tmp_path: Path) -> None:
-    with launched(app_dir, pushed[0], tmp_path / "log", **VERTEX) as app:
+def test_a_route_that_only_the_toolkit_has_runs_call(app_dir: Path, vaes: Vaes, tmp_path: Path) -> None:
+    folder = push(tmp_path)
+    (folder / "models.yaml").write_text(f"models: {{sd: {{repo: '{vaes['sd'].folder}', dtype: float32}}}}")
+    with launched(app_dir, folder, tmp_path / "log", **VERTEX) as app:
         app.wait_until(200)
-        answer = post_theirs(app, pushed[1])
+        loaded = requests.get(app.url + "models", timeout=10).json()["models"][0]
+        assert loaded["state"] == "loaded", "ready means that the default model is loaded"
+        answer = post_theirs(app, vaes)
         assert answer.status_code == 200, answer.text
         assert "X-Request-Id" not in answer.headers, "it is the toolkit's answer"
         assert answer.content.startswith((b"\x89PNG", b"(64, 64)"))
@@ -251,6 +260,23 @@ def test_keys_close_every_route_but_health(app_dir: Path, pushed: tuple[Path, Va
             assert requests.get(app.url + path, headers=proxied, timeout=10).status_code == 401
             assert requests.get(app.url + path, headers=proxied | {"X-API-Key": "secret"}, timeout=10).ok
         assert post_theirs(app, pushed[1]).status_code == 401
+
+
+def test_the_end_of_the_event_loop_closes_the_engine(models_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    async def close(engine: LocalEngine) -> None:
+        closed.append(engine)
+        await really_close(engine)
+
+    async def start_up() -> None:
+        take_over(Starlette(), load_settings(config=models_yaml))
+        await asyncio.sleep(0)
+
+    really_close = LocalEngine.close
+    monkeypatch.setattr(LocalEngine, "close", close)
+    asyncio.run(start_up())
+    assert len(closed) == 1
 
 
 @pytest.mark.skipif(not TOOLKIT or HAS_STARTUP_HOOKS, reason="needs TOOLKIT and Starlette 1.0 or newer")
