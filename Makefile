@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-dockerfile check format bench bench-server demo browser clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-dockerfile test-endpoints check format bench bench-server demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ test-hub: $(INSTALLED) ## Compare the hosted models' real weights with published
 
 test-dockerfile: $(INSTALLED) ## Carry the Dockerfile out in a clean Debian root and try the result (root, debootstrap)
 	$(BIN)/python -m deploy.chroot_build $(ARGS)
+
+test-endpoints: ## Try handler.py with the versions of Inference Endpoints' image (TOOLKIT=FOLDER: inside its own app; 6 GB)
+	$(PYTHON) -m deploy.endpoints $(ARGS)
 
 check: $(INSTALLED) ## Lint, types, layers and the fast tests, in seconds
 	$(BIN)/ruff check .

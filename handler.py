@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from server import toolkit
 from server.config import ModelEntry, Settings, load_settings
 from server.direct import Direct
 from server.errors import BadRequest, ConfigError
@@ -18,7 +19,7 @@ from server.types import RawTensor
 
 
 class EndpointHandler:
-    """Built once with the model folder, called for every request.
+    """Built once with the model folder. Inside the toolkit's app the whole server answers; else `__call__` does.
 
     path: a folder. A VAE in it, or in its subfolder vae/, is served; else the default of its models.yaml. Without a
     path: that of the models.yaml beside this file. VAE_SERVER_* settings apply. Raises ConfigError, ModelUnavailable.
@@ -26,8 +27,11 @@ class EndpointHandler:
 
     def __init__(self, path: str = "") -> None:
         settings = settings_of(Path(path).resolve()) if path else load_settings()
-        self.direct = Direct(settings)
-        self.direct.engine.load(settings.default)
+        if app := toolkit.running_app():
+            self.direct = Direct(settings, toolkit.take_over(app, settings))
+        else:
+            self.direct = Direct(settings)
+            self.direct.engine.load(settings.default)
 
     def __call__(self, data: dict[str, Any]) -> Image.Image | dict[str, object]:
         """Decode one request.

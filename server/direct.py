@@ -15,9 +15,9 @@ from server.types import Computed, Rendered, VAERequest
 class Direct:
     """Parse, run, render; callable from any thread. Every method raises the ServerError a client would get."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, engine: SyncEngine | None = None) -> None:
         self.settings = settings
-        self.engine = SyncEngine(settings)
+        self.engine = engine or SyncEngine(settings)
         options = settings.options
         self._defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
 

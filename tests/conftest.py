@@ -20,15 +20,14 @@ from server.http.app import create_app
 from server.http.protocol import uvicorn_config
 from server.metrics import Metrics
 from server.service import Service
-from tests.vaes import MODELS, LocalVae, build
+from tests.vaes import LocalVae, build_all, write_entries
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalVae]:
-    folder = tmp_path_factory.mktemp("vaes")
-    return {name: build(name, folder / name) for name in MODELS}
+    return build_all(tmp_path_factory.mktemp("vaes"))
 
 
 def write_models_yaml(path: Path, models: dict[str, Any], default: str) -> Path:
@@ -37,14 +36,8 @@ def write_models_yaml(path: Path, models: dict[str, Any], default: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def models_yaml(vaes: dict[str, LocalVae], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    models: dict[str, Any] = {name: {"repo": str(vae.folder), "dtype": "float32"} for name, vae in vaes.items()}
-    models["sd"] |= {"aliases": ["sd-v1"], "limits": {"max_pixels": 128 * 1024, "max_batch": 4}, "preload": True}
-    models["flux"] |= {"family": "flux"}
-    models["hunyuan"] |= {"limits": {"max_frames": 17, "max_batch": 2}}
-    models["sdxl-half"] = {"repo": str(vaes["sdxl"].folder), "dtype": "float16"}
-    models["sd-bf16"] = {"repo": str(vaes["sd"].folder), "dtype": "bfloat16"}
-    return write_models_yaml(tmp_path_factory.mktemp("config") / "models.yaml", models, default="sd")
+def models_yaml(vaes: dict[str, LocalVae]) -> Path:
+    return write_entries(vaes["sd"].folder.parent)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo
 
 KL_BLOCKS = {
@@ -47,6 +48,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+# What models.yaml says of each beside its folder and its dtype.
+ENTRIES: dict[str, dict[str, Any]] = {
+    "sd": {"aliases": ["sd-v1"], "limits": {"max_pixels": 128 * 1024, "max_batch": 4}, "preload": True},
+    "flux": {"family": "flux"},
+    "hunyuan": {"limits": {"max_frames": 17, "max_batch": 2}},
+}
+
+
 @dataclass(frozen=True)
 class LocalVae:
     """A VAE as a user has it locally: the weights in a folder, and the module to compare with."""
@@ -69,14 +78,36 @@ class LocalVae:
         return torch.randn(batch, self.channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def class_of(name: str) -> Any:
+    return AutoencoderKLHunyuanVideo if name == "hunyuan" else AutoencoderKL
+
+
 def build(name: str, folder: Path) -> LocalVae:
     """Seeded weights; the norms' too, which diffusers starts at 1 and 0, where a lost affine would not show."""
     torch.manual_seed(sum(map(ord, name)))
-    vae_class = AutoencoderKLHunyuanVideo if name == "hunyuan" else AutoencoderKL
-    module = vae_class(**MODELS[name]).eval()
+    module = class_of(name)(**MODELS[name]).eval()
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             if "norm" in key:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     module.save_pretrained(folder)
     return LocalVae(name, folder, module)
+
+
+def build_all(folder: Path) -> dict[str, LocalVae]:
+    return {name: build(name, folder / name) for name in MODELS}
+
+
+def read_all(folder: Path) -> dict[str, LocalVae]:
+    """What `build_all` wrote."""
+    return {name: LocalVae(name, folder / name, class_of(name).from_pretrained(folder / name)) for name in MODELS}
+
+
+def write_entries(folder: Path) -> Path:
+    """A models.yaml beside them, of relative paths, so that the folder may be served from anywhere."""
+    models = {name: {"repo": f"./{name}", "dtype": "float32", **ENTRIES.get(name, {})} for name in MODELS}
+    models["sdxl-half"] = {"repo": "./sdxl", "dtype": "float16"}
+    models["sd-bf16"] = {"repo": "./sd", "dtype": "bfloat16"}
+    path = folder / "models.yaml"
+    path.write_text(yaml.safe_dump({"default": "sd", "models": models}))
+    return path

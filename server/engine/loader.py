@@ -184,6 +184,11 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
             raise
         config, is_assumed = {"_class_name": checkpoint.class_name, **checkpoint.config}, True
     class_name = config["_class_name"]
+    if not is_vae_class(class_name):
+        sentence = f"{name} ({source.label}): this diffusers ({diffusers.__version__}) has no VAE class {class_name}"
+        if is_assumed:  # a list of models without it would not say why
+            log.warning("%s", sentence)
+        raise ModelUnavailable(name, sentence)
     family = _family(name, entry, class_name, config)
     try:
         spec: LatentSpec = family.describe(whole_config(class_name, config))
@@ -253,14 +258,15 @@ def check_spec(spec: LatentSpec) -> None:
             raise ValueError(f"latents_mean and latents_std must have {spec.channels} values, one a channel")
 
 
+def is_vae_class(class_name: str) -> bool:
+    """Whether this diffusers has it: an older one lacks the newer VAEs."""
+    vae_class = getattr(diffusers, class_name, None)
+    return hasattr(vae_class, "decode") and hasattr(vae_class, "from_pretrained")
+
+
 def _family(name: str, entry: ModelEntry, class_name: str, config: Mapping[str, Any]) -> Family:
     implied = family_of_class(class_name)
     if implied is None:
-        vae_class = getattr(diffusers, class_name, None)
-        if not (hasattr(vae_class, "decode") and hasattr(vae_class, "from_pretrained")):
-            raise ModelUnavailable(
-                name, f"{name} ({entry.repo}): this diffusers ({diffusers.__version__}) has no VAE class {class_name}"
-            )
         implied = plain_family(whole_config(class_name, config))
         log.warning("%s: no family knows %s; it is decoded plainly, by its config's statistics", name, class_name)
     if entry.family is None:

@@ -17,4 +17,7 @@ class Wan(Video):
     gpu_dtype = "float32"  # as its pipelines' documentation runs it
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        return config["scale_factor_spatial"], config["scale_factor_temporal"]
+        # The halvings say the same, and are all that diffusers 0.33's class and Wan 2.1's config.json have.
+        halvings = config["temperal_downsample"]
+        spatial = config.get("scale_factor_spatial", 2 ** len(halvings))
+        return spatial, config.get("scale_factor_temporal", 2 ** sum(halvings))

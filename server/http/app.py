@@ -28,10 +28,12 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
         starting = asyncio.create_task(service.start())
         if on_started:
             starting.add_done_callback(lambda _: on_started())
-        yield
-        service.state = State.DRAINING
-        starting.cancel()
-        await service.close()
+        try:
+            yield
+        finally:
+            service.state = State.DRAINING
+            starting.cancel()
+            await service.close()
 
     app = Starlette(
         routes=routes,

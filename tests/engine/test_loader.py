@@ -122,6 +122,20 @@ def test_a_class_that_is_no_vae_of_this_diffusers_is_refused(copy: Path, class_n
     assert f"has no VAE class {class_name}" in detail(lambda: read_info(source(copy)))
 
 
+def test_a_well_known_model_without_its_class_is_said_to_lack_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offline: Path
+) -> None:
+    """As an older diffusers lacks the newer classes; the other models are served all the same."""
+    monkeypatch.setattr(loader.diffusers, "AutoencoderKLWan", None)
+    settings = load_settings()
+    engine = SyncEngine(settings)
+    with pytest.raises(ModelUnavailable):
+        engine.describe("wan", is_local_only=True)
+    assert "this diffusers" in caplog.text
+    assert "has no VAE class AutoencoderKLWan" in caplog.text
+    assert engine.describe("sd-xl", is_local_only=True).class_name == "AutoencoderKL"
+
+
 def test_a_config_that_is_not_a_vaes(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     assert "config.json cannot be read" in detail(lambda: read_info(source(copy)))

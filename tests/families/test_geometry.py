@@ -44,6 +44,13 @@ def test_a_last_axis_of_4c_alone_is_not_packed() -> None:
     assert kl(16, 1024, 64, size=(512, 512)) == ((16, 16, 64, 64), True, 512, 512), "a packed batch of 16"
 
 
+def test_the_factors_of_wan_follow_from_its_halvings_in_a_diffusers_that_does_not_name_them() -> None:
+    halvings = {"temperal_downsample": [False, True, True], "z_dim": 16}
+    assert FAMILIES["wan"].scale_factors(halvings) == (8, 4)
+    named = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
+    assert FAMILIES["wan"].scale_factors(halvings | named) == (16, 4)
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3))
 def test_packed_and_unpacked_agree(rows: int, columns: int, batch: int) -> None:
     height, width = 16 * rows, 16 * columns
