@@ -61,7 +61,7 @@ def fail(sentence: str, status: int) -> NoReturn:
 @click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__)
 def main() -> None:
-    """A self-hosted VAE decode server. Point diffusers' remote_decode at it."""
+    """A self-hosted VAE server. Point diffusers' remote_decode and remote_encode at it."""
 
 
 @main.command()

@@ -72,7 +72,7 @@ class Service:
         self.infos: dict[str, ModelInfo] = {}
         options = settings.options
         self._dispatcher = Dispatcher(engines, Queue(options.batch_pixels, options.max_batch), options.hang_timeout_s)
-        self._failed: dict[str, float] = {}  # models that did not load, until when that is believed
+        self._failed: dict[Half, float] = {}  # models that did not load, until when that is believed
         self._admissions: set[Admission] = set()
         self._answering = 0  # admitted, and the whole request is here
         self._nothing_to_answer = asyncio.Event()
@@ -145,7 +145,7 @@ class Service:
         """What is known of a model before it is loaded. Raises ModelUnavailable."""
         known = self.infos.get(name)
         if known is None or known.is_assumed:
-            with self._noting_failure(name):
+            with self._noting_failure(Half(name)):
                 self.infos[name] = await self._engine(name).describe(name)
         return self.infos[name]
 
@@ -157,7 +157,7 @@ class Service:
         """`loaded`, `not loaded` or `failed`."""
         if self.loaded(name):
             return "loaded"
-        return "failed" if self._failed.get(name, 0.0) > asyncio.get_running_loop().time() else "not loaded"
+        return "failed" if self._failed.get(Half(name), 0.0) > asyncio.get_running_loop().time() else "not loaded"
 
     def check_ready(self) -> None:
         """Raises Unavailable unless requests are taken."""
@@ -229,7 +229,7 @@ class Service:
         """Queue, decode or encode, render. Raises what the engine raises."""
         job = self._job(request, admission)
         try:
-            with self._noting_failure(request.job.model):
+            with self._noting_failure(job.model):
                 done = await self._dispatcher.answer(job)
         except asyncio.CancelledError:
             if asyncio.get_running_loop().time() < admission.deadline:
@@ -253,15 +253,16 @@ class Service:
         )
 
     @contextmanager
-    def _noting_failure(self, name: str) -> Iterator[None]:
+    def _noting_failure(self, half: Half) -> Iterator[None]:
         try:
             yield
         except ModelUnavailable as error:
-            if self.model_state(name) != "failed":  # once for each try, not for each client that hears of it
+            now = asyncio.get_running_loop().time()
+            if self._failed.get(half, 0.0) <= now:  # once for each try, not for each client that hears of it
                 log.error("%s", error.detail)
-                self._failed[name] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
+                self._failed[half] = now + (error.retry_after_s or 0)
             raise
-        self._failed.pop(name, None)
+        self._failed.pop(half, None)
 
     def _account(self, job: Job, done: Done, queue_s: float) -> Answer:
         metrics, (model, operation) = self.metrics, job.model

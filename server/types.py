@@ -79,7 +79,7 @@ class LatentSpec:
 
     patch_size: of packed latents, in latent pixels. image_channels: 4 where pictures have an alpha channel.
     has_posterior: encoding gives a distribution, whose mode is the answer unless a sample is asked for.
-    takes_timestep: decoding takes `decode_timestep`.
+    takes_timestep: decoding takes `decode_timestep`. inverts_scale: encoding divides by the scaling factor.
     """
 
     family: str
@@ -97,6 +97,7 @@ class LatentSpec:
     image_channels: int = 3
     has_posterior: bool = True
     takes_timestep: bool = False
+    inverts_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,8 @@ def _pixels(model: LoadedModel, job: VAEJob) -> torch.Tensor | BadRequest:
         return NonFiniteInput("some pixels are NaN or infinite; send finite values in [-1, 1]")
     elif (largest := float(pixels.abs().max())) > LARGEST_PIXEL:
         return BadRequest(f"float pixels are in [-1, 1], these reach {largest:g}; send uint8, or x / 127.5 - 1")
+    if pixels.shape[1] < model.spec.image_channels:  # opaque
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)
     return fitted(pixels, job.geometry.height, job.geometry.width).to(model.dtype)
 
 

@@ -50,13 +50,13 @@ class SyncEngine:
         self._load_locks = {name: threading.Lock() for name in settings.models}
         self._loaded: OrderedDict[Key, LoadedModel] = OrderedDict()  # the least recently used first
         self._used_at: dict[Key, float] = {}
-        self._failed: dict[str, tuple[float, ModelUnavailable]] = {}
+        self._failed: dict[Key, tuple[float, ModelUnavailable]] = {}
 
     def describe(self, name: str, is_local_only: bool = False) -> ModelInfo:
         """What config.json says, and what the weights take. Raises ModelUnavailable."""
         source = loader.source_of(self._settings, name)
         info = loader.read_info(source, is_local_only=is_local_only)
-        return replace(info, weights=loader.weigh(source, self._dtype(info, self._device(name))))
+        return replace(info, weights=loader.weigh(source, self._dtype(info, self._device(name), Operation.DECODE)))
 
     def loaded(self, name: str) -> LoadedInfo | None:
         """None until the weights of a direction are on a device."""
@@ -78,14 +78,14 @@ class SyncEngine:
             model = self._loaded.get(Key(name, operation))
             if model is not None:
                 return model
-            failed_at, failure = self._failed.get(name, (0.0, None))
+            failed_at, failure = self._failed.get(Key(name, operation), (0.0, None))
             if failure and time.monotonic() - failed_at < (failure.retry_after_s or 0):
                 # A new one: each raise of the same adds its frames, and what they hold, to its traceback.
                 raise ModelUnavailable(failure.model, failure.detail)
             try:
                 return self._keep(Key(name, operation), self._read(name, operation, None))
             except ModelUnavailable as error:
-                self._failed[name] = time.monotonic(), ModelUnavailable(error.model, error.detail)
+                self._failed[Key(name, operation)] = time.monotonic(), ModelUnavailable(error.model, error.detail)
                 raise
 
     def run(self, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | Exception]:
@@ -167,7 +167,7 @@ class SyncEngine:
         family = FAMILIES[info.latents.family]
         device, source = self._device(name), loader.source_of(self._settings, name)
         try:
-            dtype = dtype or self._dtype(info, device)
+            dtype = dtype or self._dtype(info, device, operation)
             vae = loader.load_vae(info, source, dtype)
             spec = family.refine(info.latents, vae)
             let_go(vae, loader.OTHER_HALF[operation])
@@ -197,9 +197,9 @@ class SyncEngine:
         log.info("loaded %s on %s in %s, %s %sr, %.1f s", *words)
         return model
 
-    def _dtype(self, info: ModelInfo, device: torch.device) -> torch.dtype:
+    def _dtype(self, info: ModelInfo, device: torch.device, operation: Operation) -> torch.dtype:
         entry = self._settings.models[info.name]
-        is_exact = entry.decodes_exactly and info.class_name in EXACT_CLASSES
+        is_exact = entry.decodes_exactly and info.class_name in EXACT_CLASSES[operation]
         return loader.choose_dtype(entry.dtype or self._settings.options.dtype, info, device, is_exact=is_exact)
 
     def _device(self, name: str) -> torch.device:

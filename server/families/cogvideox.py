@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.errors import WrongShape
 from server.families.base import Sent
 from server.families.video import Video
-from server.types import Geometry, LatentSpec
+from server.types import Geometry, LatentSpec, Scaling
+
+if TYPE_CHECKING:
+    import torch
 
 
 class CogVideoX(Video):
@@ -22,6 +25,15 @@ class CogVideoX(Video):
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return 2 ** (len(config["block_out_channels"]) - 1), int(config["temporal_compression_ratio"])
+
+    def describe(self, config: Mapping[str, Any]) -> LatentSpec:
+        return replace(super().describe(config), inverts_scale=bool(config.get("invert_scale_latents")))
+
+    def scale(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
+        """As `CogVideoXImageToVideoPipeline` does: some checkpoints were trained on latents scaled the other way."""
+        if scaling.from_model and scaling.factor is None and spec.inverts_scale:
+            return latents / (spec.scaling_factor or 1.0)
+        return super().scale(latents, spec, scaling)
 
     def num_frames(self, spec: LatentSpec, latent_frames: int) -> int:
         """Two latent frames at a time, and the odd one first: only then a frame stands for itself."""

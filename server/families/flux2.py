@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.families.base import Sent
+from server.errors import WrongShape
+from server.families.base import Sent, times
 from server.families.kl import KL, patchify, unpatchify
 from server.types import Geometry, LatentSpec, Scaling
 
@@ -32,7 +33,10 @@ class Flux2(KL):
         """Tokens `[B, S, 128]`, patches `[B, 128, H / 2, W / 2]`, or what the VAE takes, `[B, 32, H, W]`."""
         if len(shape) == 4 and shape[1] == 4 * spec.channels:
             shape = shape[0], spec.channels, 2 * shape[2], 2 * shape[3]
-        return super().geometry(spec, shape, sent)
+        found = super().geometry(spec, shape, sent)
+        if any(side % 2 for side in found.latent_shape[2:]):
+            raise WrongShape(f"latents {times(shape)} do not make whole 2x2 patches; send even heights and widths")
+        return found
 
     def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
         if latents.ndim == 4 and latents.shape[1] == 4 * spec.channels:

@@ -50,8 +50,3 @@ class QwenImage21(QwenImage):
 
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
         return replace(super().describe(config), image_channels=config["in_channels"])
-
-    def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        opaque = pixels.new_ones(len(pixels), vae.config.in_channels, *pixels.shape[2:])  # [B, 4, H, W]
-        opaque[:, : pixels.shape[1]] = pixels
-        return super().encode(vae, opaque)

@@ -1,10 +1,11 @@
-"""The routes. Each one reads the request with wire.py, asks the Service, and writes the answer."""
+"""The routes. Each one reads the request with wire/, asks the Service, and writes the answer."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -27,7 +28,12 @@ from server.types import ModelInfo, Operation, VAERequest
 PIECE_BYTES = 256 << 10
 
 
-Read = Callable[[Request, Service, Admission], Awaitable[VAERequest]]
+Finish = Callable[[], Awaitable[VAERequest]]
+Read = Callable[[Request, Service, Admission], Awaitable[Finish]]
+"""Reads a request whole, and returns what remains to be done with its bytes."""
+
+# Of its own: hostile files may take long, and what others do on threads must not wait for them.
+FILES = ThreadPoolExecutor(2, thread_name_prefix="inputs")
 
 
 class Work:
@@ -43,15 +49,19 @@ class Work:
         is_sending = False
         try:
             async with service.admitted(wire.patience_s(request.headers.get("x-request-timeout"))) as admission:
-                job = await self._read(request, service, admission)
+                finish = await self._read(request, service, admission)
                 with service.answering():
-                    answer = await _unless_client_left(request, service.answer(job, admission))
+                    answer = await _unless_client_left(request, _answer(service, finish, admission))
                     is_sending = True
                     await _respond(answer)(scope, receive, send)
         except DeadlinePassed:
             if is_sending:  # whoever reads so slowly gets no more of it
                 raise ClientDisconnect from None
             raise
+
+
+async def _answer(service: Service, finish: Finish, admission: Admission) -> Answer:
+    return await service.answer(await finish(), admission)
 
 
 async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
@@ -72,7 +82,7 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer
             task.cancel()
 
 
-async def _read_latents(request: Request, service: Service, admission: Admission) -> VAERequest:
+async def _read_latents(request: Request, service: Service, admission: Admission) -> Finish:
     """POST /, /predict, /{model}: headers and query first, so that what they rule out is refused before the body."""
     options = service.settings.options
     defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
@@ -84,13 +94,20 @@ async def _read_latents(request: Request, service: Service, admission: Admission
         parameters = wire.Parameters(query, in_body)
         prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
         admission.reserve(prepared.bytes_held)
-        return prepared.with_data(latents)
+        return _done(prepared.with_data(latents))
     parameters = wire.Parameters(query)
     prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
-    return prepared.with_data(await _tensor(request, service, admission, prepared))
+    return _done(prepared.with_data(await _tensor(request, service, admission, prepared)))
 
 
-async def _read_pixels(request: Request, service: Service, admission: Admission) -> VAERequest:
+def _done(job: VAERequest) -> Finish:
+    async def finish() -> VAERequest:
+        return job
+
+    return finish
+
+
+async def _read_pixels(request: Request, service: Service, admission: Admission) -> Finish:
     """POST /encode, /{model}/encode: a tensor when its shape was sent, else the bytes say what they are."""
     options = service.settings.options
     accept = ",".join(request.headers.getlist("accept"))
@@ -104,15 +121,24 @@ async def _read_pixels(request: Request, service: Service, admission: Admission)
     info = await _model(request, service, parameters)
     if parameters.has("shape"):
         prepared = wire.prepare_pixels(parameters, accept, info)
-        return prepared.with_data(data or await _tensor(request, service, admission, prepared))
+        if data is None:
+            data = await _tensor(request, service, admission, prepared)
+        admission.reserve(prepared.bytes_held)
+        return _done(prepared.with_data(data))
     wire.check_encode(parameters, accept, info)
     if data is None:
         limit = options.max_body_mb << 20
         admission.reserve(_declared(request) or limit)
         data = await _whole(request, limit, options.body_timeout_s)
-    header = await asyncio.to_thread(wire.header_of, info, data)
-    admission.reserve(wire.file_bytes_held(header, data))
-    return await asyncio.to_thread(wire.read_pixels, parameters, accept, info, data, header)
+    file = data
+
+    async def finish() -> VAERequest:
+        loop = asyncio.get_running_loop()
+        header = await loop.run_in_executor(FILES, wire.header_of, info, file)
+        admission.reserve(wire.file_bytes_held(header, file))
+        return await loop.run_in_executor(FILES, wire.read_pixels, parameters, accept, info, file, header)
+
+    return finish
 
 
 async def _json(
@@ -237,8 +263,8 @@ async def prometheus(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """GET /models."""
     service: Service = request.app.state.service
-    listed = [_listed(service, name) for name in service.settings.models]
-    return JSONResponse({"default": service.settings.default, "models": listed})
+    known = [_listed(service, name) for name in service.settings.models]
+    return JSONResponse({"default": service.settings.default, "models": known})
 
 
 def _listed(service: Service, name: str) -> dict[str, Any]:

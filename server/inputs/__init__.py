@@ -34,9 +34,12 @@ def media_type_of(data: bytes | bytearray) -> str | None:
     return VIDEO_TYPE if head[4:8] == b"ftyp" and head[8:] not in STILLS else None
 
 
-def read_header(data: bytes | bytearray, media_type: str) -> Header:
-    """Without decoding anything. Raises BadRequest, UnsupportedBody."""
-    frames, height, width = clip_size(data) if media_type == VIDEO_TYPE else (1, *picture_size(data))
+def read_header(data: bytes | bytearray, media_type: str, max_frames: int) -> Header:
+    """Before anything is decoded; of a clip's frames no more than one too many are counted.
+
+    Raises BadRequest, UnsupportedBody, TooLarge.
+    """
+    frames, height, width = clip_size(data, max_frames) if media_type == VIDEO_TYPE else (1, *picture_size(data))
     return Header(media_type, frames, height, width)
 
 

@@ -11,20 +11,20 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from server.errors import BadRequest, UnsupportedBody
+from server.errors import BadRequest, TooLarge, UnsupportedBody
 from server.types import RawTensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow would try forty, some of them hardly ever attacked and hardly ever mended
-MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"})
+MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})
+MOST_SCANS = 100  # of a JPEG: each may be nearly empty and costs a pass over the whole picture
 PNG_BITS = 24  # where the header says how many a channel has
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error)
 
-# Pillow's own bound only warns between once and twice its value; every picture is checked against its model's limits.
-Image.MAX_IMAGE_PIXELS = None
-
 
 def picture_size(data: bytes | bytearray) -> tuple[int, int]:
-    """Height and width, from the header alone. Raises BadRequest, UnsupportedBody."""
+    """Height and width, from the header alone. Raises BadRequest, UnsupportedBody, TooLarge."""
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MOST_SCANS:
+        raise BadRequest(f"the JPEG has more than {MOST_SCANS} scans; save it again")
     with _opened(data) as picture:
         # An MPO is a JPEG with further views in it, as phones write them; the first is the picture.
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
@@ -46,10 +46,12 @@ def read_picture(data: bytes | bytearray, mode: str) -> RawTensor:
 
 @contextmanager
 def _opened(data: bytes | bytearray) -> Iterator[Image.Image]:
-    """Raises BadRequest, now or when it is read."""
+    """Raises BadRequest, now or when it is read, and TooLarge."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             yield picture
+    except Image.DecompressionBombError:
+        raise TooLarge("the picture has more pixels than any model takes; send a smaller one") from None
     except DAMAGED:
         raise BadRequest("the picture is damaged or cut short; send a whole PNG, JPEG or WebP") from None
 

@@ -219,7 +219,7 @@ def test_a_clips_colours_are_read_as_they_were_written() -> None:
     frames = np.broadcast_to(ramp.round().astype(np.uint8), (3, 128, 128, 3))
     raw = RawTensor(frames.shape, "uint8", memoryview(frames.tobytes()))
     mp4 = bytes(render_mp4(raw, RenderOptions(fps=10, quality=10, media_type="video/mp4")).body)
-    seen = read_file(mp4, read_header(mp4, "video/mp4"), "RGB")
+    seen = read_file(mp4, read_header(mp4, "video/mp4", 9), "RGB")
     error = np.frombuffer(seen.data, np.uint8).reshape(-1, 3).astype(float).mean(0) - frames.reshape(-1, 3).mean(0)
     assert np.abs(error).max() < 0.4, error
 

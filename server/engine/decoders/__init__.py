@@ -14,7 +14,7 @@ from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecode
 from server.engine.decoders.stock import Emit, StockDecoder
 from server.engine.decoders.streaming import NETWORKS, StreamingDecoder
 from server.families import Family
-from server.types import Layout
+from server.types import Layout, Operation
 
 
 class Decoder(Protocol):
@@ -39,7 +39,10 @@ class Decoder(Protocol):
         ...
 
 
-EXACT_CLASSES = frozenset({"AutoencoderKL", "AutoencoderKLHunyuanVideo"})
+EXACT_CLASSES = {
+    Operation.DECODE: frozenset({"AutoencoderKL", "AutoencoderKLHunyuanVideo"}),
+    Operation.ENCODE: frozenset({"AutoencoderKL"}),
+}
 EXACT: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder], ...] = (ExactKLDecoder, ExactHunyuanVideoDecoder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from server.errors import BadRequest, Impossible, UnsupportedBody, WrongShape
+from server.errors import BadRequest, Impossible, TooLarge, UnsupportedBody, WrongShape
 from server.families import FAMILIES, check_limits
 from server.families.base import times
 from server.http.wire.formats import choose_format
@@ -28,6 +28,7 @@ from server.types import (
 
 PIXEL_DTYPES = ("uint8", *LATENT_DTYPES)
 RGB, RGBA = 3, 4
+MOST_PIXEL_BYTES = 1 << 30
 # The axes of the tensors that are understood, by rank, the likeliest first: what diffusers' image and video processors
 # take, what a VAE takes, and what this server answers with `partial_postprocess`.
 ORDERS: dict[Kind, dict[int, tuple[str, ...]]] = {
@@ -153,15 +154,20 @@ def header_of(info: ModelInfo, data: bytes | bytearray) -> Header:
         )
     if media_type == VIDEO_TYPE and info.latents.kind == "image":
         raise Impossible("this model encodes pictures, the body is a video; send one frame of it as a picture")
-    header = read_header(data, media_type)
+    header = read_header(data, media_type, info.limits.max_frames)
     size = Geometry((1,), is_packed=False, num_frames=header.frames, height=header.height, width=header.width)
     check_limits(size, info.limits, info.name)
+    if size.pixels * RGBA > MOST_PIXEL_BYTES:
+        raise TooLarge(
+            f"{header.frames} frames of {header.height}x{header.width} are more pixels than this server encodes "
+            "at once; send a shorter or smaller clip"
+        )
     return header
 
 
 def file_bytes_held(header: Header, data: bytes | bytearray) -> int:
-    """Of a file and its pixels, at most."""
-    return len(data) + header.frames * header.height * header.width * RGBA
+    """Of a file, and of its pixels as they are decoded and as they are fitted."""
+    return len(data) + 2 * header.frames * header.height * header.width * RGBA
 
 
 def read_pixels(
