@@ -56,7 +56,7 @@ def take_over(app: Starlette, settings: Settings) -> SyncEngine:
 def as_served(settings: Settings) -> Settings:
     """Ready means that the default model is loaded; and the toolkit listens on every address, whatever ours is."""
     default = settings.models[settings.default].model_copy(update={"preload": True})
-    options = settings.options.model_copy(update={"host": "0.0.0.0"})  # noqa: S104
+    options = settings.options.model_copy(update={"host": "0.0.0.0"})  # noqa: S104  # whatever reaches the container
     return settings.model_copy(update={"models": {**settings.models, settings.default: default}, "options": options})
 
 

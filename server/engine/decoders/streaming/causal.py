@@ -20,11 +20,11 @@ def convolve(causal: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, n, H, W] -
     *around, before, _ = causal.time_causal_padding
     frames = F.pad(x, (*around, 0, 0), mode="replicate")  # [B, C, n, H + 2, W + 2]
     if not before:
-        return causal.conv(frames)  # type: ignore[no-any-return]
+        return causal.conv(frames)  # type: ignore[no-any-return]  # diffusers is untyped
     start = past.get(causal, frames[:, :, :1].expand(-1, -1, before, -1, -1))
     frames = torch.cat([start, frames], 2)  # [B, C, before + n, H + 2, W + 2]
     past[causal] = frames[:, :, -before:].clone()
-    return causal.conv(frames)  # type: ignore[no-any-return]
+    return causal.conv(frames)  # type: ignore[no-any-return]  # diffusers is untyped
 
 
 def convolve_without_cache(causal: Any, past: Past, x: Tensor, conv_cache: None = None) -> tuple[Tensor, None]:
@@ -36,10 +36,10 @@ def upsample(upsampler: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, n, H, W
     is_first = upsampler not in past
     past[upsampler] = True
     if is_first or not upsampler.add_temporal_upsample:
-        return type(upsampler).forward(upsampler, x)  # type: ignore[no-any-return]
+        return type(upsampler).forward(upsampler, x)  # type: ignore[no-any-return]  # diffusers is untyped
     shortcut = upsampler._dcae_upsample_rearrange(x, r1=2)  # [B, C / 8, 2 n, 2 H, 2 W]
     grown = upsampler._dcae_upsample_rearrange(upsampler.conv(x), r1=2)  # [B, C', 2 n, 2 H, 2 W]
-    return grown + shortcut.repeat_interleave(upsampler.repeats, 1)  # type: ignore[no-any-return]
+    return grown + shortcut.repeat_interleave(upsampler.repeats, 1)  # type: ignore[no-any-return]  # diffusers is untyped
 
 
 def attend(block: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, 1, h, w]
@@ -52,7 +52,7 @@ def attend(block: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, 1, h, w]
     key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)  # [B, 1, frames h w, C]
     past[block] = key, value
     seen = F.scaled_dot_product_attention(query, key, value)[:, 0].mT.reshape(x.shape)  # [B, C, 1, h, w]
-    return block.proj_out(seen) + x  # type: ignore[no-any-return]
+    return block.proj_out(seen) + x  # type: ignore[no-any-return]  # diffusers is untyped
 
 
 FORWARDS: dict[str, Callable[..., Any]] = {

@@ -61,7 +61,7 @@ class LTX:
         if temb is None:
             return None
         size = {"resolution": None, "aspect_ratio": None, "batch_size": 1, "hidden_dtype": self.dtype}
-        return block.time_embedder(timestep=temb, **size).view(1, -1, 1, 1, 1)  # type: ignore[no-any-return]
+        return block.time_embedder(timestep=temb, **size).view(1, -1, 1, 1, 1)  # type: ignore[no-any-return]  # diffusers is untyped
 
     def _span(self, step: Any) -> Span:
         """Two convolutions in a residual block, else one."""
@@ -74,7 +74,7 @@ class LTX:
         x = decoder.norm_out(x) if self.switch else decoder.norm_out(x.movedim(1, -1)).movedim(-1, 1)
         if temb is not None:
             table = decoder.scale_shift_table[None, ..., None, None, None]
-            shift, scale = (self._embed(decoder, temb).unflatten(1, (2, -1)) + table).unbind(1)  # type: ignore[union-attr]
+            shift, scale = (self._embed(decoder, temb).unflatten(1, (2, -1)) + table).unbind(1)  # type: ignore[union-attr]  # with a table there is a timestep
             x = x * (1 + scale) + shift
         x = decoder.conv_out(decoder.conv_act(x), **self.switch)  # [1, 3 p p, n, H, W]
         return unpatchify(x, self.patch)

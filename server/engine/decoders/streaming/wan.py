@@ -32,7 +32,7 @@ class Cache:
         is_alone = x.shape[2] == 1 and before is not None
         self.frames[self.position[0]] = torch.cat([before[:, :, -1:], x], 2) if is_alone else x[:, :, -2:].clone()
         self.position[0] += 1
-        return conv(x, before)  # type: ignore[no-any-return]
+        return conv(x, before)  # type: ignore[no-any-return]  # diffusers is untyped
 
 
 class Wan:
