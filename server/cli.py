@@ -95,6 +95,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run_server(settings: Settings, listener: socket.socket) -> None:
     """Serve until a signal. Raises ModelUnavailable or ConfigError when what must be there is not."""
+    from server.dispatch import Dispatcher
     from server.engine.process import engines_for, start_forkserver
     from server.http.app import create_app
     from server.http.drain import DrainingServer
@@ -103,7 +104,8 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
 
     start_forkserver()
     metrics = Metrics()
-    service = Service(settings, engines_for(settings, metrics), metrics)
+    dispatcher = Dispatcher(engines_for(settings, metrics), settings.options)
+    service = Service(settings, dispatcher, metrics)
 
     def on_started() -> None:
         if service.state is State.FAILED:
@@ -116,8 +118,7 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     try:
         server.run(sockets=[listener])
     finally:
-        for engine in service.engines:  # a second signal leaves no time for their own end
-            engine.kill()
+        dispatcher.kill()  # a second signal leaves no time for their own end
     if service.failure:
         raise service.failure
 

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 from server.batching import Queue, Ticket
+from server.config import ServerOptions
 from server.errors import DeadlinePassed, ModelUnavailable, ServerError, Unavailable, WorkerCrashed
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
 
@@ -68,6 +69,59 @@ class Batch:
     def free_device(self) -> None:
         if not self.decoded.done():
             self.decoded.set_result(None)
+
+
+class Devices(Protocol):
+    """Where jobs run: the engines of this process (Dispatcher), or a cluster's replicas."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a device, or will be in time for a request."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many there are, at least 1."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that no device has begun."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Jobs that a device has begun."""
+        ...
+
+    @property
+    def seconds_ahead(self) -> float:
+        """How long a job that came now would wait, by what is known of those before it."""
+        ...
+
+    async def start(self) -> None:
+        """Make them usable. Raises ConfigError."""
+        ...
+
+    async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
+        """Read config.json, not the weights; without the network on demand. Raises ModelUnavailable."""
+        ...
+
+    async def load(self, model: str) -> None:
+        """Bring the weights to every device that may run it. Raises ModelUnavailable."""
+        ...
+
+    def loaded(self, model: str) -> list[LoadedInfo]:
+        """On each device that holds it."""
+        ...
+
+    async def answer(self, job: Job) -> Done:
+        """Queue the job and wait. Cancelling takes it out; once started, its result is dropped."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of all of them."""
+        ...
 
 
 class WorkerDied(Exception):
@@ -123,11 +177,12 @@ def _holds(engine: Engine, half: Half) -> bool:
 class Dispatcher:
     """Feeds every engine from one queue. `pump` runs whenever something changed: it starts whatever can start."""
 
-    def __init__(self, engines: Sequence[Engine], queue: Queue[Job], hang_timeout_s: float) -> None:
+    def __init__(self, engines: Sequence[Engine], options: ServerOptions) -> None:
+        """engines: of the devices that are known; those that they find at their start join them."""
         self.engines = list(engines)
-        self.queue = queue
-        self.running: dict[Engine, set[Batch]] = defaultdict(set)
-        self._hang_timeout_s = hang_timeout_s
+        self.queue: Queue[Job] = Queue(options.batch_pixels, options.max_batch)
+        self.batches: dict[Engine, set[Batch]] = defaultdict(set)
+        self._hang_timeout_s = options.hang_timeout_s
         self._loading: set[tuple[Engine, Half]] = set()
         self._refused: dict[tuple[Engine, Half], float] = {}  # an engine that could not load a model, until when
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,8 +192,18 @@ class Dispatcher:
         for engine in self.engines:  # grows on the way
             self.engines += await engine.start(self.pump)
 
+    async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
+        engine = max(self._engines_for(model), key=lambda engine: engine.is_alive)
+        return await engine.describe(model, is_local_only=is_local_only)
+
+    async def load(self, model: str) -> None:
+        for engine in self._engines_for(model):
+            await engine.load(model)
+
+    def loaded(self, model: str) -> list[LoadedInfo]:
+        return [info for engine in self.engines if (info := engine.loaded(model)) is not None]
+
     async def answer(self, job: Job) -> Done:
-        """Queue the job and wait. Cancelling takes it out; once started, its result is dropped."""
         self.queue.put(job)
         self.pump()
         try:
@@ -147,14 +212,25 @@ class Dispatcher:
             self.queue.remove(job)
 
     @property
-    def batches(self) -> Iterator[Batch]:
-        """All that engines have."""
-        return chain.from_iterable(self.running.values())
+    def is_alive(self) -> bool:
+        return any(engine.is_alive for engine in self.engines)
+
+    @property
+    def count(self) -> int:
+        return len(self.engines)
+
+    @property
+    def waiting(self) -> int:
+        staged = (job for batch in self._all_batches() if not batch.started.done() for job in batch.jobs)
+        return len(self.queue) + sum(job.is_wanted for job in staged)
+
+    @property
+    def running(self) -> int:
+        return sum(job.is_wanted for batch in self._all_batches() if batch.started.done() for job in batch.jobs)
 
     @property
     def seconds_ahead(self) -> float:
-        """How long a job that came now would wait, by what is known of those before it."""
-        running = sum(job.seconds for batch in self.batches for job in batch.jobs if not batch.decoded.done())
+        running = sum(job.seconds for batch in self._all_batches() for job in batch.jobs if not batch.decoded.done())
         alive = sum(engine.is_alive for engine in self.engines)
         return (running + sum(job.seconds for job in self.queue)) / max(1, alive)
 
@@ -167,14 +243,25 @@ class Dispatcher:
         for engine in alive:
             self._load_what_waits(engine)
 
+    def kill(self) -> None:
+        """End every engine at once."""
+        for engine in self.engines:
+            engine.kill()
+
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(engine.close() for engine in self.engines))
 
+    def _engines_for(self, model: str) -> list[Engine]:
+        return [engine for engine in self.engines if engine.can_run(model)]
+
+    def _all_batches(self) -> Iterator[Batch]:
+        return chain.from_iterable(self.batches.values())
+
     def _undecoded(self, engine: Engine) -> int:
-        return sum(not batch.decoded.done() for batch in self.running[engine])
+        return sum(not batch.decoded.done() for batch in self.batches[engine])
 
     def _feed(self, engine: Engine) -> None:
         """Models that are not there wait in the queue for their load, so that they keep nobody from the device."""
@@ -188,7 +275,7 @@ class Dispatcher:
             if not jobs:
                 return
             batch = Batch(jobs)
-            self.running[engine].add(batch)
+            self.batches[engine].add(batch)
             self._spawn(self._run(engine, batch))
 
     def _load_what_waits(self, engine: Engine) -> None:
@@ -252,7 +339,7 @@ class Dispatcher:
                 job.failed(error)
         finally:
             watch.cancel()
-            self.running[engine].discard(batch)
+            self.batches[engine].discard(batch)
             batch.free_device()
 
     async def _watch(self, engine: Engine, batch: Batch) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from server.batching import Queue
 from server.config import Settings
-from server.dispatch import Dispatcher, Engine, Job
+from server.dispatch import Devices, Job
 from server.errors import ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
 from server.metrics import Metrics
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, Rendered, VAERequest
@@ -64,34 +63,32 @@ class Admission:
 class Service:
     """Admits, queues, answers."""
 
-    def __init__(self, settings: Settings, engines: Sequence[Engine], metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, devices: Devices, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
         self.state = State.STARTING
         self.failure: ModelUnavailable | ConfigError | None = None
         self.infos: dict[str, ModelInfo] = {}
-        options = settings.options
-        self._dispatcher = Dispatcher(engines, Queue(options.batch_pixels, options.max_batch), options.hang_timeout_s)
+        self._devices = devices
         self._failed: dict[Half, float] = {}  # models that did not load, until when that is believed
         self._admissions: set[Admission] = set()
         self._answering = 0  # admitted, and the whole request is here
         self._nothing_to_answer = asyncio.Event()
         self._s_per_pixel: dict[Half, float] = {}
-        metrics.watch_queue(lambda: self._waiting, lambda: self._running, lambda: self._size_bytes)
+        metrics.watch_queue(lambda: devices.waiting, lambda: devices.running, lambda: self._size_bytes)
         for name in settings.models:
             metrics.model_loaded.labels(name).set_function(partial(self._holders, name))
 
     async def start(self) -> None:
         """Start the devices and load what must be there; READY, or FAILED with `failure` set."""
         try:
-            await self._dispatcher.start()
+            await self._devices.start()
             for name in self.settings.models:
                 await self._describe_what_is_here(name)
             await self.describe(self.settings.default)
             for name, entry in self.settings.models.items():
                 if entry.preload or entry.warmup:
-                    for engine in self._engines(name):
-                        await engine.load(name)
+                    await self._devices.load(name)
         except (ModelUnavailable, ConfigError) as error:
             self._end_start(error)
         except Exception as error:  # the border of the start: a server that cannot start must say so, not hang
@@ -103,7 +100,7 @@ class Service:
 
     async def _describe_what_is_here(self, name: str) -> None:
         try:
-            self.infos[name] = await self._engine(name).describe(name, is_local_only=True)
+            self.infos[name] = await self._devices.describe(name, is_local_only=True)
         except ModelUnavailable as error:
             if self.settings.folder_of(name) is not None:  # a hub's may be fetched yet
                 log.error("%s", error.detail)
@@ -129,7 +126,7 @@ class Service:
             log.error("%d requests were not done within %g s of draining", self._answering, options.drain_timeout_s)
 
     async def close(self) -> None:
-        await self._dispatcher.close()
+        await self._devices.close()
 
     def resolve(self, word: str | None) -> str:
         """The model that a request names, the default when it names none. Raises UnknownModel."""
@@ -146,12 +143,12 @@ class Service:
         known = self.infos.get(name)
         if known is None or known.is_assumed:
             with self._noting_failure(Half(name)):
-                self.infos[name] = await self._engine(name).describe(name)
+                self.infos[name] = await self._devices.describe(name)
         return self.infos[name]
 
     def loaded(self, name: str) -> list[LoadedInfo]:
         """On each device that holds it."""
-        return [info for engine in self._dispatcher.engines if (info := engine.loaded(name)) is not None]
+        return self._devices.loaded(name)
 
     def model_state(self, name: str) -> str:
         """`loaded`, `not loaded` or `failed`."""
@@ -168,7 +165,7 @@ class Service:
                 raise Unavailable("the server is shutting down and takes no new requests; try again later")
             case State.FAILED:
                 raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
-        if not any(engine.is_alive for engine in self._dispatcher.engines):
+        if not self._devices.is_alive:
             raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
 
     def check_can_serve(self) -> None:
@@ -222,7 +219,7 @@ class Service:
                 self._nothing_to_answer.set()
 
     def _check_places(self) -> None:
-        if self._answering >= self.settings.options.max_queue * len(self._dispatcher.engines):
+        if self._answering >= self.settings.options.max_queue * self._devices.count:
             raise self._queue_full(f"{self._answering} requests wait already")
 
     async def answer(self, request: VAERequest, admission: Admission) -> Answer:
@@ -230,7 +227,7 @@ class Service:
         job = self._job(request, admission)
         try:
             with self._noting_failure(job.model):
-                done = await self._dispatcher.answer(job)
+                done = await self._devices.answer(job)
         except asyncio.CancelledError:
             if asyncio.get_running_loop().time() < admission.deadline:
                 self.metrics.cancelled.labels("queued" if job.started is None else "running").inc()
@@ -284,35 +281,15 @@ class Service:
         return Answer(done.rendered, operation, queue_s * 1e3, done.device_ms, done.render_ms, done.is_upcast)
 
     def _queue_full(self, what: str) -> QueueFull:
-        wait_s = max(1, math.ceil(self._dispatcher.seconds_ahead))
+        wait_s = max(1, math.ceil(self._devices.seconds_ahead))
         return QueueFull(f"{what}; try again in {wait_s} s", wait_s)
 
     def _holders(self, model: str) -> int:
         return len(self.loaded(model))
 
     @property
-    def _running(self) -> int:
-        return sum(job.is_wanted for batch in self._dispatcher.batches if batch.started.done() for job in batch.jobs)
-
-    @property
-    def _waiting(self) -> int:
-        staged = (job for batch in self._dispatcher.batches if not batch.started.done() for job in batch.jobs)
-        return len(self._dispatcher.queue) + sum(job.is_wanted for job in staged)
-
-    @property
     def _size_bytes(self) -> int:
         return sum(admission.size_bytes for admission in self._admissions)
-
-    def _engines(self, model: str) -> list[Engine]:
-        return [engine for engine in self._dispatcher.engines if engine.can_run(model)]
-
-    def _engine(self, model: str) -> Engine:
-        return max(self._engines(model), key=lambda engine: engine.is_alive)
-
-    @property
-    def engines(self) -> Sequence[Engine]:
-        """All, also those of devices that were found at the start."""
-        return self._dispatcher.engines
 
     def _aliases(self) -> set[str]:
         return {alias for entry in self.settings.models.values() for alias in entry.aliases}

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
 from server.config import Settings
+from server.dispatch import Dispatcher
 from server.engine.local import LocalEngine
 from server.engine.sync import SyncEngine
 from server.http.app import create_app
@@ -44,7 +45,7 @@ def take_over(app: Starlette, settings: Settings) -> SyncEngine:
     # Not worker processes: their fork server wants to be started before the event loop and its threads are, and torch
     # is in this process anyway, for the toolkit imports it. One device is what an endpoint's replica has.
     engine = LocalEngine(as_served(settings))
-    service = Service(as_served(settings), [engine], Metrics())
+    service = Service(as_served(settings), Dispatcher([engine], settings.options), Metrics())
     ours = create_app(service, lambda: end_if_failed(service))
     paths = {route.path for route in ours.routes if isinstance(route, Route)}
     theirs = [route for route in app.router.routes if not (isinstance(route, Route) and route.path in paths)]

@@ -15,6 +15,7 @@ import yaml
 
 from server.cli import bind
 from server.config import Settings, load_settings
+from server.dispatch import Dispatcher
 from server.engine.local import LocalEngine
 from server.http.app import create_app
 from server.http.protocol import uvicorn_config
@@ -46,7 +47,8 @@ def running(settings: Settings, engine: Any = None, until_started: bool = True) 
     started = threading.Event()
     listener = bind("127.0.0.1", 0)
     metrics = Metrics()
-    service = Service(settings, [engine(settings, metrics) if engine else LocalEngine(settings)], metrics)
+    dispatcher = Dispatcher([engine(settings, metrics) if engine else LocalEngine(settings)], settings.options)
+    service = Service(settings, dispatcher, metrics)
     server = uvicorn.Server(uvicorn_config(create_app(service, started.set)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from server.batching import Queue
 from server.config import load_settings
 from server.dispatch import Dispatcher
 from server.engine import process
@@ -52,9 +51,8 @@ def test_each_device_gets_a_worker_and_a_model_its_own_device(vaes: dict[str, Lo
     config = write_models_yaml(tmp_path / "models.yaml", models, "any")
 
     async def started(device: str) -> list[tuple[str, list[str]]]:
-        dispatcher = Dispatcher(
-            process.engines_for(load_settings(config=config, device=device), Metrics()), Queue(1, 1), 1
-        )
+        settings = load_settings(config=config, device=device)
+        dispatcher = Dispatcher(process.engines_for(settings, Metrics()), settings.options)
         await dispatcher.start()
         runs = [(engine.device, [name for name in models if engine.can_run(name)]) for engine in dispatcher.engines]
         await dispatcher.close()
