@@ -19,6 +19,7 @@ import psutil
 READY_S = 120.0
 OURS, HOSTED = "ours", "hosted design"
 LIT, LIT_BATCHED, LIT_WORKERS = "LitServe", "LitServe, batches", "LitServe, a worker a core"
+OURS_WORKERS, RAY, RAY_REPLICAS = "ours, a worker a core", "ours on Ray", "ours on Ray, a replica a core"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Peer:
     name: str
     port: int
     process: psutil.Process
+
+    @property
+    def may_stop(self) -> bool:
+        """Ray ends what does not answer its health checks."""
+        return not self.name.startswith(RAY)
 
     @contextmanager
     def measured(self) -> Iterator[None]:
@@ -55,7 +61,7 @@ class Peer:
             process.kill()
 
     def _signal(self, verb: str) -> None:
-        for process in self._tree():
+        for process in self._tree() if self.may_stop else ():
             getattr(process, verb)()
 
     def _tree(self) -> list[psutil.Process]:
@@ -67,8 +73,13 @@ def commands(models_yaml: Path, dtype: str, most_clients: int) -> dict[str, list
     config = ["--config", str(models_yaml)]
     lit = ["benchmarks.lit", *config]
     cores = str(psutil.cpu_count(logical=False) or 1)
+    ours = ["server", "serve", *config, "--max-queue", str(most_clients), "--log-level", "warning"]
+    ray = ["benchmarks.ray_peer", *config, "--most-clients", str(most_clients)]
     return {
-        OURS: ["server", "serve", *config, "--max-queue", str(most_clients), "--log-level", "warning"],
+        OURS: ours,
+        OURS_WORKERS: [*ours, "--device", ",".join(["cpu"] * int(cores))],
+        RAY: ray,
+        RAY_REPLICAS: [*ray, "--replicas", cores],
         HOSTED: ["benchmarks.hosted", *config, "--dtype", dtype],
         LIT: lit,
         LIT_BATCHED: [*lit, "--batch-size", "16", "--wait-ms", "2"],

@@ -31,7 +31,18 @@ import torch
 import uvloop
 
 from benchmarks.load import Tally, closed_loop
-from benchmarks.peers import HOSTED, LIT, LIT_BATCHED, LIT_WORKERS, OURS, Peer, running
+from benchmarks.peers import (
+    HOSTED,
+    LIT,
+    LIT_BATCHED,
+    LIT_WORKERS,
+    OURS,
+    OURS_WORKERS,
+    RAY,
+    RAY_REPLICAS,
+    Peer,
+    running,
+)
 from benchmarks.traffic import ANSWERS, CASES, Work, write_models
 from server.config import load_settings
 from server.direct import Direct
@@ -63,7 +74,8 @@ def main() -> None:
     parser.add_argument("--answers", nargs="+", choices=ANSWERS, default=list(ANSWERS))
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     names = (OURS, HOSTED, LIT, LIT_BATCHED, LIT_WORKERS)
-    parser.add_argument("--servers", nargs="+", choices=names, default=list(names))
+    on_ray = (OURS_WORKERS, RAY, RAY_REPLICAS)
+    parser.add_argument("--servers", nargs="+", choices=(*names, *on_ray), default=list(names))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each cell, all rounds together")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")

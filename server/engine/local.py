@@ -16,16 +16,23 @@ from server.errors import ConfigError
 from server.types import Done, LoadedInfo, ModelInfo, Operation
 
 
+HOUSEKEEPING_S = 1.0
+
+
 class LocalEngine:
-    """A Runner for an event loop. A decode that hangs or crashes here takes the process along."""
+    """A Runner for an event loop. A decode that crashes here takes the process along."""
 
     is_alive = True
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, on_hang: Callable[[], None] = lambda: None) -> None:
+        """on_hang: called when a decode takes longer than `hang_timeout_s`; this cannot end it."""
         self.runner = Runner(settings)
+        self.kill = on_hang
         self._files = ThreadPoolExecutor(2, thread_name_prefix="files")
+        self._keeping_house: asyncio.Task[None] | None = None
 
     async def start(self, changed: Callable[[], None]) -> Sequence[Engine]:
+        self._keeping_house = asyncio.create_task(self._keep_house())
         return []
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
@@ -50,12 +57,16 @@ class LocalEngine:
         await batch.decoded
         await asyncio.wait([job.answer for job in batch.jobs])
 
-    def kill(self) -> None:
-        """There is no process to end."""
-
     async def close(self) -> None:
+        if self._keeping_house:
+            self._keeping_house.cancel()
         self.runner.close()
         self._files.shutdown(wait=False, cancel_futures=True)
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            await asyncio.get_running_loop().run_in_executor(self._files, self.runner.sync.unload_idle)
 
 
 class LoopListener:

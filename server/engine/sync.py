@@ -110,6 +110,10 @@ class SyncEngine:
         oldest = time.monotonic() - limit
         return self._unload([name for name, used_at in self._used_at.items() if used_at < oldest])
 
+    def unload(self, name: str, operation: Operation) -> None:
+        """Let one direction of a model go, in every precision it has."""
+        self._unload([key for key in list(self._loaded) if (key.name, key.operation) == (name, operation)])
+
     def _run_upcast(self, job: VAEJob, is_single: bool) -> Computed | Exception:
         key, overflow = Key(job.model, job.operation, is_upcast=True), OVERFLOWS[job.operation]
         if is_single:

@@ -1,0 +1,122 @@
+"""Around Ray's HTTP proxy: what it answers by itself becomes the server's own JSON, and what a front's death interrupts
+is asked again.
+
+The proxy calls `middlewares` if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it as Ray starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import suppress
+
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import DeadlinePassed, ServerError, Unavailable
+from server.http.failures import as_json
+from server.http.frame import REQUEST_ID
+
+RAYS_OWN = "/-/"  # /-/healthz and /-/routes
+START_S = 30.0
+TRIES, PAUSE_S = 40, 0.5  # a front is there again after some seconds
+
+ENDED = Unavailable("the process that had this request ended; send it again")
+NOT_THERE = Unavailable("the server is starting, or has no room for more requests; try again in a few seconds")
+TOO_LATE = DeadlinePassed("not done within the time that Ray's proxy allows; send fewer or smaller latents")
+
+
+def middlewares() -> list[Middleware]:
+    """For every request to a proxy."""
+    return [Middleware(AroundProxy)]
+
+
+class BehindProxy:
+    """Around the front. The request id is the one that the proxy gave it, and the proxy sends that itself."""
+
+    def __init__(self, app: ASGIApp, started: asyncio.Event) -> None:
+        """started: a front may take the place of one that ended; what Ray brings it meanwhile waits for its start."""
+        self.app = app
+        self._started = started
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") == "POST":
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._started.wait(), START_S)
+
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, send_without)
+
+
+class AroundProxy:
+    """A front that ends takes no request along: decodes and encodes may be run again."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(RAYS_OWN):
+            await self.app(scope, receive, send)
+            return
+        headers = MutableHeaders(scope=scope)
+        if not REQUEST_ID.fullmatch(headers.get("x-request-id", "")):
+            headers["x-request-id"] = secrets.token_hex(8)
+        body, error = Body(receive), None
+        for _ in range(TRIES):
+            error = await self._failure(dict(scope), body, send)
+            if error is not ENDED:
+                break
+            await asyncio.sleep(PAUSE_S)
+        if error:
+            await as_json(error, headers["x-request-id"])(scope, receive, send)
+
+    async def _failure(self, scope: Scope, body: Body, send: Send) -> ServerError | None:
+        """Pass the request on. Returns what went wrong, unless an answer was sent or nobody waits for one."""
+        error: ServerError | None = ENDED
+
+        async def send_ours(message: Message) -> None:
+            nonlocal error
+            if message["type"] == "http.response.start":
+                error = _error_of(message)
+            if error is None:
+                await send(message)
+
+        await self.app(scope, body.reader(), send_ours)
+        return None if body.is_client_gone else error
+
+
+class Body:
+    """A request's messages, kept so that they can be read again from the start."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.is_client_gone = False
+        self._receive = receive
+        self._kept: list[Message] = []
+
+    def reader(self) -> Receive:
+        place = 0
+
+        async def receive() -> Message:
+            nonlocal place
+            if place == len(self._kept):
+                self._kept.append(await self._receive())
+                self.is_client_gone = self._kept[-1]["type"] == "http.disconnect"
+            place += 1
+            return self._kept[place - 1]
+
+        return receive
+
+
+def _error_of(start: Message) -> ServerError | None:
+    """What an answer of the proxy's own means; None for an answer of the front's."""
+    status, kind = start["status"], MutableHeaders(scope=start).get("content-type", "")
+    if status < 400 or kind.startswith("application/json"):
+        return None
+    if status == 408:
+        return TOO_LATE
+    return ENDED if status == 500 else NOT_THERE

@@ -1,0 +1,159 @@
+"""The server on Ray Serve: a front that speaks HTTP, and replicas with a device each, fed by Ray's own router.
+
+`serve run deploy.ray_serve:app` runs it on this machine, `serve run deploy/ray_serve.yaml` on GPUs. See ray.md.
+"""
+
+# Without `from __future__ import annotations`: Ray reads the builder's argument's class off its annotation.
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from pydantic import BaseModel
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+from starlette.applications import Starlette
+
+from deploy.ray_devices import Ask, RayDevices, Reply, half_of, id_of
+from deploy.ray_proxy import BehindProxy
+from server.config import Settings, load_settings
+from server.dispatch import Dispatcher
+from server.engine.messages import Failure
+from server.engine.process import SPIN_COUNT
+from server.http.app import create_app
+from server.logs import write_logs
+from server.metrics import Metrics
+from server.service import Service, State
+from server.types import Half
+
+if TYPE_CHECKING:  # the front never imports torch
+    from server.engine.local import LocalEngine
+
+
+class Arguments(BaseModel):
+    """`args` of the application. models_per_replica: a model's decoder and encoder count as two."""
+
+    config: str | None = None
+    models_per_replica: int = 4
+
+
+def app(arguments: Arguments) -> Application:
+    """The application of a models.yaml, by default of the one in the folder, else of the shipped one."""
+    replicas = VAE.bind(arguments.config, arguments.models_per_replica)  # type: ignore[attr-defined]  # by Ray's decorator
+    front: Application = Front.bind(arguments.config, replicas)  # type: ignore[attr-defined]  # likewise
+    return front
+
+
+def settings_of(config: str | None) -> Settings:
+    """As this replica's node has them, so that keys never pass through Ray. Raises ConfigError."""
+    settings = load_settings(config=config)
+    write_logs(settings.options.log_level, settings.options.log_format)
+    return settings
+
+
+# The front's log has a line for each request. A replica that ended is missed within HEALTH_S.
+HEALTH_S = 2
+ALIKE: dict[str, Any] = {
+    "graceful_shutdown_timeout_s": 30,
+    "health_check_period_s": HEALTH_S,
+    "logging_config": LoggingConfig(enable_access_log=False),
+}
+
+
+@serve.deployment(max_ongoing_requests=4, **ALIKE)
+class VAE:
+    """A device. Of the few requests that Ray hands it, those that are alike run together."""
+
+    async def __init__(self, config: str | None, models_per_replica: int) -> None:  # type: ignore[misc]  # Ray awaits it
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as it is loaded
+        from server.engine.local import LocalEngine, check_device
+
+        self._settings = settings_of(config)
+        check_device(self._settings)
+        engine = LocalEngine(self._settings, on_hang=end)
+        self._dispatcher = Dispatcher([engine], self._settings.options)
+        await self._dispatcher.start()
+        self._hold = multiplexed(engine, models_per_replica)
+        for name, entry in self._settings.models.items():
+            if entry.preload or entry.warmup:
+                await self._hold(id_of(Half(name)))
+
+    async def run(self, message: bytes) -> bytes:
+        """An Ask in, a Reply out: as an exception of Ray's, one of ours would lose its words."""
+        ask = msgspec.msgpack.decode(message, type=Ask)
+        job = ask.job()
+        try:
+            await self._hold(id_of(job.model))
+            reply = Reply(done=await self._dispatcher.answer(job))
+        except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
+            reply = Reply(failure=failure_of(error))
+        return msgspec.msgpack.encode(reply)
+
+    async def describe(self, model: str, is_local_only: bool) -> bytes:
+        try:
+            reply = Reply(info=await self._dispatcher.describe(model, is_local_only=is_local_only))
+        except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
+            reply = Reply(failure=failure_of(error))
+        return msgspec.msgpack.encode(reply)
+
+    async def loaded(self) -> bytes:
+        """What this replica holds, a LoadedInfo by the model's name."""
+        held = {name: info for name in self._settings.models for info in self._dispatcher.loaded(name)}
+        return msgspec.msgpack.encode(held)
+
+
+class Held:
+    """Half a model on a replica. Ray calls `__del__` when it has more of them than it may, the least recently used."""
+
+    def __init__(self, engine: "LocalEngine", half: Half) -> None:
+        self._engine, self._half = engine, half
+
+    def __del__(self) -> None:
+        self._engine.runner.sync.unload(*self._half)
+
+
+def multiplexed(engine: "LocalEngine", most: int) -> Callable[[str], Awaitable[Held]]:
+    """Loads what a replica lacks; Ray knows what each has, and sends requests where their model is."""
+
+    async def hold(model_id: str) -> Held:
+        half = half_of(model_id)
+        await engine.load(*half)
+        return Held(engine, half)
+
+    held: Callable[[str], Awaitable[Held]] = serve.multiplexed(hold, max_num_models_per_replica=most)
+    return held
+
+
+def end() -> None:
+    """A decode that hangs can only be ended with its process; Ray starts another."""
+    os._exit(1)
+
+
+def failure_of(error: Exception) -> Failure:
+    """A device that is lost stays lost in this process, so that ends too."""
+    from server.engine.worker import failure_of
+
+    return failure_of(error)
+
+
+@serve.deployment(max_ongoing_requests=1000, **ALIKE)
+@serve.ingress()
+class Front:
+    """The contract: parses, admits and answers, as the front process of `python -m server serve` does."""
+
+    def __init__(self, config: str | None, vae: DeploymentHandle[Any]) -> None:
+        settings = settings_of(config)
+        self._service = Service(settings, RayDevices(vae), Metrics())
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        started = asyncio.Event()
+        app = create_app(self._service, started.set)
+        app.add_middleware(BehindProxy, started=started)
+        return app
+
+    def check_health(self) -> None:
+        if self._service.state is State.FAILED:
+            raise RuntimeError(f"the start failed: {self._service.failure}")

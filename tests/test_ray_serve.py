@@ -1,0 +1,296 @@
+"""The server on Ray Serve: a real local Ray with two CPU replicas, its real HTTP proxy, and processes that are killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from tests.conftest import REPOSITORY
+from tests.contract import CASES, Case
+from tests.http.test_errors import assert_refused
+from tests.vaes import LocalVae
+
+serve_schema = pytest.importorskip("ray.serve.schema", reason="needs deploy/ray-requirements.txt")
+from ray.serve.config import AutoscalingConfig  # noqa: E402  # once Ray is known to be there
+
+from deploy.ray_serve import Arguments  # noqa: E402  # likewise
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+SHIPPED = REPOSITORY / "deploy" / "ray_serve.yaml"
+PICTURE = {"shape": "1,4,32,32", "dtype": "float16"}
+LATENTS = bytes(2 * 4 * 32 * 32)
+
+Vaes = dict[str, LocalVae]
+
+
+@dataclass
+class Cluster:
+    """`serve run` and all that it started."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def pids(self, deployment: str) -> list[int]:
+        """Of a deployment's replicas."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if f"ServeReplica:vae:{deployment}" in " ".join(child.cmdline()):
+                    found.append(child.pid)
+        return found
+
+    def started(self) -> set[int]:
+        """The replicas that have loaded the demo, those that have ended among them."""
+        return {int(pid) for pid in re.findall(r"VAE pid=(\d+)\).* loaded demo ", self.log.read_text())}
+
+    def kill(self, deployment: str) -> None:
+        """One of its replicas, the way the kernel does it."""
+        os.kill(self.pids(deployment)[0], signal.SIGKILL)
+
+    def wait_for(self, deployment: str, count: int) -> None:
+        wait_until(lambda: len(self.pids(deployment)) == count, f"{count} replicas of {deployment}", 60)
+
+    def decode(self, model: str = "demo", **params: str) -> requests.Response:
+        return requests.post(self.url + model, LATENTS, params=PICTURE | params, timeout=90)
+
+    def statuses(self, count: int, at_once: int) -> Counter[int]:
+        with ThreadPoolExecutor(at_once) as clients:
+            return Counter(answer.status_code for answer in clients.map(lambda _: self.decode(), range(count)))
+
+
+def wait_until(is_so: Callable[[], bool], what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+@contextmanager
+def cluster(folder: Path, config: dict[str, Any], **environment: str) -> Iterator[Cluster]:
+    """A Ray of its own for one config, as ray.md says to start it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    environment = {
+        **os.environ,
+        "HOME": str(folder),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deploy.ray_proxy:middlewares",
+        **environment,
+    }
+    command = [Path(sys.executable).with_name("serve"), "run", folder / "serve.yaml"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+    running = Cluster(f"http://127.0.0.1:{port}/", process, folder / "log")
+    everything: list[psutil.Process] = []
+    try:
+        yield running
+    finally:
+        everything = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        for left in psutil.wait_procs(everything, 20)[1]:
+            left.kill()
+
+
+def config_of(models: Path, **options: Any) -> dict[str, Any]:
+    """The shipped one, for two processors and no GPU; options: of the replicas' deployment."""
+    config = yaml.safe_load(SHIPPED.read_text())
+    (app,) = config["applications"]
+    app["args"]["config"] = str(models)
+    for deployment in app["deployments"]:
+        deployment["ray_actor_options"] = {"num_cpus": 0.5}
+    app["deployments"][1] |= options
+    return config
+
+
+@pytest.fixture(scope="module")
+def models(models_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The contract's VAEs, and the demo, whose pictures take some time."""
+    written = yaml.safe_load(models_yaml.read_text())
+    for entry in written["models"].values():
+        entry["repo"] = str((models_yaml.parent / entry["repo"]).resolve())
+    written["models"]["demo"] = {"repo": str(REPOSITORY / "server" / "demo"), "preload": True}
+    path = tmp_path_factory.mktemp("models") / "models.yaml"
+    path.write_text(yaml.safe_dump(written))
+    return path
+
+
+def until_ready(running: Cluster) -> list[int]:
+    """Every status of /health until it is 200."""
+    seen: list[int] = []
+
+    def is_ready() -> bool:
+        assert running.process.poll() is None, running.log.read_text()
+        with suppress(requests.ConnectionError):
+            answer = requests.get(running.url + "health", timeout=30)
+            seen.append(answer.status_code)
+            if answer.status_code != 200:
+                assert answer.json()["code"] == "unavailable"
+        return 200 in seen
+
+    wait_until(is_ready, "ready", 120)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def pair(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    config = config_of(models, num_replicas=2)
+    del config["applications"][0]["deployments"][1]["autoscaling_config"]
+    with cluster(tmp_path_factory.mktemp("pair"), config) as running:
+        assert set(until_ready(running)) == {503, 200}, "ready before its replicas were"
+        running.wait_for("VAE", 2)
+        yield running
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_every_case_of_the_contract(case: Case, pair: Cluster, vaes: Vaes) -> None:
+    case.run(pair.url, vaes)
+
+
+def test_one_request_id_and_it_is_the_clients(pair: Cluster) -> None:
+    answer = requests.get(pair.url + "health", headers={"X-Request-Id": "mine-1"}, timeout=30)
+    assert answer.headers["x-request-id"] == "mine-1"
+    invented = requests.get(pair.url + "health", headers={"X-Request-Id": "<b>"}, timeout=30).headers["x-request-id"]
+    assert len(invented) == 16
+
+
+def test_errors_are_the_servers_own(pair: Cluster) -> None:
+    assert_refused(requests.post(pair.url + "nobody", LATENTS, timeout=30), 404, "unknown_model", "known models")
+    assert_refused(requests.post(pair.url, LATENTS[:-1], params=PICTURE, timeout=30), 400, "wrong_length", "bytes")
+    assert_refused(requests.get(pair.url + "no/such", timeout=30), 404, "not_found", "route")
+
+
+def test_each_replica_holds_its_models_and_tells(pair: Cluster) -> None:
+    def holders() -> float:
+        told = requests.get(pair.url + "metrics", timeout=30).text
+        (line,) = [line for line in told.splitlines() if line.startswith('vae_model_loaded{model="demo"}')]
+        return float(line.split()[1])
+
+    wait_until(lambda: holders() == 2, "both replicas preload the demo", 30)
+    listed = {model["name"]: model for model in requests.get(pair.url + "models", timeout=30).json()["models"]}
+    assert (listed["demo"]["state"], listed["demo"]["device"]) == ("loaded", "cpu, cpu")
+
+
+@pytest.mark.parametrize("deployment", ["VAE", "Front"])
+def test_nothing_is_lost_when_a_replica_is_killed_under_load(deployment: str, pair: Cluster) -> None:
+    count = len(pair.pids(deployment))
+    with ThreadPoolExecutor(1) as clients:
+        answered = clients.submit(pair.statuses, 60, 8)
+        time.sleep(0.5)
+        pair.kill(deployment)
+        assert answered.result(90) == {200: 60}
+    pair.wait_for(deployment, count)
+
+
+def test_a_request_that_ends_replica_after_replica_is_given_up(pair: Cluster) -> None:
+    slow = {"shape": "1,4,192,192", "dtype": "float16"}
+    with ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(requests.post, pair.url + "demo", bytes(2 * 4 * 192 * 192), params=slow, timeout=90)
+        while not answer.done():
+            time.sleep(1.0)  # it is in work by then
+            for pid in set(pair.pids("VAE")) & pair.started():
+                os.kill(pid, signal.SIGKILL)
+        assert_refused(answer.result(), 500, "worker_crashed", "replica")
+    pair.wait_for("VAE", 2)
+    assert pair.decode().status_code == 200
+
+
+def test_a_client_that_leaves_takes_its_request_along(pair: Cluster) -> None:
+    def cancelled() -> float:
+        told = requests.get(pair.url + "metrics", timeout=30).text
+        counts = [line.split()[1] for line in told.splitlines() if line.startswith("vae_cancelled_total")]
+        return sum(map(float, counts))
+
+    before = cancelled()
+    with pytest.raises(requests.ReadTimeout):
+        requests.post(pair.url + "demo", bytes(2 * 4 * 96 * 96), params=PICTURE | {"shape": "1,4,96,96"}, timeout=0.2)
+    wait_until(lambda: cancelled() == before + 1, "the front heard of it", 10)
+
+
+@pytest.fixture(scope="module")
+def scaling(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One replica or two, of a model each, with room for few requests."""
+    autoscaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_ongoing_requests": 1,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2,
+        "look_back_period_s": 2,
+        "metrics_interval_s": 0.5,
+    }
+    config = config_of(models, max_ongoing_requests=2, max_queued_requests=4, autoscaling_config=autoscaling)
+    config["applications"][0]["args"]["models_per_replica"] = 1
+    with cluster(tmp_path_factory.mktemp("scaling"), config) as running:
+        until_ready(running)
+        yield running
+
+
+def test_replicas_hold_no_more_models_than_they_may(scaling: Cluster) -> None:
+    for model in ("demo", "sd", "demo"):
+        params = PICTURE | {"shape": "1,4,4,4"}
+        answer = requests.post(scaling.url + model, bytes(2 * 4 * 4 * 4), params=params, timeout=30)
+        assert answer.status_code == 200, answer.text
+
+    def loaded() -> list[str]:
+        listed = requests.get(scaling.url + "models", timeout=30).json()["models"]
+        return [model["name"] for model in listed if model["state"] == "loaded"]
+
+    wait_until(lambda: loaded() == ["demo"], "the other model left", 20)
+
+
+def test_what_ray_has_no_room_for_is_told_to_come_again(scaling: Cluster) -> None:
+    scaling.wait_for("VAE", 1)
+    with ThreadPoolExecutor(12) as clients:
+        answers = list(clients.map(lambda _: scaling.decode(), range(12)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert_refused(refused, 429, "queue_full", "backpressure")
+    assert int(refused.headers["Retry-After"]) >= 1
+
+
+def test_queued_requests_bring_a_second_replica_and_it_leaves_with_them(scaling: Cluster) -> None:
+    answered: Counter[int] = Counter()
+    deadline = time.monotonic() + 60
+    while len(scaling.pids("VAE")) < 2:
+        assert time.monotonic() < deadline, "no second replica came"
+        answered += scaling.statuses(8, 4)
+    answered += scaling.statuses(16, 4)
+    while len(scaling.pids("VAE")) > 1:
+        assert time.monotonic() < deadline, "the second replica stayed"
+        answered += scaling.statuses(1, 1)
+    assert set(answered) == {200}
+
+
+def test_the_shipped_config_is_one_that_ray_takes() -> None:
+    shipped = yaml.safe_load(SHIPPED.read_text())
+    serve_schema.ServeDeploySchema.model_validate(shipped)
+    (app,) = shipped["applications"]
+    assert [deployment["name"] for deployment in app["deployments"]] == ["Front", "VAE"]
+    # Ray takes keys that it does not know, and says nothing.
+    for deployment in app["deployments"]:
+        assert deployment.keys() <= serve_schema.DeploymentSchema.model_fields.keys()
+    assert app["deployments"][1]["autoscaling_config"].keys() <= AutoscalingConfig.model_fields.keys()
+    assert Arguments(**app["args"]).models_per_replica == 4
