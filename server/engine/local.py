@@ -15,7 +15,6 @@ from server.engine.runner import Runner
 from server.errors import ConfigError
 from server.types import Done, LoadedInfo, ModelInfo, Operation
 
-
 HOUSEKEEPING_S = 1.0
 
 

@@ -1,0 +1,25 @@
+"""The engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from server.config import load_settings
+from server.engine.local import LocalEngine
+
+
+def test_a_model_that_is_not_used_is_unloaded(models_yaml: Path) -> None:
+    async def is_unloaded() -> bool:
+        engine = LocalEngine(load_settings(config=models_yaml, idle_unload_s=0.1))
+        await engine.start(lambda: None)
+        try:
+            await engine.load("sd")
+            assert engine.loaded("sd")
+            for _ in range(100):
+                await asyncio.sleep(0.1 if engine.loaded("sd") else 0)
+        finally:
+            await engine.close()
+        return engine.loaded("sd") is None
+
+    assert asyncio.run(is_unloaded())
