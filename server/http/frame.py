@@ -50,11 +50,10 @@ class Frame:
             await self.app(scope, receive, send_framed)
         except ClientDisconnect:
             log.debug("the client left while it was sending", extra={"request_id": request_id})
-        except asyncio.CancelledError:  # by uvicorn, when the time to shut down is over
+        except asyncio.CancelledError:  # by uvicorn, when the time to shut down is over; raised again, it would be logged
             if status == CLIENT_LEFT:
                 error = Unavailable("the server is shutting down and did not finish this request; try again later")
                 await failure(Request(scope), error)(scope, receive, send_framed)
-            raise
         except Exception:  # the border of a request: whatever went wrong inside, its client gets an answer
             log.exception("failed", extra={"request_id": request_id})
             if status == CLIENT_LEFT:
