@@ -32,9 +32,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from server.engine.decoders.exact import ExactKLDecoder
-from server.engine.decoders.exact.network import Attention, Network, Resnet, Upsample
-from server.engine.decoders.exact.plan import RECOMPUTED_BAND_BYTES, Plan, footprint
+from server.engine.exact import ExactKLDecoder
+from server.engine.exact.network import Attention, Network, Resnet, Upsample
+from server.engine.exact.plan import RECOMPUTED_BAND_BYTES, Plan, footprint
 from server.types import Layout
 
 Variant = Callable[[Tensor], Tensor]

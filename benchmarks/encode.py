@@ -35,9 +35,9 @@ from benchmarks.decode import (
     peak_of,
     timed,
 )
-from server.engine.decoders.exact import preferred_cpu_dtype
-from server.engine.decoders.exact.plan import RECOMPUTED_BAND_BYTES
-from server.engine.encoders.exact import ExactKLEncoder
+from server.engine.exact import preferred_cpu_dtype
+from server.engine.exact.encoder import ExactKLEncoder
+from server.engine.exact.plan import RECOMPUTED_BAND_BYTES
 
 HEADER = "| size | encode | s | s (best) | ratio | against fp32 | peak activations MB | largest error | PSNR dB |"
 

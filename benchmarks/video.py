@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from benchmarks.decode import MEGA, Variant, device_name, matrix_rate, peak_of, psnr, timed
-from server.engine.decoders.exact import ExactHunyuanVideoDecoder
+from server.engine.exact import ExactHunyuanVideoDecoder
 from server.types import Layout
 
 

@@ -17,7 +17,7 @@ import torch
 
 from server.config import Settings
 from server.engine import loader, pipeline, runner, tensors, worker
-from server.engine.decoders.exact import ExactKLDecoder
+from server.engine.exact import ExactKLDecoder
 from server.outputs import format_named
 from server.types import Layout
 

@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 
 from server.config import ModelEntry, Settings
-from server.engine.decoders.exact import preferred_cpu_dtype
+from server.engine.exact import preferred_cpu_dtype
 from server.errors import ModelUnavailable
 from server.families import FAMILIES, Family, family_of_class, plain_family
 from server.families.known import known

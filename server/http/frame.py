@@ -50,7 +50,7 @@ class Frame:
             await self.app(scope, receive, send_framed)
         except ClientDisconnect:
             log.debug("the client left while it was sending", extra={"request_id": request_id})
-        except asyncio.CancelledError:  # by uvicorn, when the time to shut down is over; raised again, it would be logged
+        except asyncio.CancelledError:  # by uvicorn, when the time to shut down is over; it would log it as a bug
             if status == CLIENT_LEFT:
                 error = Unavailable("the server is shutting down and did not finish this request; try again later")
                 await failure(Request(scope), error)(scope, receive, send_framed)

@@ -17,7 +17,7 @@ from huggingface_hub import errors as hub
 from server.config import ModelEntry, load_settings
 from server.engine import loader
 from server.engine.decoders import build_decoder
-from server.engine.decoders.exact import preferred_cpu_dtype
+from server.engine.exact import preferred_cpu_dtype
 from server.engine.loader import Source, choose_dtype, read_info, whole_config
 from server.engine.sync import SyncEngine
 from server.errors import ModelUnavailable

@@ -12,7 +12,7 @@ import pytest
 
 from server.config import load_settings
 from server.engine import pipeline, runner
-from server.engine.decoders.exact import hunyuan_video
+from server.engine.exact import hunyuan_video
 from server.engine.pipeline import NonFiniteOutput
 from server.errors import NonFiniteInput
 from server.outputs import format_named

@@ -19,8 +19,8 @@ import requests
 from server.config import Settings
 from server.dispatch import Batch
 from server.engine import loader
-from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.decoders.stock import StockDecoder
+from server.engine.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.local import LocalEngine
 from server.types import ModelInfo, Operation
 from tests.conftest import Serve

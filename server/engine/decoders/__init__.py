@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
-from server.engine.decoders.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.decoders.stock import Emit, StockDecoder
 from server.engine.decoders.streaming import NETWORKS, StreamingDecoder
+from server.engine.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.families import Family
 from server.types import Layout, Operation
 

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from server.engine.encoders.exact import ExactKLEncoder
 from server.engine.encoders.stock import StockEncoder
+from server.engine.exact import ExactKLEncoder
 from server.families import Family
 
 

@@ -6,8 +6,8 @@ import weakref
 
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Moments
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import Moments
 
 
 class CountingKernels(Kernels):

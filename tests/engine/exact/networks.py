@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from server.engine.decoders.exact import ExactKLDecoder
-from server.engine.encoders.exact import ExactKLEncoder
+from server.engine.exact import ExactKLDecoder
+from server.engine.exact.encoder import ExactKLEncoder
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd": {"block_out_channels": (32, 64, 64), "layers_per_block": 2},

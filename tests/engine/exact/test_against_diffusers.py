@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.engine.decoders.exact import ExactKLDecoder
-from server.engine.decoders.exact.kernels import Kernels
+from server.engine.exact import ExactKLDecoder
+from server.engine.exact.kernels import Kernels
 from server.types import Layout
 from tests.engine.exact.networks import CONFIGS, build, exact, latents_for, psnr, stock
 
@@ -28,7 +28,7 @@ def test_float32_equals_diffusers_for_every_shape(shape: tuple[int, int, int]) -
 
 
 def test_the_plain_kernels_of_other_devices_equal_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.decoders.exact.half.kernels_for", lambda *_: Kernels())
+    monkeypatch.setattr("server.engine.exact.half.kernels_for", lambda *_: Kernels())
     vae = build("sd")
     latents = latents_for(vae, 2, 7, 5)
     torch.testing.assert_close(exact(vae).decode(latents, Layout.SAMPLE), stock(vae, latents), atol=1e-4, rtol=0)
@@ -40,7 +40,7 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(
     dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "plain":
-        monkeypatch.setattr("server.engine.decoders.exact.half.kernels_for", lambda *_: Kernels())
+        monkeypatch.setattr("server.engine.exact.half.kernels_for", lambda *_: Kernels())
     vae = build("sd")
     half = build("sd", dtype)
     latents = latents_for(vae, 2, 20, 14)

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.decoders.exact import ExactKLDecoder
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import GroupNorm
-from server.engine.decoders.exact.network import Network
-from server.engine.decoders.exact.plan import SMALLEST_BAND_BYTES, Plan, fit, footprint
+from server.engine.exact import ExactKLDecoder
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import GroupNorm
+from server.engine.exact.network import Network
+from server.engine.exact.plan import SMALLEST_BAND_BYTES, Plan, fit, footprint
 from server.types import Layout
 from tests.engine.exact.counting import CountingKernels
 from tests.engine.exact.networks import build, exact, latents_for, stock

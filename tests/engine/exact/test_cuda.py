@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.engine.decoders.exact.graphs import GRAPHS
+from server.engine.exact.graphs import GRAPHS
 from server.types import Layout
 from tests.engine.exact.networks import (
     build,

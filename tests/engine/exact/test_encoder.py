@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from server.engine.decoders.exact import ExactKLDecoder
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.plan import SMALLEST_BAND_BYTES, Plan, footprint
 from server.engine.encoders import build_encoder
-from server.engine.encoders.exact import ExactKLEncoder
-from server.engine.encoders.exact.network import Network
+from server.engine.exact import ExactKLDecoder
+from server.engine.exact.encoder import ExactKLEncoder
+from server.engine.exact.encoder.network import Network
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.plan import SMALLEST_BAND_BYTES, Plan, footprint
 from server.families import FAMILIES
 from server.types import Layout
 from tests.engine.exact.counting import CountingKernels
@@ -92,7 +92,7 @@ def test_half_precision_is_no_further_from_float32_than_diffusers(
     dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels == "plain":
-        monkeypatch.setattr("server.engine.decoders.exact.half.kernels_for", lambda *_: Kernels())
+        monkeypatch.setattr("server.engine.exact.half.kernels_for", lambda *_: Kernels())
     vae, half = build("sd"), build("sd", dtype)
     pixels = pixels_for(vae, 2, 20, 14)
     reference = stock_encode(vae, pixels)

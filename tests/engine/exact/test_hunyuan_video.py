@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.engine.decoders.exact import ExactHunyuanVideoDecoder, hunyuan_video
+from server.engine.exact import ExactHunyuanVideoDecoder, hunyuan_video
 from server.engine.postprocess import postprocess
 from server.types import Layout
 from tests.engine.exact.networks import psnr

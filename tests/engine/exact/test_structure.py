@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
-from server.engine.decoders.exact import ExactKLDecoder
+from server.engine.exact import ExactKLDecoder
 from tests.engine.exact.networks import CONFIGS, build
 
 

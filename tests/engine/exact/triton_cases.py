@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
-from server.engine.decoders.exact.network import Network
-from server.engine.decoders.exact.plan import Plan
-from server.engine.encoders.exact.network import Network as EncoderNetwork
+from server.engine.exact.encoder.network import Network as EncoderNetwork
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import Affine, GroupNorm, Moments
+from server.engine.exact.network import Network
+from server.engine.exact.plan import Plan
 from server.types import Layout
 from tests.engine.exact.networks import (
     build,
@@ -29,7 +29,7 @@ PLAIN = Kernels()
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    from server.engine.decoders.exact.cuda import TritonKernels
+    from server.engine.exact.cuda import TritonKernels
 
     return TritonKernels()
 

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from server.engine.decoders.exact.memory import free_bytes
-from server.engine.decoders.exact.output import Output
 from server.engine.decoders.streaming.grouped import CogVideoX, Magvit, Mochi
 from server.engine.decoders.streaming.hunyuan_video_15 import HunyuanVideo15
 from server.engine.decoders.streaming.ltx import LTX
 from server.engine.decoders.streaming.slabs import Part, cuts, split
 from server.engine.decoders.streaming.wan import Wan
+from server.engine.exact.memory import free_bytes
+from server.engine.exact.output import Output
 from server.families import Family
 from server.families.video import Video
 from server.types import Layout

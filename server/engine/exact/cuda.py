@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from server.engine.decoders.exact import triton_kernels
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
+from server.engine.exact import triton_kernels
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import Affine, GroupNorm, Moments
 
 # One program reduces BLOCK_P x BLOCK_C values at a time; a thousand programs fill the largest GPU.
 BLOCK_P, BLOCK_C = 32, 128

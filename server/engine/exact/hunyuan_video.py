@@ -11,10 +11,10 @@ from diffusers.models.attention_processor import Attention as StockAttention
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as stock
 from torch import Tensor, nn
 
-from server.engine.decoders.exact import clip
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.memory import free_bytes, kernels_for
-from server.engine.decoders.exact.network import (
+from server.engine.exact import clip
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.memory import free_bytes, kernels_for
+from server.engine.exact.network import (
     Conv,
     Linear,
     Resnet,
@@ -24,8 +24,8 @@ from server.engine.decoders.exact.network import (
     take_norm,
     take_steps,
 )
-from server.engine.decoders.exact.output import Output
-from server.engine.decoders.exact.structure import attention_reasons, norm_reasons
+from server.engine.exact.output import Output
+from server.engine.exact.structure import attention_reasons, norm_reasons
 from server.types import Layout
 
 QUERY_BYTES = 256 << 20

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
-from server.engine.decoders.exact.network import Attention, Conv, Network, Resnet, Step, Upsample
-from server.engine.decoders.exact.picture import Picture, Recomputed, Rows, spans
-from server.engine.decoders.exact.plan import Plan
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import Affine, GroupNorm, Moments
+from server.engine.exact.network import Attention, Conv, Network, Resnet, Step, Upsample
+from server.engine.exact.picture import Picture, Recomputed, Rows, spans
+from server.engine.exact.plan import Plan
 
 Emit = Callable[[int, Tensor], None]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.network import Attention, Conv, Downsample, Resnet
-from server.engine.decoders.exact.passes import Emit, attention, first, last, padded, resnet, resnet_recomputing
-from server.engine.decoders.exact.picture import Picture, spans
-from server.engine.decoders.exact.plan import Plan
-from server.engine.encoders.exact.network import Network
+from server.engine.exact.encoder.network import Network
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.network import Attention, Conv, Downsample, Resnet
+from server.engine.exact.passes import Emit, attention, first, last, padded, resnet, resnet_recomputing
+from server.engine.exact.picture import Picture, spans
+from server.engine.exact.plan import Plan
 
 
 def encode(network: Network, kernels: Kernels, plan: Plan, pixels: Tensor, emit: Emit) -> None:  # [B, 3, H, W]

@@ -11,7 +11,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D
 from torch import nn
 
-from server.engine.decoders.exact.structure import (
+from server.engine.exact.structure import (
     children_reasons,
     conv_reasons,
     mid_block_reasons,

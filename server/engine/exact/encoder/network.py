@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import GroupNorm
-from server.engine.decoders.exact.network import (
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import GroupNorm
+from server.engine.exact.network import (
     Attention,
     Conv,
     Downsample,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
+from server.engine.exact.moments import Affine, GroupNorm, Moments
 
 
 class Kernels:

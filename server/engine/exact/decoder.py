@@ -9,18 +9,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from server.engine.decoders.exact.cpu import preferred_cpu_dtype
-from server.engine.decoders.exact.graphs import GRAPH_PIXELS
-from server.engine.decoders.exact.half import ExactHalf
-from server.engine.decoders.exact.hunyuan_video import ExactHunyuanVideoDecoder
-from server.engine.decoders.exact.network import Network
-from server.engine.decoders.exact.output import Output
-from server.engine.decoders.exact.passes import decode
-from server.engine.decoders.exact.plan import Plan
-from server.engine.decoders.exact.structure import unsupported_reason
+from server.engine.exact.graphs import GRAPH_PIXELS
+from server.engine.exact.half import ExactHalf
+from server.engine.exact.network import Network
+from server.engine.exact.output import Output
+from server.engine.exact.passes import decode
+from server.engine.exact.plan import Plan
+from server.engine.exact.structure import unsupported_reason
 from server.types import Layout
-
-__all__ = ["ExactHunyuanVideoDecoder", "ExactKLDecoder", "preferred_cpu_dtype"]
 
 
 class ExactKLDecoder(ExactHalf[Network]):

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, GroupNorm, Moments
-from server.engine.decoders.exact.network import Attention, Conv, Linear, Resnet
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import Affine, GroupNorm, Moments
+from server.engine.exact.network import Attention, Conv, Linear, Resnet
 
 Emit = Callable[[int, Tensor], None]
 

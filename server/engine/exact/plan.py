@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from server.engine.decoders.exact.network import Attention, Conv, Downsample, Resnet, Upsample
+from server.engine.exact.network import Attention, Conv, Downsample, Resnet, Upsample
 
 # Bands of this size stay near a CPU's cores between the norm, the convolution and the statistics: 1.4x faster than one
 # band at 512² on two cores. Twice the size is no faster and takes 100 MB more at 1024².

@@ -7,8 +7,8 @@ import importlib.util
 import psutil
 import torch
 
-from server.engine.decoders.exact.cpu import CpuKernels
-from server.engine.decoders.exact.kernels import Kernels
+from server.engine.exact.cpu import CpuKernels
+from server.engine.exact.kernels import Kernels
 
 FREE_MEMORY_SHARE = 0.8  # what is free belongs to others too
 
@@ -17,7 +17,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type == "cpu":
         return CpuKernels(dtype)
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from server.engine.decoders.exact.cuda import TritonKernels
+        from server.engine.exact.cuda import TritonKernels
 
         return TritonKernels()
     return Kernels()

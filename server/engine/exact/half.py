@@ -8,10 +8,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from server.engine.decoders.exact.graphs import GRAPHS, Graphs
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.memory import free_bytes, kernels_for
-from server.engine.decoders.exact.plan import Network, Plan, fit, footprint, wanted
+from server.engine.exact.graphs import GRAPHS, Graphs
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.memory import free_bytes, kernels_for
+from server.engine.exact.plan import Network, Plan, fit, footprint, wanted
 
 N = TypeVar("N", bound=Network)
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import GroupNorm
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import GroupNorm
 
 
 @dataclass(frozen=True)

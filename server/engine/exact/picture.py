@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from server.engine.decoders.exact.moments import Moments
+from server.engine.exact.moments import Moments
 
 Span = tuple[int, int]
 

@@ -1,6 +1,6 @@
 """The exact encoder of AutoencoderKL (SD1, SD2, SDXL, SD3, Flux): the same posterior as diffusers, in row bands.
 
-It is made of the exact decoder's kernels, layers and plan; here are an encoder's order of layers and its downsampling.
+Kernels, layers and plan are the decoder's too; here are an encoder's order of layers and its downsampling.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from server.engine.decoders.exact.graphs import GRAPH_PIXELS
-from server.engine.decoders.exact.half import ExactHalf
-from server.engine.decoders.exact.output import Output
-from server.engine.decoders.exact.plan import Plan
-from server.engine.encoders.exact.network import Network
-from server.engine.encoders.exact.passes import encode
-from server.engine.encoders.exact.structure import unsupported_reason
+from server.engine.exact.encoder.network import Network
+from server.engine.exact.encoder.passes import encode
+from server.engine.exact.encoder.structure import unsupported_reason
+from server.engine.exact.graphs import GRAPH_PIXELS
+from server.engine.exact.half import ExactHalf
+from server.engine.exact.output import Output
+from server.engine.exact.plan import Plan
 from server.types import Layout
 
 __all__ = ["ExactKLEncoder"]

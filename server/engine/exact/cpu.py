@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.decoders.exact.kernels import Kernels
-from server.engine.decoders.exact.moments import Affine, Moments
+from server.engine.exact.kernels import Kernels
+from server.engine.exact.moments import Affine, Moments
 
 _ONES = [1, 1]  # the stride, unless another is given, and the dilation
 _PADDING = [0, 1]
