@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import OrderedDict
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from ray.exceptions import RayActorError, RayError
+from ray import serve
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from server.dispatch import Job
+from server.dispatch import MAX_DEATHS, MAX_TRIES, Job
 from server.engine.messages import Failure
 from server.errors import QueueFull, Unavailable, WorkerCrashed
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
 
 log = logging.getLogger(__name__)
 
+LOST = (RayActorError, ReplicaUnavailableError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+PAUSE_S = 1.0
 LOOK_EVERY_S = 2.0
-MAX_TRIES = 3  # nobody can tell whose decode ended a replica: those that it had, all have one try less
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -33,28 +37,19 @@ class Ask(msgspec.Struct, frozen=True):
 
     @staticmethod
     def of(job: Job) -> Ask:
-        now = asyncio.get_running_loop().time()
-        return Ask(job.request, job.seconds, job.deadline - now, job.is_alone)
+        patience_s = job.deadline - asyncio.get_running_loop().time()
+        return Ask(job.request, job.seconds, patience_s, job.is_alone)
 
     def job(self) -> Job:
-        loop, work = asyncio.get_running_loop(), self.request.job
-        half = Half(work.model, work.operation)
-        return Job(
-            model=half,
-            key=(half, work.geometry.key, work.layout),
-            pixels=work.geometry.pixels,
-            seconds=self.seconds,
-            arrived=loop.time(),
-            deadline=loop.time() + self.patience_s,
-            request=self.request,
-            answer=loop.create_future(),
-            is_alone=self.is_alone,
-        )
+        deadline = asyncio.get_running_loop().time() + self.patience_s
+        return Job.of(self.request, seconds=self.seconds, deadline=deadline, is_alone=self.is_alone)
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """A replica's, one of the three."""
+    """A replica's: what it holds, and one of the other three, or none of them when it begins with the request."""
 
+    replica: str
+    held: dict[str, LoadedInfo]
     done: Done | None = None
     info: ModelInfo | None = None
     failure: Failure | None = None
@@ -76,14 +71,11 @@ class RayDevices:
     is_alive = True  # a job waits while Ray brings a replica back, or starts the first one
 
     def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+        self.count = 1
         self._replicas = replicas
         self._jobs: set[Job] = set()
-        self._held: list[dict[str, LoadedInfo]] = []  # by each replica, when last asked
-        self._watching: asyncio.Task[None] | None = None
-
-    @property
-    def count(self) -> int:
-        return max(1, len(self._held))
+        self._held: OrderedDict[str, dict[str, LoadedInfo]] = OrderedDict()  # by replica, the last to tell at the end
+        self._counting: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
@@ -91,82 +83,104 @@ class RayDevices:
 
     @property
     def running(self) -> int:
-        """As if each replica had begun one: which they have, they do not tell."""
-        return min(len(self._jobs), self.count)
+        return sum(job.started is not None for job in self._jobs)
 
     @property
     def seconds_ahead(self) -> float:
         return sum(job.seconds for job in self._jobs) / self.count
 
     async def start(self) -> None:
-        self._watching = asyncio.create_task(self._watch())
+        self._counting = asyncio.create_task(self._count())
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
-        info = read(await self._replicas.describe.remote(model, is_local_only)).info
-        assert info is not None
-        return info
+        replicas = self._replicas.options(method_name="describe", stream=True)
+        for _ in range(MAX_TRIES):
+            try:
+                infos = [reply.info async for reply in self._replies(replicas, model, is_local_only)]
+                assert infos[0]
+                return infos[0]
+            except LOST as error:
+                log.warning("a replica ended: %s", type(error).__name__)
+        raise Unavailable("the replicas of this server end again and again; its log says why, tell its operator")
 
     async def load(self, model: str) -> None:
         """Each replica loads what must be there before Ray counts it among them."""
 
     def loaded(self, model: str) -> list[LoadedInfo]:
-        return [held[model] for held in self._held if model in held]
+        return [held[model] for held in self._held.values() if model in held]
 
     async def answer(self, job: Job) -> Done:
         self._jobs.add(job)
         try:
-            done = await self._ask_until_answered(job)
-        except BackPressureError as error:
-            wait_s = max(1, math.ceil(self.seconds_ahead))
-            raise QueueFull(f"{error.message} Try again in {wait_s} s", wait_s) from None
-        except DeploymentUnavailableError:
-            raise Unavailable("the replicas of this server do not start; its log says why, tell its operator") from None
+            while True:
+                try:
+                    return await self._ask(job)
+                except LOST as error:
+                    log.warning("a replica ended with a request in hand: %s", type(error).__name__)
+                    self._count_death(job)
+                except BackPressureError as error:
+                    if not job.tries:
+                        raise self._queue_full(error) from None
+                    await asyncio.sleep(PAUSE_S)  # it was let in once
         finally:
             self._jobs.discard(job)
-        job.started = asyncio.get_running_loop().time() - (done.device_ms + done.render_ms) / 1e3
-        return done
 
     async def close(self) -> None:
-        if self._watching:
-            self._watching.cancel()
+        if self._counting:
+            self._counting.cancel()
 
-    async def _ask_until_answered(self, job: Job) -> Done:
-        replicas = self._replicas.options(method_name="run", multiplexed_model_id=id_of(job.model))
-        while True:
-            response = replicas.remote(msgspec.msgpack.encode(Ask.of(job)))
-            try:
-                done = read(await response).done
-            except asyncio.CancelledError:
-                response.cancel()  # type: ignore[no-untyped-call]  # Ray's
-                raise
-            except (RayActorError, ReplicaUnavailableError) as error:
-                log.warning("a replica ended with a request in hand: %s", type(error).__name__)
-                job.tries += 1
-                job.is_alone = True
-                if job.tries == MAX_TRIES:
-                    raise WorkerCrashed(
-                        "the replica that decoded this ended again; the server's log says why"
-                    ) from None
-            else:
-                assert done is not None
-                return done
+    async def _ask(self, job: Job) -> Done:
+        replicas = self._replicas.options(method_name="run", stream=True, multiplexed_model_id=id_of(job.model))
+        done = None
+        async for reply in self._replies(replicas, msgspec.msgpack.encode(Ask.of(job))):
+            done = reply.done
+            if done is None:
+                job.start()
+        assert done
+        return done
 
-    async def _watch(self) -> None:
+    async def _replies(self, replicas: DeploymentHandle[Any], *arguments: Any) -> AsyncIterator[Reply]:
+        """Raises what the replica raised, what of Ray's a retry may help, and Unavailable."""
+        responses = replicas.remote(*arguments)
+        assert isinstance(responses, DeploymentResponseGenerator)
+        try:
+            async for message in responses:
+                reply = msgspec.msgpack.decode(message, type=Reply)
+                self._note(reply)
+                if reply.failure:
+                    raise reply.failure.error()
+                yield reply
+        except asyncio.CancelledError:
+            responses.cancel()  # type: ignore[no-untyped-call]  # Ray's
+            raise
+        except DeploymentUnavailableError:
+            raise Unavailable("the replicas of this server do not start; its log says why, tell its operator") from None
+
+    def _note(self, reply: Reply) -> None:
+        self._held[reply.replica] = reply.held
+        self._held.move_to_end(reply.replica)
+        while len(self._held) > self.count:
+            self._held.popitem(last=False)
+
+    def _count_death(self, job: Job) -> None:
+        """As the dispatcher does: a job that was in work, twice, is to blame."""
+        job.tries += 1
+        job.deaths += job.started is not None
+        job.is_alone, job.started = job.deaths > 0, None
+        if job.deaths >= MAX_DEATHS or job.tries >= MAX_TRIES:
+            raise WorkerCrashed("the replica that decoded this ended again; the server's log says why") from None
+
+    def _queue_full(self, error: BackPressureError) -> QueueFull:
+        wait_s = max(1, math.ceil(self.seconds_ahead))
+        return QueueFull(f"{error.message} Try again in {wait_s} s", wait_s)
+
+    async def _count(self) -> None:
         while True:
             try:
-                told = await self._replicas.broadcast("loaded").results_async(timeout_s=LOOK_EVERY_S)
-            except DeploymentUnavailableError:  # there is none
-                told = []
-            except (RayError, TimeoutError):  # one ended meanwhile, or starts
-                told = None
-            if told is not None:
-                self._held = [msgspec.msgpack.decode(held, type=dict[str, LoadedInfo]) for held in told]
+                status = await asyncio.to_thread(serve.status)
+                name = serve.get_replica_context().app_name
+                states = status.applications[name].deployments[self._replicas.deployment_name].replica_states
+                self.count = max(1, sum(count for state, count in states.items() if state == "RUNNING"))
+            except Exception:  # the border of a look: another one follows
+                log.exception("the number of replicas is not known")
             await asyncio.sleep(LOOK_EVERY_S)
-
-
-def read(message: bytes) -> Reply:
-    """Raises what the replica raised."""
-    reply = msgspec.msgpack.decode(message, type=Reply)
-    if reply.failure:
-        raise reply.failure.error()
-    return reply

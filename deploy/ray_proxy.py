@@ -1,5 +1,4 @@
-"""Around Ray's HTTP proxy: what it answers by itself becomes the server's own JSON, and what a front's death interrupts
-is asked again.
+"""Around Ray's HTTP proxy: what it says by itself becomes the server's own JSON; what a front took along comes back.
 
 The proxy calls `middlewares` if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it as Ray starts.
 """
@@ -14,16 +13,19 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import DeadlinePassed, ServerError, Unavailable
+from server.errors import DeadlinePassed, QueueFull, ServerError, Unavailable
 from server.http.failures import as_json
 from server.http.frame import REQUEST_ID
 
 RAYS_OWN = "/-/"  # /-/healthz and /-/routes
 START_S = 30.0
-TRIES, PAUSE_S = 40, 0.5  # a front is there again after some seconds
+# A front is there again after some seconds. It may be the request that ends them, so not often.
+TRIES, PAUSE_S = 3, 4.0
+KEPT_BYTES = 16 << 20  # of a body, for another try
 
 ENDED = Unavailable("the process that had this request ended; send it again")
 NOT_THERE = Unavailable("the server is starting, or has no room for more requests; try again in a few seconds")
+NO_ROOM = QueueFull("Ray's queue for the front is full; try again in a few seconds", 5)
 TOO_LATE = DeadlinePassed("not done within the time that Ray's proxy allows; send fewer or smaller latents")
 
 
@@ -54,7 +56,7 @@ class BehindProxy:
 
 
 class AroundProxy:
-    """A front that ends takes no request along: decodes and encodes may be run again."""
+    """A front that ends before it answers takes no request along: decodes and encodes may be run again."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -69,7 +71,7 @@ class AroundProxy:
         body, error = Body(receive), None
         for _ in range(TRIES):
             error = await self._failure(dict(scope), body, send)
-            if error is not ENDED:
+            if error is not ENDED or body.is_forgotten:
                 break
             await asyncio.sleep(PAUSE_S)
         if error:
@@ -91,10 +93,11 @@ class AroundProxy:
 
 
 class Body:
-    """A request's messages, kept so that they can be read again from the start."""
+    """A request's messages, kept so that they can be read again from the start, unless they are too many."""
 
     def __init__(self, receive: Receive) -> None:
-        self.is_client_gone = False
+        self.is_client_gone = self.is_forgotten = False
+        self._bytes = 0
         self._receive = receive
         self._kept: list[Message] = []
 
@@ -103,13 +106,24 @@ class Body:
 
         async def receive() -> Message:
             nonlocal place
-            if place == len(self._kept):
-                self._kept.append(await self._receive())
-                self.is_client_gone = self._kept[-1]["type"] == "http.disconnect"
-            place += 1
-            return self._kept[place - 1]
+            if place < len(self._kept):
+                place += 1
+                return self._kept[place - 1]
+            message = await self._receive()
+            self._keep(message)
+            place = len(self._kept)
+            return message
 
         return receive
+
+    def _keep(self, message: Message) -> None:
+        self.is_client_gone = message["type"] == "http.disconnect"
+        self._bytes += len(message.get("body", b""))
+        if self._bytes > KEPT_BYTES:
+            self.is_forgotten = True
+            self._kept.clear()
+        else:
+            self._kept.append(message)
 
 
 def _error_of(start: Message) -> ServerError | None:
@@ -119,4 +133,6 @@ def _error_of(start: Message) -> ServerError | None:
         return None
     if status == 408:
         return TOO_LATE
+    if status == 429:
+        return NO_ROOM
     return ENDED if status == 500 else NOT_THERE

@@ -6,7 +6,7 @@
 # Without `from __future__ import annotations`: Ray reads the builder's argument's class off its annotation.
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,8 +20,7 @@ from starlette.applications import Starlette
 from deploy.ray_devices import Ask, RayDevices, Reply, half_of, id_of
 from deploy.ray_proxy import BehindProxy
 from server.config import Settings, load_settings
-from server.dispatch import Dispatcher
-from server.engine.messages import Failure
+from server.dispatch import Dispatcher, Job
 from server.engine.process import SPIN_COUNT
 from server.http.app import create_app
 from server.logs import write_logs
@@ -57,7 +56,7 @@ def settings_of(config: str | None) -> Settings:
 # The front's log has a line for each request. A replica that ended is missed within HEALTH_S.
 HEALTH_S = 2
 ALIKE: dict[str, Any] = {
-    "graceful_shutdown_timeout_s": 30,
+    "graceful_shutdown_timeout_s": 300,  # as long as a request may take; who has none ends at once
     "health_check_period_s": HEALTH_S,
     "logging_config": LoggingConfig(enable_access_log=False),
 }
@@ -70,73 +69,76 @@ class VAE:
     async def __init__(self, config: str | None, models_per_replica: int) -> None:  # type: ignore[misc]  # Ray awaits it
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as it is loaded
         from server.engine.local import LocalEngine, check_device
+        from server.engine.worker import failure_of
 
-        self._settings = settings_of(config)
+        settings = settings_of(config)
+        options = settings.options.model_copy(update={"max_loaded": models_per_replica})
+        self._settings = settings.model_copy(update={"options": options})
         check_device(self._settings)
+        self._failure_of = failure_of
+        self._name = serve.get_replica_context().replica_id.unique_id
         engine = LocalEngine(self._settings, on_hang=end)
-        self._dispatcher = Dispatcher([engine], self._settings.options)
+        self._dispatcher = Dispatcher([engine], options)
         await self._dispatcher.start()
-        self._hold = multiplexed(engine, models_per_replica)
+        self._bring = multiplexed(engine, models_per_replica)
         for name, entry in self._settings.models.items():
             if entry.preload or entry.warmup:
-                await self._hold(id_of(Half(name)))
+                await self._bring(id_of(Half(name)))
 
-    async def run(self, message: bytes) -> bytes:
-        """An Ask in, a Reply out: as an exception of Ray's, one of ours would lose its words."""
+    async def run(self, message: bytes) -> AsyncIterator[bytes]:
+        """An Ask in; Replies out, one as it begins and one with the answer."""
         ask = msgspec.msgpack.decode(message, type=Ask)
-        job = ask.job()
+        begun = asyncio.Event()
+        answer = asyncio.create_task(self._answer(ask.job(), begun))
+        beginning = asyncio.create_task(begun.wait())
         try:
-            await self._hold(id_of(job.model))
-            reply = Reply(done=await self._dispatcher.answer(job))
-        except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
-            reply = Reply(failure=failure_of(error))
-        return msgspec.msgpack.encode(reply)
+            await asyncio.wait((answer, beginning), return_when=asyncio.FIRST_COMPLETED)
+            if begun.is_set():
+                yield self._reply()
+            yield await answer
+        finally:
+            answer.cancel()
+            beginning.cancel()
 
-    async def describe(self, model: str, is_local_only: bool) -> bytes:
+    async def _answer(self, job: Job, begun: asyncio.Event) -> bytes:
+        job.on_start = begun.set
         try:
-            reply = Reply(info=await self._dispatcher.describe(model, is_local_only=is_local_only))
+            # To its end, whoever leaves: Ray would go on telling of a load that was broken off.
+            await asyncio.shield(self._bring(id_of(job.model)))
+            return self._reply(done=await self._dispatcher.answer(job))
         except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
-            reply = Reply(failure=failure_of(error))
-        return msgspec.msgpack.encode(reply)
+            return self._reply(failure=self._failure_of(error))
 
-    async def loaded(self) -> bytes:
-        """What this replica holds, a LoadedInfo by the model's name."""
+    async def describe(self, model: str, is_local_only: bool) -> AsyncIterator[bytes]:
+        """One Reply."""
+        try:
+            yield self._reply(info=await self._dispatcher.describe(model, is_local_only=is_local_only))
+        except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
+            yield self._reply(failure=self._failure_of(error))
+
+    def _reply(self, **what: Any) -> bytes:
+        """Never an exception of Ray's: one of ours would lose its words in it."""
         held = {name: info for name in self._settings.models for info in self._dispatcher.loaded(name)}
-        return msgspec.msgpack.encode(held)
+        return msgspec.msgpack.encode(Reply(self._name, held, **what))
 
 
-class Held:
-    """Half a model on a replica. Ray calls `__del__` when it has more of them than it may, the least recently used."""
+def multiplexed(engine: "LocalEngine", most: int) -> Callable[[str], Awaitable[str]]:
+    """Loads what a replica lacks; Ray knows what each has, and sends requests where their model is.
 
-    def __init__(self, engine: "LocalEngine", half: Half) -> None:
-        self._engine, self._half = engine, half
+    What leaves, the engine decides: of as many it holds those used last, and so does Ray's list, about.
+    """
 
-    def __del__(self) -> None:
-        self._engine.runner.sync.unload(*self._half)
+    async def bring(model_id: str) -> str:
+        await engine.load(*half_of(model_id))
+        return model_id
 
-
-def multiplexed(engine: "LocalEngine", most: int) -> Callable[[str], Awaitable[Held]]:
-    """Loads what a replica lacks; Ray knows what each has, and sends requests where their model is."""
-
-    async def hold(model_id: str) -> Held:
-        half = half_of(model_id)
-        await engine.load(*half)
-        return Held(engine, half)
-
-    held: Callable[[str], Awaitable[Held]] = serve.multiplexed(hold, max_num_models_per_replica=most)
-    return held
+    brought: Callable[[str], Awaitable[str]] = serve.multiplexed(bring, max_num_models_per_replica=most)
+    return brought
 
 
 def end() -> None:
     """A decode that hangs can only be ended with its process; Ray starts another."""
     os._exit(1)
-
-
-def failure_of(error: Exception) -> Failure:
-    """A device that is lost stays lost in this process, so that ends too."""
-    from server.engine.worker import failure_of
-
-    return failure_of(error)
 
 
 @serve.deployment(max_ongoing_requests=1000, **ALIKE)

@@ -125,6 +125,9 @@ class ServerOptions(BaseSettings):
     model_memory_mb: int | None = Field(
         None, ge=1, description="most memory that a device's models may take, in MiB; the least recently used leave"
     )
+    max_loaded: int | None = Field(
+        None, ge=1, description="most decoders and encoders that a device holds; the least recently used leave"
+    )
     idle_unload_s: float | None = Field(None, gt=0, description="unload a model that was not used for so long")
     max_queue: int = Field(16, ge=1, description="requests accepted at a time, for each device; one more is 429")
     max_batch: int = Field(16, ge=1, description="requests decoded together at most")

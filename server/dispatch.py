@@ -38,6 +38,28 @@ class Job(Ticket):
     started: float | None = None  # when a device last began with it
     deaths: int = 0  # of workers while they decoded it
     tries: int = 0  # that a worker's death ended, wherever the job was
+    on_start: Callable[[], None] = lambda: None
+
+    @staticmethod
+    def of(request: VAERequest, *, seconds: float, deadline: float, is_alone: bool = False) -> Job:
+        """A job that arrives now."""
+        loop, work = asyncio.get_running_loop(), request.job
+        half = Half(work.model, work.operation)
+        return Job(
+            model=half,
+            key=(half, work.geometry.key, work.layout),
+            pixels=work.geometry.pixels,
+            seconds=seconds,
+            arrived=loop.time(),
+            deadline=deadline,
+            is_alone=is_alone,
+            request=request,
+            answer=loop.create_future(),
+        )
+
+    def start(self) -> None:
+        self.started = asyncio.get_running_loop().time()
+        self.on_start()
 
     def done(self, done: Done) -> None:
         if not self.answer.done():
@@ -63,7 +85,7 @@ class Batch:
     def start(self) -> None:
         if not self.started.done():
             for job in self.jobs:
-                job.started = asyncio.get_running_loop().time()
+                job.start()
             self.started.set_result(None)
 
     def free_device(self) -> None:
@@ -129,7 +151,7 @@ class WorkerDied(Exception):
 
 
 class Engine(Protocol):
-    """Whatever owns one device: this process, a worker process, a Ray replica."""
+    """Whatever owns one device: this process, or a worker process."""
 
     is_alive: bool
 

@@ -236,18 +236,10 @@ class Service:
         return self._account(job, done, queue_s=started - job.arrived)
 
     def _job(self, request: VAERequest, admission: Admission) -> Job:
-        loop, work = asyncio.get_running_loop(), request.job
-        pixels, half = work.geometry.pixels, Half(work.model, work.operation)
-        return Job(
-            model=half,
-            key=(half, work.geometry.key, work.layout),
-            pixels=pixels,
-            seconds=max(pixels, SMALL_PIXELS) * self._s_per_pixel.get(half, FIRST_GUESS_S_PER_PIXEL),
-            arrived=loop.time(),
-            deadline=admission.deadline,
-            request=request,
-            answer=loop.create_future(),
-        )
+        work = request.job
+        rate = self._s_per_pixel.get(Half(work.model, work.operation), FIRST_GUESS_S_PER_PIXEL)
+        seconds = max(work.geometry.pixels, SMALL_PIXELS) * rate
+        return Job.of(request, seconds=seconds, deadline=admission.deadline)
 
     @contextmanager
     def _noting_failure(self, half: Half) -> Iterator[None]:

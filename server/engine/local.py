@@ -25,6 +25,8 @@ class LocalEngine:
 
     def __init__(self, settings: Settings, on_hang: Callable[[], None] = lambda: None) -> None:
         """on_hang: called when a decode takes longer than `hang_timeout_s`; this cannot end it."""
+        if settings.options.threads is not None:
+            torch.set_num_threads(settings.options.threads)
         self.runner = Runner(settings)
         self.kill = on_hang
         self._files = ThreadPoolExecutor(2, thread_name_prefix="files")

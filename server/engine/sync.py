@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -108,11 +109,7 @@ class SyncEngine:
         if limit is None:
             return []
         oldest = time.monotonic() - limit
-        return self._unload([name for name, used_at in self._used_at.items() if used_at < oldest])
-
-    def unload(self, name: str, operation: Operation) -> None:
-        """Let one direction of a model go, in every precision it has."""
-        self._unload([key for key in list(self._loaded) if (key.name, key.operation) == (name, operation)])
+        return self._unload([name for name, used_at in list(self._used_at.items()) if used_at < oldest])
 
     def _run_upcast(self, job: VAEJob, is_single: bool) -> Computed | Exception:
         key, overflow = Key(job.model, job.operation, is_upcast=True), OVERFLOWS[job.operation]
@@ -133,6 +130,7 @@ class SyncEngine:
     def _keep(self, key: Key, model: LoadedModel) -> LoadedModel:
         self._loaded[key] = model
         self._note_use(key)
+        self._make_room(0, coming=0)  # another one may have come meanwhile
         return model
 
     def _note_use(self, key: Key) -> None:
@@ -140,19 +138,21 @@ class SyncEngine:
         if key in self._loaded:
             self._loaded.move_to_end(key)
 
-    def _make_room(self, needed_bytes: int) -> None:
-        """Unload the least recently used until this fits `model_memory_mb`; what is alone over it may stay."""
-        budget_mb = self._settings.options.model_memory_mb
-        if budget_mb is None:
-            return
-        models, leaving = list(self._loaded.items()), []
+    def _make_room(self, needed_bytes: int, coming: int = 1) -> None:
+        """Unload the least recently used until this fits `model_memory_mb` and `max_loaded`; one alone always may."""
+        options = self._settings.options
+        budget = math.inf if options.model_memory_mb is None else options.model_memory_mb << 20
+        most = math.inf if options.max_loaded is None else options.max_loaded
+        models = list(self._loaded.items())
+        leaving: list[Key] = []
         held = sum(model.weight_bytes for _, model in models)
-        for key, model in models:
-            if held + needed_bytes <= budget_mb << 20:
+        for key, model in models[: len(models) - 1 + coming]:
+            if held + needed_bytes <= budget and len(models) - len(leaving) + coming <= most:
                 break
             held -= model.weight_bytes
             leaving.append(key)
-        self._unload(leaving)
+        if leaving:
+            self._unload(leaving)
 
     def _unload(self, keys: Sequence[Key]) -> list[Key]:
         with self._device_lock:  # nothing runs
