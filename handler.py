@@ -21,7 +21,7 @@ class EndpointHandler:
     """Built once with the model folder. Inside the toolkit's app the whole server answers; else `__call__` does.
 
     path: a folder. A VAE in it, or in its subfolder vae/, is served; else the default of its models.yaml. Without a
-    path: that of the models.yaml beside this file. VAE_SERVER_* settings apply. Raises ConfigError, ModelUnavailable.
+    path: what `serve` finds. VAE_SERVER_* settings apply. Raises ConfigError, ModelUnavailable.
     """
 
     def __init__(self, path: str = "") -> None:
