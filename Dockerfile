@@ -34,7 +34,7 @@ COPY server ./server
 RUN chmod -R a+rX . && python -m compileall -q handler.py server
 
 # TRITON_CACHE_DIR holds libraries that are loaded, so not /tmp, which docker mounts noexec.
-ENV HF_HOME=/data TRITON_CACHE_DIR=/data/triton VAE_SERVER_DEVICE=$DEVICE VAE_SERVER_HOST=0.0.0.0 VAE_SERVER_PORT=8000
+ENV HF_HOME=/data TRITON_CACHE_DIR=/data/triton VAE_SERVER_DEVICE=$DEVICE VAE_SERVER_HOST=0.0.0.0
 
 # By number, so that Kubernetes' runAsNonRoot can see that it is not root.
 USER 10001:10001
@@ -43,6 +43,10 @@ EXPOSE 8000
 
 # Without the environment's proxy; any answer but 200 fails.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-c", \
-    "import os, sys, urllib.request as r; u = 'http://127.0.0.1:' + os.environ['VAE_SERVER_PORT'] + '/health'; sys.exit(r.build_opener(r.ProxyHandler({})).open(u, timeout=4).status != 200)"]
+    "import os, sys, urllib.request as r; u = 'http://127.0.0.1:' + os.environ.get('VAE_SERVER_PORT', '8000') + '/health'; sys.exit(r.build_opener(r.ProxyHandler({})).open(u, timeout=4).status != 200)"]
 
-CMD ["python", "-m", "server", "serve"]
+# A multi-container endpoint of SageMaker then says the port; every one of its containers is run with `serve`.
+LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
+
+ENTRYPOINT ["python", "-m", "server"]
+CMD ["serve"]

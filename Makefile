@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-dockerfile test-endpoints test-ray check format bench bench-server demo browser clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-image test-endpoints test-ray check format bench bench-server demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +46,8 @@ test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 test-hub: $(INSTALLED) ## Compare the hosted models' real weights with published values (network and a CUDA device)
 	$(BIN)/python -m pytest -q -rs -m hub tests/test_hub.py
 
-test-dockerfile: $(INSTALLED) ## Carry the Dockerfile out in a clean Debian root and try the result (root, debootstrap)
-	$(BIN)/python -m deploy.chroot_build $(ARGS)
+test-image: $(INSTALLED) ## Build the image, run it and put it to the contract (podman or docker; deploy/README.md)
+	$(BIN)/python -m deploy.image $(ARGS)
 
 test-endpoints: ## Try handler.py with the versions of Inference Endpoints' image (TOOLKIT=FOLDER: inside its own app; 6 GB)
 	$(PYTHON) -m deploy.endpoints $(ARGS)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from server import toolkit
-from server.config import ModelEntry, Settings, load_settings
+from server.config import load_settings
 from server.direct import Direct
-from server.errors import BadRequest, ConfigError
+from server.errors import BadRequest
 from server.http.wire import read_base64
 from server.outputs import IMAGE, format_named
 from server.outputs.image import picture
@@ -22,11 +21,11 @@ class EndpointHandler:
     """Built once with the model folder. Inside the toolkit's app the whole server answers; else `__call__` does.
 
     path: a folder. A VAE in it, or in its subfolder vae/, is served; else the default of its models.yaml. Without a
-    path: that of the models.yaml beside this file. VAE_SERVER_* settings apply. Raises ConfigError, ModelUnavailable.
+    path: what `serve` finds. VAE_SERVER_* settings apply. Raises ConfigError, ModelUnavailable.
     """
 
     def __init__(self, path: str = "") -> None:
-        settings = settings_of(Path(path).resolve()) if path else load_settings()
+        settings = load_settings(config=path or None)
         if app := toolkit.running_app():
             self.direct = Direct(settings, toolkit.take_over(app, settings))
         else:
@@ -60,17 +59,6 @@ class EndpointHandler:
         body = self.direct.render(request, decoded).body
         encoded = as_json(RawTensor((len(body),), "uint8", body))
         return {**encoded, "parameters": {"content_type": chosen.media_types[0]}}
-
-
-def settings_of(folder: Path) -> Settings:
-    """The settings that serve what is in the folder. Raises ConfigError."""
-    for vae in (folder, folder / "vae"):
-        if (vae / "config.json").is_file():
-            entry = ModelEntry(repo=str(vae))
-            return load_settings().model_copy(update={"models": {"model": entry}, "default": "model"})
-    if (folder / "models.yaml").is_file():
-        return load_settings(config=folder / "models.yaml")
-    raise ConfigError(f"{folder} has no config.json, no vae/config.json and no models.yaml; push one of them")
 
 
 def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes:

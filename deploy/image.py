@@ -1,70 +1,96 @@
-"""A root file system, what the Dockerfile says of it, and how to run a command in it as a container would."""
+"""Build the image and try it: `python -m deploy.image`. README.md beside this file says what that proves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
-from deploy.dockerfile import Healthcheck, User
+import click
 
-BASE_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+from deploy.engine import IMAGE, Engine, engine_at_hand
+from deploy.trial import Trial
 
-# Mounts vanish with the namespace they were made in. $1 root, $2 rw or ro, $3 volume; the folders to bind up to --.
-ENTER = """
-set -eu
-root=$1 mode=$2 volume=$3; shift 3
-mount --bind "$root" "$root"
-mount --rbind /dev "$root/dev"
-mount -t proc proc "$root/proc"
-mount -t sysfs -o ro sysfs "$root/sys"
-while [ "$1" != -- ]; do mount --rbind "$1" "$root$1"; shift; done
-shift
-if [ "$mode" = ro ]; then
-    mount -t tmpfs -o noexec,nosuid,nodev tmpfs "$root/tmp"
-    mount --bind "$root$volume" "$root$volume"
-    mount -o remount,bind,ro "$root"
-fi
-exec chroot "$@"
-"""
+REPOSITORY = Path(__file__).resolve().parent.parent
+BASE_IMAGE, SUITE = "docker.io/library/python:3.11-slim", "bookworm"
+BASE_PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
+BASE_ENVIRONMENT = ("PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8")
+
+# What may lie in a working copy, and must not come into the image.
+STRAY = ("keys.txt", "server/.env", "server/vae.pt", "server/models/vae.safetensors", "server/__pycache__/old.pyc")
 
 
-@dataclass
-class Image:
-    """A root file system and what the instructions so far say of it."""
+def stand_in(engine: Engine) -> None:
+    """Debian's own Python 3.11 under the base image's name, for where no registry answers. Needs root."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # /tmp may be in memory
+        root, archive = Path(folder) / "root", Path(folder) / "root.tar"
+        subprocess.run(
+            ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", SUITE, str(root)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+        (root / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()
+        for leavings in ("var/cache/apt/archives", "var/lib/apt/lists"):
+            shutil.rmtree(root / leavings)
+            (root / leavings / "partial").mkdir(parents=True)
+        subprocess.run(["tar", "--create", f"--file={archive}", f"--directory={root}", "."], check=True)
+        changes = (f"--change=ENV {variable}" for variable in BASE_ENVIRONMENT)
+        engine.run("import", *changes, str(archive), BASE_IMAGE)
 
-    root: Path
-    environment: dict[str, str] = field(default_factory=lambda: dict(BASE_ENVIRONMENT))
-    arguments: dict[str, str] = field(default_factory=dict)
-    workdir: str = "/"
-    user: User = field(default_factory=lambda: User(0, 0))
-    volume: str = ""
-    health: Healthcheck | None = None
-    command: tuple[str, ...] = ()
 
-    def inside(self, path: str) -> Path:
-        """A path of the image, relative to its working directory, as a path of this machine."""
-        return self.root / str(PurePosixPath(self.workdir) / path).lstrip("/")
+def tracked() -> list[str]:
+    """The working copy's files but those that git ignores."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    return [name for name in listed.stdout.splitlines() if (REPOSITORY / name).is_file()]
 
-    def entering(
-        self,
-        argv: Sequence[str],
-        extra: Mapping[str, str],
-        *,
-        is_read_only: bool = False,
-        binds: Sequence[Path] = (),
-    ) -> list[str]:
-        """The command line that runs argv as process 1 of a new namespace, as the image's user, in its directory."""
-        environment = {"HOME": self._home(), **self.environment, **extra}
-        mode = ("ro", self.volume) if is_read_only else ("rw", "")
-        return [
-            *("unshare", "--mount", "--pid", "--fork", "sh", "-c", ENTER, "sh", str(self.root), *mode),
-            *(*map(str, binds), "--", f"--userspec={self.user.uid}:{self.user.gid}", f"--groups={self.user.gid}"),
-            *(str(self.root), "env", "-i", f"--chdir={self.workdir}"),
-            *(f"{name}={value}" for name, value in environment.items()),
-            *argv,
-        ]
 
-    def _home(self) -> str:
-        accounts = [line.split(":") for line in (self.root / "etc/passwd").read_text().splitlines()]
-        return next((account[5] for account in accounts if account[2] == str(self.user.uid)), "/")
+def write_context(folder: Path) -> None:
+    """The working copy, and what may lie around in one."""
+    for name in (*tracked(), *STRAY):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in STRAY:
+            (folder / name).write_text("secret\n")
+        else:
+            shutil.copy2(REPOSITORY / name, folder / name)
+
+
+def wanted() -> set[str]:
+    """What the image's /app holds, beside compiled Python."""
+    alone = {"LICENSE", "constraints.txt", "handler.py", "models.yaml", "requirements.txt"}
+    package = {name for name in tracked() if name.startswith("server/")}
+    return alone | package - {"server/demo/train.py"}
+
+
+def report_size(engine: Engine) -> None:
+    """Of each layer that has one, the newest first, and of the whole."""
+    lines = engine.run("history", "--no-trunc", "--format={{.Size}}\t{{.CreatedBy}}", IMAGE).splitlines()
+    for size, command in (line.split("\t", 1) for line in lines):
+        if not size.startswith("0"):
+            click.echo(f"{size}\t{command.rpartition('/bin/sh -c ')[2][:80]}")
+    total = int(engine.run("image", "inspect", "--format={{.Size}}", IMAGE))
+    click.echo(f"{total / 1e6:.0f} MB\tin all")
+
+
+@click.command()
+@click.option("--stand-in", "is_stand_in", is_flag=True, help=f"make {BASE_IMAGE} of Debian's own Python first")
+@click.argument("build_flags", nargs=-1, metavar="[-- BUILD_FLAG...]")
+def main(is_stand_in: bool, build_flags: tuple[str, ...]) -> None:
+    """Build the image with podman or docker, say how large it is, run it, and see that it keeps its promises.
+
+    BUILD_FLAG: of podman build or docker build, such as --build-arg DEVICE=cuda.
+    """
+    engine = engine_at_hand()
+    if is_stand_in:
+        stand_in(engine)
+    with tempfile.TemporaryDirectory() as folder:
+        write_context(Path(folder))
+        engine.show("build", "--tag", IMAGE, *build_flags, folder)
+    report_size(engine)
+    Trial(engine, wanted()).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,151 +1,159 @@
-"""Run a finished image as a container would run, and see that it keeps its promises."""
+"""Run the image as closed as a container can be, and see that it keeps its promises."""
 
 from __future__ import annotations
 
+import base64
 import io
 import json
-import os
-import signal
-import socket
 import subprocess
+import sys
+import tempfile
 import time
-import urllib.parse
-import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import click
+import requests
 from PIL import Image as Picture
 
-from deploy.image import Image
+from deploy.engine import IMAGE, Engine, Failed
 from server.files import read_latents
 
-CONTEXT = Path(__file__).resolve().parent.parent
-SAMPLE = CONTEXT / "server/demo/latents/astronaut.safetensors"
+REPOSITORY = Path(__file__).resolve().parent.parent
+SAMPLE = REPOSITORY / "server/demo/latents/astronaut.safetensors"
 SAMPLE_SIZE = (512, 512)
+CONTRACT = (sys.executable, "-m", "tests.contract")
 
-# What a container's user may write: the tmpfs, the volume, and what Debian itself leaves open.
+USER, PORT = "10001", 8000
+# What the image's user may write: the volume, and what Debian itself leaves open.
 WRITABLE = ("/data", "/dev", "/proc", "/run/lock", "/sys", "/tmp", "/var/tmp")  # noqa: S108  # names, not files
+START_S = 120
 STOP_S = 10  # what `docker stop` grants
-
-
-class Failed(click.ClickException):
-    """A step or a check that did not come out as it must."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One container of a finished image: its user, its root read-only, its /tmp a tmpfs."""
+    """files: what /app holds, beside compiled Python."""
 
-    image: Image
-    port: int
+    engine: Engine
+    files: set[str]
 
     def run(self) -> None:
         """Raises Failed at the first promise that is not kept."""
         self._check_files()
-        check(not self._is_healthy(), "the health check fails before the server runs")
-        began = time.monotonic()
-        server = subprocess.Popen(self._entering(self.image.command))
-        try:
-            polls = self._wait_until_healthy(server)
-            check(True, f"healthy after {time.monotonic() - began:.1f} s; {polls} health checks failed until then")
-            (process,) = children(server)
-            self._check_process(process)
-            self._check_decode()
-            began = time.monotonic()
-            os.kill(process, signal.SIGTERM)
-            try:
-                status = server.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                raise Failed(f"SIGTERM did not end it within {STOP_S} s") from None
-            check(status == 0, f"SIGTERM ends it: {time.monotonic() - began:.1f} s, exit {status}")
-        finally:
-            for process in children(server):
-                os.kill(process, signal.SIGKILL)  # and with process 1, all of its namespace
-            server.wait()
-        check(not self._is_healthy(), "the health check fails after the server stopped")
+        self._check_shipped()
+        self._check_mounted()
 
-    def _entering(self, argv: Sequence[str]) -> list[str]:
-        return self.image.entering(argv, {"VAE_SERVER_PORT": str(self.port)}, is_read_only=True)
-
-    def _succeeds(self, argv: Sequence[str]) -> bool:
-        ran = subprocess.run(self._entering(argv), check=False, stderr=subprocess.DEVNULL, timeout=60)
-        return ran.returncode == 0
-
-    def _is_healthy(self) -> bool:
-        if self.image.health is None:
-            raise Failed("no HEALTHCHECK")
-        return self._succeeds(self.image.health.argv)
-
-    def _wait_until_healthy(self, server: subprocess.Popen[bytes]) -> int:
-        """How many health checks failed before one succeeded."""
-        health = self.image.health
-        deadline = time.monotonic() + (health.start_period_s if health else 0)
-        failures = 0
-        while not self._is_healthy():
-            failures += 1
-            if server.poll() is not None:
-                raise Failed(f"the server ended with {server.returncode} before it was healthy")
-            if time.monotonic() > deadline:
-                raise Failed("the server was not healthy within the health check's start period")
-            time.sleep(0.2)
-        return failures
+    @cached_property
+    def _health(self) -> tuple[str, ...]:
+        """HEALTHCHECK's command."""
+        test = json.loads(self.engine.run("image", "inspect", "--format={{json .Config.Healthcheck.Test}}", IMAGE))
+        return tuple(test[1:])
 
     def _check_files(self) -> None:
-        """On a writable root, so that it is the modes that are tested."""
-        find = ("find", "/", "-xdev", "-writable", "-not", "-type", "l")
-        found = subprocess.run(self.image.entering(find, {}), check=False, capture_output=True, text=True).stdout
-        check("/data" in found.split(), "the volume is the user's")
-        open_paths = [path for path in found.splitlines() if not path.startswith(WRITABLE)]
+        inside = self._once("find", "/app", "-type", "f", "-not", "-name", "*.pyc").split()
+        found = {path.removeprefix("/app/") for path in inside}
+        check(found == self.files, f"/app holds what it must and nothing else{sorted(found ^ self.files) or ''}")
+        compiled = self._once("find", "/app", "-name", "*.pyc").split()
+        check(len(compiled) > len(self.files) / 2, f"{len(compiled)} modules are compiled ahead")
+        check(not any(path.endswith("old.pyc") for path in compiled), "none of them comes from the working copy")
+        writable = self._once("find", "/", "-xdev", "-writable", "-not", "-type", "l").split()
+        check("/data" in writable, "the volume is the user's")
+        open_paths = [path for path in writable if not path.startswith(WRITABLE)]
         check(not open_paths, f"the user may write nowhere but under {', '.join(WRITABLE)}{open_paths or ''}")
-        check(self._succeeds(("touch", f"{self.image.volume}/probe")), f"{self.image.volume} is writable")
-        (self.image.inside(self.image.volume) / "probe").unlink()
-        check(self._succeeds(("touch", "/tmp/probe")), "/tmp is writable")  # noqa: S108  # the container's
-        check(not self._succeeds(("touch", f"{self.image.workdir}/probe")), f"{self.image.workdir} is not")
+        command, *arguments = self._health
+        is_healthy = self.engine.succeeds("run", "--rm", f"--entrypoint={command}", IMAGE, *arguments)
+        check(not is_healthy, "without a server it is not healthy")
 
-    def _check_process(self, process: int) -> None:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-        uids, capabilities = set(status["Uid"]), int(status["CapEff"][0], 16)
-        check(uids == {str(self.image.user.uid)} and uids != {"0"}, f"the process's user is {', '.join(uids)}")
-        check(capabilities == 0, "it has no capabilities")
-        check(status["NSpid"][-1] == "1", "it is process 1 of its container")
+    def _once(self, *command: str) -> str:
+        """On a writable root, so that it is the modes that are tested. find's status tells what it may not read."""
+        script = '"$@" 2>/dev/null || true'
+        return self.engine.run("run", "--rm", "--entrypoint=sh", IMAGE, "-c", script, "sh", *command)
 
-    def _check_decode(self) -> None:
+    def _check_shipped(self) -> None:
+        """CMD as it is, with the models of the image."""
+        with self.engine.container(f"--publish=127.0.0.1::{PORT}") as name:
+            self._wait_until_healthy(name)
+            self._check_process(name)
+            self._check_decode(self._url(name))
+            self._check_end(name)
+
+    def _check_mounted(self) -> None:
+        """A folder where hosting platforms mount a model."""
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*CONTRACT, "write", folder], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(["chmod", "-R", "a+rX", folder], check=True)  # weights are written for their owner alone
+            self._check_contract(folder)
+            self._check_sagemaker(folder)
+
+    def _check_contract(self, folder: str) -> None:
+        """CMD as it is."""
+        flags = (f"--volume={folder}:/repository:ro", f"--publish=127.0.0.1::{PORT}", "--env=HF_HUB_OFFLINE=1")
+        with self.engine.container(*flags) as name:
+            failures = self._wait_until_healthy(name)
+            check(failures > 0, "the health check fails until the model is loaded")
+            ran = subprocess.run([*CONTRACT, "check", self._url(name), folder], cwd=REPOSITORY, check=False)
+            check(ran.returncode == 0, "/repository is found, and the contract holds")
+            self._check_end(name)
+
+    def _check_sagemaker(self, folder: str) -> None:
+        """Its argument, folder, port and routes, with the one variable that README tells to set."""
+        flags = (f"--volume={folder}/sd:/opt/ml/model:ro", "--publish=127.0.0.1::8080", "--env=VAE_SERVER_PORT=8080")
+        with self.engine.container(*flags, command=("serve",)) as name:
+            self._wait_until_healthy(name)
+            url = self._url(name, 8080)
+            check(requests.get(f"{url}ping", timeout=10).status_code == 200, "SageMaker's /ping is 200")
+            latents = base64.b64encode(bytes(4 * 8 * 8 * 2)).decode()
+            body = {"inputs": latents, "parameters": {"shape": [1, 4, 8, 8], "dtype": "float16"}}
+            answer = requests.post(f"{url}invocations", json=body, timeout=60)
+            check(answer.content.startswith(b"\xff\xd8"), "/opt/ml/model is found, and /invocations gives a JPEG")
+
+    def _url(self, name: str, port: int = PORT) -> str:
+        return f"http://{self.engine.run('port', name, str(port)).splitlines()[0]}/"
+
+    def _wait_until_healthy(self, name: str) -> int:
+        """How many health checks failed before one succeeded."""
+        began, failures = time.monotonic(), 0
+        while not self.engine.succeeds("exec", name, *self._health):
+            failures += 1
+            if self._state(name)["Status"] != "running" or time.monotonic() - began > START_S:
+                raise Failed(f"it did not become healthy:\n{self.engine.logs(name)}")
+            time.sleep(0.2)
+        check(True, f"healthy after {time.monotonic() - began:.1f} s; {failures} health checks failed until then")
+        return failures
+
+    def _state(self, name: str) -> dict[str, object]:
+        state: dict[str, object] = json.loads(self.engine.run("inspect", "--format={{json .State}}", name))
+        return state
+
+    def _check_process(self, name: str) -> None:
+        lines = self.engine.run("exec", name, "cat", "/proc/1/status").splitlines()
+        status = {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
+        check(status["Name"] == ["python"], "the server is process 1")
+        check(set(status["Uid"]) == {USER}, f"its user is {USER}")
+        check(int(status["CapEff"][0], 16) == int(status["CapBnd"][0], 16) == 0, "it has no capabilities")
+        for path, is_open in (("/data", True), ("/tmp", True), ("/app", False)):  # noqa: S108  # the container's
+            wrote = self.engine.succeeds("exec", name, "touch", f"{path}/probe")
+            check(wrote is is_open, f"{path} is {'writable' if is_open else 'not'}")
+
+    def _check_decode(self, url: str) -> None:
         latents = read_latents(SAMPLE, None)
         scaling_factor = json.loads((SAMPLE.parent.parent / "config.json").read_text())["scaling_factor"]
         parameters = {"shape": latents.shape, "dtype": latents.dtype, "scaling_factor": scaling_factor}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/?{urllib.parse.urlencode(parameters, doseq=True)}",
-            data=bytes(latents.data),
-            headers={"Content-Type": "tensor/binary", "Accept": "image/jpeg"},
-        )
-        began = time.monotonic()
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as response:
-            body = response.read()
+        headers = {"Content-Type": "tensor/binary", "Accept": "image/jpeg"}
+        body = requests.post(url, params=parameters, data=bytes(latents.data), headers=headers, timeout=120).content
         picture = Picture.open(io.BytesIO(body))
         grey = picture.convert("L").tobytes()
-        darkest, brightest = min(grey), max(grey)
-        seconds = time.monotonic() - began
-        found = (
-            f"{picture.format} {picture.size}, grey from {darkest} to {brightest}, {len(body)} bytes, {seconds:.1f} s"
-        )
-        is_right = (picture.format, picture.size) == ("JPEG", SAMPLE_SIZE) and brightest - darkest > 128
+        found = f"{picture.format} {picture.size}, grey from {min(grey)} to {max(grey)}, {len(body)} bytes"
+        is_right = (picture.format, picture.size) == ("JPEG", SAMPLE_SIZE) and max(grey) - min(grey) > 128
         check(is_right, f"{SAMPLE.name} comes back as {found}")
 
-
-def children(process: subprocess.Popen[bytes]) -> list[int]:
-    """`unshare` has one, the container's process 1, while that runs."""
-    if process.poll() is not None:
-        return []
-    return [int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    def _check_end(self, name: str) -> None:
+        began = time.monotonic()
+        self.engine.run("stop", f"--time={STOP_S}", name)
+        seconds, status = time.monotonic() - began, self._state(name)["ExitCode"]
+        check(status == 0 and seconds < STOP_S, f"SIGTERM ends it: {seconds:.1f} s, exit {status}")
 
 
 def check(is_so: bool, sentence: str) -> None:

@@ -12,14 +12,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import ConfigError
 from server.types import Limits
 
 SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent / "models.yaml"
-ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json"})
+MOUNTED = (Path("/repository"), Path("/opt/ml/model"))  # Inference Endpoints and SageMaker put a model there
+ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json", "ping", "invocations"})
 SLOWEST_BYTES_PER_S = 64 << 10  # a client below it, once its grace has passed, is cut off
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -27,6 +37,7 @@ KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}:", re.ASCII)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Pixels = Annotated[int, Field(ge=64)]
+Route = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._~:/-]*$"), AfterValidator(lambda path: path.rstrip("/") or "/")]
 KeyPath = tuple[str | int, ...]
 
 
@@ -98,13 +109,36 @@ def check_name(word: str) -> None:
 
 
 class ServerOptions(BaseSettings):
-    """Every flag of `serve`; the environment variable is VAE_SERVER_ and the name in capitals. A flag wins."""
+    """Every flag of `serve`; the environment variable is VAE_SERVER_ and the name in capitals. A flag wins.
 
-    model_config = SettingsConfigDict(env_prefix="VAE_SERVER_", frozen=True, extra="ignore")
+    Where Vertex AI or SageMaker have a variable for the same thing, that is read last.
+    """
 
-    config: Path | None = Field(None, description="models.yaml; default: the one in this folder, else the shipped one")
+    model_config = SettingsConfigDict(env_prefix="VAE_SERVER_", frozen=True, extra="ignore", populate_by_name=True)
+
+    config: Path | None = Field(
+        None,
+        description="models.yaml, or a folder with one or with a VAE; default: /repository or /opt/ml/model if a model "
+        "is mounted there, else the models.yaml in this folder, else the shipped one",
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    port: int = Field(
+        8000,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices("VAE_SERVER_PORT", "AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
+        description="port to listen on; 0 takes a free one",
+    )
+    health_route: Route | None = Field(
+        None,
+        validation_alias=AliasChoices("VAE_SERVER_HEALTH_ROUTE", "AIP_HEALTH_ROUTE"),
+        description="one more path for GET /health",
+    )
+    predict_route: Route | None = Field(
+        None,
+        validation_alias=AliasChoices("VAE_SERVER_PREDICT_ROUTE", "AIP_PREDICT_ROUTE"),
+        description="one more path for POST /",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|cuda:\d+))*$",
@@ -203,8 +237,7 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     only: names or aliases to keep, preloaded; the first becomes the default. Raises ConfigError.
     """
     options = _options({key: value for key, value in flags.items() if value is not None})
-    source = _models_yaml(options.config)
-    file = _parse_models(source)
+    source, file = _models_of(_source(options.config))
     names = list(file.models)
     default = file.default or names[0]
     settings = Settings(
@@ -234,17 +267,32 @@ def _options(flags: Mapping[str, Any]) -> ServerOptions:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        place = f"--{key.replace('_', '-')}" if key in flags else f"VAE_SERVER_{key.upper()}"
+        name = key.upper().removeprefix("VAE_SERVER_")  # of a field with an alias it is the whole variable
+        place = f"--{key.replace('_', '-')}" if key in flags else f"VAE_SERVER_{name}"
         raise ConfigError(f"{place}: {_expected(first)}, got {first['input']!r}") from None
 
 
-def _models_yaml(chosen: Path | None) -> Path:
+def _source(chosen: Path | None) -> Path:
+    """A models.yaml or a folder."""
     if chosen is None:
-        here = Path("models.yaml").resolve()
-        return here if here.is_file() else SHIPPED_MODELS_YAML
-    if not chosen.is_file():
-        raise ConfigError(f"{chosen}: no such file; --config names a models.yaml")
+        mounted = (folder for folder in MOUNTED if folder.is_dir() and any(folder.iterdir()))
+        here = (file for file in (Path("models.yaml"),) if file.is_file())
+        return next(iter((*mounted, *here, SHIPPED_MODELS_YAML))).resolve()
+    if not chosen.exists():
+        raise ConfigError(f"{chosen}: no such file; --config names a models.yaml, or a folder with one or with a VAE")
     return chosen.resolve()
+
+
+def _models_of(source: Path) -> tuple[Path, _ModelsFile]:
+    """The file or folder that names them, and the models: of a folder with a VAE that one alone, to load at start."""
+    if not source.is_dir():
+        return source, _parse_models(source)
+    for vae in (source, source / "vae"):
+        if (vae / "config.json").is_file():
+            return source, _ModelsFile(models={"model": ModelEntry(repo=str(vae), preload=True)})
+    if (file := source / "models.yaml").is_file():
+        return file, _parse_models(file)
+    raise ConfigError(f"{source} has no config.json, no vae/config.json and no models.yaml; put one of them there")
 
 
 def _api_keys(options: ServerOptions) -> tuple[ApiKey, ...]:

@@ -11,7 +11,7 @@ import signal
 import sys
 
 from starlette.applications import Starlette
-from starlette.routing import Mount, Route
+from starlette.routing import Mount
 
 from server.config import Settings
 from server.dispatch import Dispatcher
@@ -37,19 +37,17 @@ def running_app() -> Starlette | None:
 
 
 def take_over(app: Starlette, settings: Settings) -> SyncEngine:
-    """Serve every path but those that only the toolkit has. Returns the models, for what comes in by its own routes.
+    """Serve every path. Returns the models, for who calls the handler.
 
     Returns at once: /health is 503 until the default model is loaded. A start that fails ends the process, as the
-    toolkit's own does. Where keys are required every path is ours, for the toolkit asks for none.
+    toolkit's own does.
     """
     # Not worker processes: their fork server wants to be started before the event loop and its threads are, and torch
     # is in this process anyway, for the toolkit imports it. One device is what an endpoint's replica has.
     engine = LocalEngine(as_served(settings))
     service = Service(as_served(settings), Dispatcher([engine], settings.options), Metrics())
     ours = create_app(service, lambda: end_if_failed(service))
-    paths = {route.path for route in ours.routes if isinstance(route, Route)}
-    theirs = [route for route in app.router.routes if not (isinstance(route, Route) and route.path in paths)]
-    app.router.routes[:] = [*([] if settings.api_keys else theirs), Mount("", ours)]
+    app.router.routes[:] = [Mount("", ours)]
     app.state.vae_server = asyncio.create_task(run(ours))  # the event loop itself keeps no task alive
     return engine.runner.sync
 

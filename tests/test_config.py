@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server import config
 from server.config import SHIPPED_MODELS_YAML, load_settings
 from server.errors import ConfigError
 
@@ -74,12 +75,65 @@ def test_a_flag_wins_over_the_environment_over_the_default(tmp_path: Path, monke
     assert load_settings(config=config, port="8002").options.port == 8002
 
 
+def test_our_own_variable_wins_over_a_platforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path, GOOD)
+    for port, name in [(1, "SAGEMAKER_BIND_TO_PORT"), (2, "AIP_HTTP_PORT"), (3, "VAE_SERVER_PORT")]:
+        monkeypatch.setenv(name, str(port))
+        assert load_settings(config=config).options.port == port
+    monkeypatch.setenv("AIP_HEALTH_ROUTE", "/theirs/")
+    assert load_settings(config=config).options.health_route == "/theirs"
+    assert load_settings(config=config, health_route="/ours").options.health_route == "/ours"
+
+
+@pytest.fixture
+def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The second folder where a model may be mounted, empty; the first is not there."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    monkeypatch.setattr(config, "MOUNTED", (tmp_path / "lost", folder))
+    return folder
+
+
+def test_a_mounted_vae_is_served_alone_and_before_it_is_asked_for(mounted: Path) -> None:
+    (mounted / "vae").mkdir()
+    (mounted / "vae" / "config.json").write_text("{}")
+    settings = load_settings()
+    assert (list(settings.models), settings.default) == (["model"], "model")
+    assert settings.folder_of("model") == mounted / "vae"
+    assert settings.models["model"].preload
+    (mounted / "config.json").write_text("{}")
+    assert load_settings().folder_of("model") == mounted, "of a VAE and a pipeline's, the VAE"
+
+
+def test_a_mounted_models_yaml_is_read(mounted: Path) -> None:
+    write(mounted, "models: {theirs: {repo: ./theirs}}")
+    assert load_settings().folder_of("theirs") == mounted / "theirs"
+
+
+def test_a_mounted_folder_that_is_empty_counts_as_none(
+    mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_settings().source == SHIPPED_MODELS_YAML
+    monkeypatch.chdir(write(tmp_path, GOOD).parent)
+    assert load_settings().source == tmp_path / "models.yaml"
+
+
+def test_a_mounted_folder_without_a_model_is_an_error_that_config_ends(mounted: Path, tmp_path: Path) -> None:
+    (mounted / "README.md").touch()
+    with pytest.raises(ConfigError, match=r"mounted has no config\.json, no vae/config\.json and no models\.yaml"):
+        load_settings()
+    assert load_settings(config=write(tmp_path, GOOD)).source == tmp_path / "models.yaml"
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "words"),
     [
         ({"port": "x"}, {}, r"--port: expected a valid integer.*, got 'x'"),
         ({"max_queue": "0"}, {}, r"--max-queue: expected greater than or equal to 1"),
         ({}, {"VAE_SERVER_DEVICE": "gpu"}, r"VAE_SERVER_DEVICE: .*got 'gpu'"),
+        ({}, {"VAE_SERVER_PORT": "x"}, r"^VAE_SERVER_PORT: expected a valid integer"),
+        ({"health_route": "ready"}, {}, r"--health-route: .*got 'ready'"),
+        ({}, {"VAE_SERVER_PREDICT_ROUTE": "/{model}"}, r"^VAE_SERVER_PREDICT_ROUTE: .*got '/\{model\}'"),
         ({"config": "/nowhere.yaml"}, {}, r"/nowhere.yaml: no such file"),
         ({"api_key_file": "/nowhere"}, {}, r"--api-key-file /nowhere: No such file"),
     ],

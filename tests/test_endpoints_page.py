@@ -16,6 +16,8 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
+from server.config import ServerOptions
+from server.http.routes import routes
 from tests.conftest import REPOSITORY
 from tests.test_toolkit import STAND_IN, launched
 
@@ -55,14 +57,26 @@ def test_what_is_pushed_answers_what_is_asked(pushed: Path, tmp_path_factory: py
         assert decoded.size == (512, 512)
 
 
-def test_the_endpoint_is_one_that_huggingface_hub_can_make(monkeypatch: pytest.MonkeyPatch) -> None:
+def asked_to_make(start: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a block of the page asks huggingface_hub to create."""
     made: list[inspect.BoundArguments] = []
     signature = inspect.signature(huggingface_hub.create_inference_endpoint)
     record = lambda *args, **kwargs: made.append(signature.bind(*args, **kwargs))  # noqa: E731  # one line, for one test
     monkeypatch.setattr(huggingface_hub, "create_inference_endpoint", record)
-    exec(block("from huggingface_hub import create_inference_endpoint"), {})
+    exec(block(start), {})
     (endpoint,) = made
-    assert all(name.startswith("VAE_SERVER_") for name in endpoint.arguments["env"])
+    return endpoint.arguments
+
+
+def test_the_endpoint_is_one_that_huggingface_hub_can_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = asked_to_make("from huggingface_hub import create_inference_endpoint", monkeypatch)
+    assert all(name.startswith("VAE_SERVER_") for name in endpoint["env"])
+
+
+def test_the_custom_container_is_asked_where_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = asked_to_make("import huggingface_hub", monkeypatch)["custom_image"]
+    assert image["port"] == ServerOptions.model_fields["port"].default
+    assert image["healthRoute"] in {route.path for route in routes}
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a clone")

@@ -330,8 +330,9 @@ def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype) -> torch.nn.Mo
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        advice = "let this user read them" if isinstance(error, PermissionError) else "download the model again"
         raise ModelUnavailable(
-            info.name, f"{info.name} ({source.label}): the weights do not load ({reason}); download the model again"
+            info.name, f"{info.name} ({source.label}): the weights do not load ({reason}); {advice}"
         ) from error
 
 

@@ -11,22 +11,28 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.config import ApiKey
+from server.config import ApiKey, ServerOptions
 from server.errors import Unauthorized
 from server.http.failures import failure
 
-PUBLIC_PATHS = frozenset({"/health", "/health/live"})
+PUBLIC_PATHS = frozenset({"/health", "/health/live", "/ping"})
+
+
+def is_probe(scope: Scope, options: ServerOptions) -> bool:
+    """Whether it asks for health; what is sent to the same path is none."""
+    return scope["method"] in ("GET", "HEAD") and scope["path"] in PUBLIC_PATHS | {options.health_route}
 
 
 class RequireKey:
     """Everything but health is closed when keys are configured."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], options: ServerOptions) -> None:
         self.app = app
+        self._options = options
         self._keys = [(known.name, known.key.get_secret_value().encode()) for known in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in PUBLIC_PATHS:
+        if scope["type"] != "http" or not self._keys or is_probe(scope, self._options):
             await self.app(scope, receive, send)
             return
         caller = self._name_of(sent_key(scope))

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.config import ServerOptions
 from server.errors import BadRequest, ServerError, WrongHost
-from server.http.auth import PUBLIC_PATHS
+from server.http.auth import is_probe
 from server.http.failures import failure
 
 HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII)
@@ -22,6 +22,7 @@ class CheckHost:
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self.app = app
+        self._options = options
         self._allowed = {_plain(name) for name in (options.allowed_hosts or "").split(",") if name.strip()}
         if options.allowed_hosts is None and not _is_loopback(_plain(options.host)):
             self._allowed = {"*"}
@@ -41,7 +42,7 @@ class CheckHost:
         if found is None:
             return BadRequest("send exactly one Host header, with the name or address of this server")
         name = _plain(found["name"])
-        if self._answers_for(name) or (scope["path"] in PUBLIC_PATHS and _is_address(name)):
+        if self._answers_for(name) or (is_probe(scope, self._options) and _is_address(name)):
             return None
         return WrongHost("this server does not answer for that Host; its operator adds it with --allowed-hosts")
 

@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S
+from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S, ServerOptions
 from server.errors import DeadlinePassed, RequestTooSlow, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
@@ -83,7 +83,7 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer
 
 
 async def _read_latents(request: Request, service: Service, admission: Admission) -> Finish:
-    """POST /, /predict, /{model}: headers and query first, so that what they rule out is refused before the body."""
+    """POST / and its like, /{model}: headers and query first, so that what they rule out is refused before the body."""
     options = service.settings.options
     defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
     accept = ",".join(request.headers.getlist("accept"))
@@ -243,7 +243,7 @@ encode = Work(Operation.ENCODE, _read_pixels)
 
 
 async def health(request: Request) -> Response:
-    """GET /health: readiness."""
+    """GET /health, /ping: readiness."""
     service: Service = request.app.state.service
     service.check_can_serve()
     return JSONResponse({"status": service.state})
@@ -298,13 +298,25 @@ register_url_convertor("model", ModelName())
 routes = [
     Route("/health", health),
     Route("/health/live", live),
+    Route("/ping", health),
     Route("/metrics", prometheus),
     Route("/models", models),
     Route("/openapi.json", openapi),
     Route("/", root, methods=["GET"]),
     Route("/", decode, methods=["POST"]),
     Route("/predict", decode, methods=["POST"]),
+    Route("/invocations", decode, methods=["POST"]),
     Route("/encode", encode, methods=["POST"]),
     Route("/{model:model}", decode, methods=["POST"]),
     Route("/{model:model}/encode", encode, methods=["POST"]),
 ]
+
+
+def all_routes(options: ServerOptions) -> list[Route]:
+    """These, and those that the options name, which come first."""
+    named = []
+    if options.health_route:
+        named.append(Route(options.health_route, health))
+    if options.predict_route:
+        named.append(Route(options.predict_route, decode, methods=["POST"]))
+    return [*named, *routes]

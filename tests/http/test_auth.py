@@ -14,7 +14,7 @@ from tests.conftest import Serve
 from tests.http.test_errors import BINARY, assert_refused, post
 from tests.vaes import LocalVae
 
-OPEN = {"/health", "/health/live"}
+OPEN = {"/health", "/health/live", "/ping"}
 
 
 @pytest.fixture

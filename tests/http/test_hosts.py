@@ -50,7 +50,7 @@ def test_no_host_and_two_hosts_are_400(url: str) -> None:
 
 
 def test_probes_may_name_any_address_and_no_other_name(url: str) -> None:
-    for path in ("/health", "/health/live", "/health/"):
+    for path in ("/health", "/health/live", "/health/", "/ping"):
         assert status_of(url, "Host: 10.1.2.3:8000", target=path) == 200
         assert status_of(url, "Host: [fd00::7]:8000", target=path) == 200
         assert status_of(url, "Host: evil.example", target=path) == 421
@@ -81,7 +81,7 @@ def test_the_default_goes_by_the_address_that_is_bound(
         raise AssertionError
 
     check = CheckHost(unused, ServerOptions(host=bound, allowed_hosts=allowed))
-    scope = {"path": "/", "http_version": "1.1", "headers": [(b"host", host.encode())]}
+    scope = {"method": "GET", "path": "/", "http_version": "1.1", "headers": [(b"host", host.encode())]}
     assert (check._refusal(scope) is None) is is_answered
 
 

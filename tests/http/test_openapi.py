@@ -10,6 +10,7 @@ import pytest
 import requests
 from jsonschema import Draft202012Validator
 
+from server.config import ROUTE_WORDS
 from server.http.openapi import DESCRIPTION
 from server.http.routes import routes
 
@@ -29,12 +30,14 @@ REAL = [
     ("/", "post", "", {**SD, "output_type": "pt"}, "application/octet-stream"),
     ("/", "post", "", {}, "*/*"),
     ("/predict", "post", "predict", SD, "*/*"),
+    ("/invocations", "post", "invocations", SD, "*/*"),
     ("/{model}", "post", "hunyuan/", CLIP, "video/mp4"),
     ("/{model}", "post", "hunyuan", CLIP, "text/plain"),
     ("/{model}", "post", "nobody", SD, "*/*"),
     ("/encode", "post", "encode", {}, "*/*"),
     ("/{model}/encode", "post", "sd/encode", {}, "*/*"),
     ("/health", "get", "health", {}, "*/*"),
+    ("/ping", "get", "ping", {}, "*/*"),
     ("/health/live", "get", "health/live", {}, "*/*"),
     ("/metrics", "get", "metrics", {}, "*/*"),
     ("/models", "get", "models", {}, "*/*"),
@@ -73,6 +76,11 @@ def test_a_real_response_fits_its_description(
             "decode",
             "render",
         ]
+
+
+def test_no_model_may_have_a_routes_name() -> None:
+    words = {route.path.split("/")[1] for route in routes}
+    assert words - {"", "{model:model}"} == ROUTE_WORDS
 
 
 def test_every_route_is_described() -> None:
