@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-image test-endpoints test-ray check format bench bench-server demo browser clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server demo browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-image: $(INSTALLED) ## Build the image, run it and put it to the contract (
 
 test-endpoints: ## Try handler.py with the versions of Inference Endpoints' image (TOOLKIT=FOLDER: inside its own app; 6 GB)
 	$(PYTHON) -m deploy.endpoints $(ARGS)
+
+test-contract: $(INSTALLED) ## The contract's cases, with diffusers' own client, against `python -m server serve`
+	$(BIN)/python -m tests.contract serve
 
 test-ray: $(INSTALLED) ## The contract, kills and scaling on a local Ray Serve with two CPU replicas
 	$(BIN)/python -m pytest tests/test_ray_serve.py $(ARGS)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import simpy
 
-from benchmarks.load import Connection, closed_loop, connect
+from benchmarks.load import ANSWER_S, closed_loop, connect
 from benchmarks.traffic import CASES, DEMO, photo_latents
 from tests.load import process
 
@@ -143,23 +143,23 @@ def request_of(port: int) -> bytes:
 
 
 async def replay(port: int, times: Sequence[float]) -> Outcome:
-    """The real server under these arrivals, each on a connection of its own while it is in flight."""
+    """The real server under these arrivals, each on a connection of its own."""
     outcome, request = Outcome(), request_of(port)
-    free: list[Connection] = [await connect(port) for _ in range(16)]
     started = time.perf_counter()
 
     async def one(at: float) -> None:
         await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
-        connection = free.pop() if free else await connect(port)
+        connection = await connect(port)
         sent = time.perf_counter()
         status, _ = await connection.ask(request)
-        free.append(connection)
+        connection.transport.close()
         if status == 200:
             outcome.latencies_s.append(time.perf_counter() - sent)
         else:
             outcome.refused += 1
 
-    await asyncio.gather(*(one(at) for at in times))
+    async with asyncio.timeout(times[-1] + ANSWER_S):
+        await asyncio.gather(*(one(at) for at in times))
     return outcome
 
 

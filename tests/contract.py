@@ -1,13 +1,15 @@
 """The contract as cases: what a client may send, against a local decode or encode of the same weights.
 
 For any server, wherever it runs, of the small VAEs that `python -m tests.contract write FOLDER` makes; then
-`python -m tests.contract check URL FOLDER` is the client. The cases are the tests of this server's own clients.
+`python -m tests.contract check URL FOLDER` is the client, and `python -m tests.contract serve` does both to a server of
+its own. The cases are the tests of this server's own clients.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import click
 
 from tests.http import test_first_client, test_remote_decode, test_remote_encode
+from tests.load import process
 from tests.vaes import LocalVae, build_all, read_all, write_entries
 
 
@@ -66,6 +69,16 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     build_all(folder)
     click.echo(write_entries(folder))
+
+
+@main.command()
+@click.pass_context
+def serve(context: click.Context) -> None:
+    """Put `python -m server serve` on this machine to every case."""
+    with tempfile.TemporaryDirectory() as folder:
+        context.invoke(write, folder=Path(folder))
+        with process(Path(folder) / "models.yaml") as (url, _):
+            context.invoke(check, url=url, folder=Path(folder))
 
 
 @main.command()
