@@ -7,7 +7,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server demo browser clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server demo browser prometheus clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ demo: $(INSTALLED) ## Train the embedded demo model again
 
 browser: ## Install the browser that the page's tests drive (Debian)
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+
+prometheus: ## Install the Prometheus that the tests of deploy/compose run (Debian)
+	command -v prometheus >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 
 clean: ## Remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
