@@ -43,7 +43,7 @@ EXPOSE 8000
 
 # Without the environment's proxy; any answer but 200 fails.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-c", \
-    "import os, sys, urllib.request as r; u = 'http://127.0.0.1:' + os.environ.get('VAE_SERVER_PORT', '8000') + '/health'; sys.exit(r.build_opener(r.ProxyHandler({})).open(u, timeout=4).status != 200)"]
+    "import os, sys, urllib.request as r; p = [os.environ.get(n) for n in ('VAE_SERVER_PORT', 'AIP_HTTP_PORT', 'SAGEMAKER_BIND_TO_PORT')]; u = 'http://127.0.0.1:' + (*filter(None, p), '8000')[0] + '/health'; sys.exit(r.build_opener(r.ProxyHandler({})).open(u, timeout=4).status != 200)"]
 
 # A multi-container endpoint of SageMaker then says the port; every one of its containers is run with `serve`.
 LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -70,9 +70,11 @@ class RayDevices:
 
     is_alive = True  # a job waits while Ray brings a replica back, or starts the first one
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+    def __init__(self, replicas: DeploymentHandle[Any], models: Sequence[str]) -> None:
         self.count = 1
         self._replicas = replicas
+        self._models = models
+        self._here: list[Reply] = []  # of each model, when this started
         self._jobs: set[Job] = set()
         self._held: OrderedDict[str, dict[str, LoadedInfo]] = OrderedDict()  # by replica, the last to tell at the end
         self._counting: asyncio.Task[None] | None = None
@@ -93,15 +95,11 @@ class RayDevices:
         self._counting = asyncio.create_task(self._count())
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
-        replicas = self._replicas.options(method_name="describe", stream=True)
-        for _ in range(MAX_TRIES):
-            try:
-                infos = [reply.info async for reply in self._replies(replicas, model, is_local_only)]
-                assert infos[0]
-                return infos[0]
-            except LOST as error:
-                log.warning("a replica ended: %s", type(error).__name__)
-        raise Unavailable("the replicas of this server end again and again; its log says why, tell its operator")
+        if not is_local_only:
+            return info_of((await self._described([model], is_local_only=False))[0])
+        if not self._here:  # all at once: a replica's places are for decodes
+            self._here = await self._described(self._models, is_local_only=True)
+        return info_of(self._here[self._models.index(model)])
 
     async def load(self, model: str) -> None:
         """Each replica loads what must be there before Ray counts it among them."""
@@ -131,24 +129,34 @@ class RayDevices:
 
     async def _ask(self, job: Job) -> Done:
         replicas = self._replicas.options(method_name="run", stream=True, multiplexed_model_id=id_of(job.model))
-        done = None
         async for reply in self._replies(replicas, msgspec.msgpack.encode(Ask.of(job))):
-            done = reply.done
-            if done is None:
+            last = reply
+            if not (reply.done or reply.failure):
                 job.start()
-        assert done
-        return done
+        if last.failure:
+            raise last.failure.error()
+        assert last.done
+        return last.done
+
+    async def _described(self, models: Sequence[str], *, is_local_only: bool) -> list[Reply]:
+        replicas = self._replicas.options(method_name="describe", stream=True)
+        for _ in range(MAX_TRIES):
+            try:
+                return [reply async for reply in self._replies(replicas, models, is_local_only)]
+            except LOST as error:
+                log.warning("a replica ended: %s", type(error).__name__)
+            except BackPressureError as error:
+                raise self._queue_full(error) from None
+        raise Unavailable("the replicas of this server end again and again; its log says why, tell its operator")
 
     async def _replies(self, replicas: DeploymentHandle[Any], *arguments: Any) -> AsyncIterator[Reply]:
-        """Raises what the replica raised, what of Ray's a retry may help, and Unavailable."""
+        """Raises what of Ray's a retry may help, and Unavailable."""
         responses = replicas.remote(*arguments)
         assert isinstance(responses, DeploymentResponseGenerator)
         try:
             async for message in responses:
                 reply = msgspec.msgpack.decode(message, type=Reply)
                 self._note(reply)
-                if reply.failure:
-                    raise reply.failure.error()
                 yield reply
         except asyncio.CancelledError:
             responses.cancel()  # type: ignore[no-untyped-call]  # Ray's
@@ -184,3 +192,11 @@ class RayDevices:
             except Exception:  # the border of a look: another one follows
                 log.exception("the number of replicas is not known")
             await asyncio.sleep(LOOK_EVERY_S)
+
+
+def info_of(reply: Reply) -> ModelInfo:
+    """Raises what the replica raised."""
+    if reply.failure:
+        raise reply.failure.error()
+    assert reply.info
+    return reply.info

@@ -13,19 +13,18 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import DeadlinePassed, QueueFull, ServerError, Unavailable
+from server.errors import DeadlinePassed, ServerError, Unavailable
 from server.http.failures import as_json
 from server.http.frame import REQUEST_ID
 
 RAYS_OWN = "/-/"  # /-/healthz and /-/routes
 START_S = 30.0
 # A front is there again after some seconds. It may be the request that ends them, so not often.
-TRIES, PAUSE_S = 3, 4.0
+TRIES, PAUSE_S = 2, 4.0
 KEPT_BYTES = 16 << 20  # of a body, for another try
 
 ENDED = Unavailable("the process that had this request ended; send it again")
 NOT_THERE = Unavailable("the server is starting, or has no room for more requests; try again in a few seconds")
-NO_ROOM = QueueFull("Ray's queue for the front is full; try again in a few seconds", 5)
 TOO_LATE = DeadlinePassed("not done within the time that Ray's proxy allows; send fewer or smaller latents")
 
 
@@ -68,12 +67,13 @@ class AroundProxy:
         headers = MutableHeaders(scope=scope)
         if not REQUEST_ID.fullmatch(headers.get("x-request-id", "")):
             headers["x-request-id"] = secrets.token_hex(8)
-        body, error = Body(receive), None
-        for _ in range(TRIES):
-            error = await self._failure(dict(scope), body, send)
+        body = Body(receive)
+        error = await self._failure(dict(scope), body, send)
+        for _ in range(TRIES if scope["method"] == "POST" else 0):
             if error is not ENDED or body.is_forgotten:
                 break
             await asyncio.sleep(PAUSE_S)
+            error = await self._failure(dict(scope), body, send)
         if error:
             await as_json(error, headers["x-request-id"])(scope, receive, send)
 
@@ -133,6 +133,4 @@ def _error_of(start: Message) -> ServerError | None:
         return None
     if status == 408:
         return TOO_LATE
-    if status == 429:
-        return NO_ROOM
     return ENDED if status == 500 else NOT_THERE

@@ -109,12 +109,13 @@ class VAE:
         except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
             return self._reply(failure=self._failure_of(error))
 
-    async def describe(self, model: str, is_local_only: bool) -> AsyncIterator[bytes]:
-        """One Reply."""
-        try:
-            yield self._reply(info=await self._dispatcher.describe(model, is_local_only=is_local_only))
-        except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
-            yield self._reply(failure=self._failure_of(error))
+    async def describe(self, models: list[str], is_local_only: bool) -> AsyncIterator[bytes]:
+        """A Reply for each."""
+        for model in models:
+            try:
+                yield self._reply(info=await self._dispatcher.describe(model, is_local_only=is_local_only))
+            except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
+                yield self._reply(failure=self._failure_of(error))
 
     def _reply(self, **what: Any) -> bytes:
         """Never an exception of Ray's: one of ours would lose its words in it."""
@@ -141,14 +142,14 @@ def end() -> None:
     os._exit(1)
 
 
-@serve.deployment(max_ongoing_requests=1000, **ALIKE)
+@serve.deployment(max_ongoing_requests=1000, max_queued_requests=1000, **ALIKE)
 @serve.ingress()
 class Front:
     """The contract: parses, admits and answers, as the front process of `python -m server serve` does."""
 
     def __init__(self, config: str | None, vae: DeploymentHandle[Any]) -> None:
         settings = settings_of(config)
-        self._service = Service(settings, RayDevices(vae), Metrics())
+        self._service = Service(settings, RayDevices(vae, list(settings.models)), Metrics())
 
     def __serve_build_asgi_app__(self) -> Starlette:
         started = asyncio.Event()

@@ -37,7 +37,15 @@ KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}:", re.ASCII)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Pixels = Annotated[int, Field(ge=64)]
-Route = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._~:/-]*$"), AfterValidator(lambda path: path.rstrip("/") or "/")]
+DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|cuda:\d+))*$"
+ROUTE = r"^/[A-Za-z0-9._~:/-]*$"
+PATTERNS = {
+    DEVICE: "auto, cpu, mps, cuda or cuda:N",
+    DEVICES: "auto, cpu, mps, cuda or cuda:N, or several of cpu and cuda:N with commas",
+    ROUTE: "a path that starts with /",
+}
+Route = Annotated[str, Field(pattern=ROUTE), AfterValidator(lambda path: path.rstrip("/") or "/")]
 KeyPath = tuple[str | int, ...]
 
 
@@ -61,7 +69,7 @@ class ModelEntry(_Strict):
     revision: str | None = None
     family: str | None = None
     dtype: Dtype | None = None
-    device: str | None = Field(None, pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: str | None = Field(None, pattern=DEVICE)
     decoder: Literal["auto", "diffusers"] = "auto"
     tiling: Literal["none", "diffusers"] = "none"
     memory_budget_mb: int | None = Field(None, ge=1)
@@ -141,7 +149,7 @@ class ServerOptions(BaseSettings):
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|cuda:\d+))*$",
+        pattern=DEVICES,
         description="auto, cpu, cuda, cuda:N or mps, or several with commas, each with a worker process of its own; "
         "auto and cuda take every CUDA device",
     )
@@ -201,6 +209,11 @@ class ServerOptions(BaseSettings):
     api_key: SecretStr | None = Field(
         None, description="accepted keys, with commas between them; by environment only, for process lists show flags"
     )
+
+    @property
+    def first_device(self) -> str:
+        """Where one process has all models."""
+        return self.device.split(",")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,15 +280,23 @@ def _options(flags: Mapping[str, Any]) -> ServerOptions:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        name = key.upper().removeprefix("VAE_SERVER_")  # of a field with an alias it is the whole variable
-        place = f"--{key.replace('_', '-')}" if key in flags else f"VAE_SERVER_{name}"
+        place = f"--{key.replace('_', '-')}" if key in flags else _variable_of(key)
         raise ConfigError(f"{place}: {_expected(first)}, got {first['input']!r}") from None
+
+
+def _variable_of(key: str) -> str:
+    """The environment variable that was read. key: a field's name, or the first of its aliases."""
+    for field in ServerOptions.model_fields.values():
+        choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else ()
+        if key in choices:
+            return next(name for name in choices if isinstance(name, str) and name in os.environ)
+    return f"VAE_SERVER_{key.upper()}"
 
 
 def _source(chosen: Path | None) -> Path:
     """A models.yaml or a folder."""
     if chosen is None:
-        mounted = (folder for folder in MOUNTED if folder.is_dir() and any(folder.iterdir()))
+        mounted = (folder for folder in MOUNTED if _holds_something(folder))
         here = (file for file in (Path("models.yaml"),) if file.is_file())
         return next(iter((*mounted, *here, SHIPPED_MODELS_YAML))).resolve()
     if not chosen.exists():
@@ -283,16 +304,35 @@ def _source(chosen: Path | None) -> Path:
     return chosen.resolve()
 
 
+def _holds_something(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; the user of this process must be able to read it") from None
+
+
+def _is_vae(folder: Path) -> bool:
+    """Whether its config.json is a model's of diffusers, not, say, a text encoder's."""
+    try:
+        return "_class_name" in (folder / "config.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder / 'config.json'}: it cannot be read ({error})") from None
+
+
 def _models_of(source: Path) -> tuple[Path, _ModelsFile]:
     """The file or folder that names them, and the models: of a folder with a VAE that one alone, to load at start."""
     if not source.is_dir():
         return source, _parse_models(source)
     for vae in (source, source / "vae"):
-        if (vae / "config.json").is_file():
+        if _is_vae(vae):
             return source, _ModelsFile(models={"model": ModelEntry(repo=str(vae), preload=True)})
     if (file := source / "models.yaml").is_file():
         return file, _parse_models(file)
-    raise ConfigError(f"{source} has no config.json, no vae/config.json and no models.yaml; put one of them there")
+    raise ConfigError(
+        f"{source} has no config.json of a diffusers VAE, no vae/config.json and no models.yaml; put one of them there"
+    )
 
 
 def _api_keys(options: ServerOptions) -> tuple[ApiKey, ...]:
@@ -391,6 +431,8 @@ def _known_keys(place: KeyPath) -> Mapping[str, Any]:
 
 def _expected(problem: Any) -> str:
     """pydantic's `Input should be a valid integer` as `expected a valid integer`."""
+    if problem["type"] == "string_pattern_mismatch":
+        return f"expected {PATTERNS[problem['ctx']['pattern']]}"
     message = str(problem["msg"])
     return "expected " + message.removeprefix("Input should be ") if message.startswith("Input") else message
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ BROKEN = {
     "a number for a text": ("models: {a: {repo: o/n, revision: 123}}", r"models.a.revision: expected a valid string, got 123"),
     "a text for a list": ("models: {a: {repo: o/n, aliases: b}}", r"models.a.aliases: expected a valid"),
     "an unknown dtype": ("models: {a: {repo: o/n, dtype: float8}}", r"models.a.dtype: expected 'auto', 'float32'"),
-    "an unknown device": ("models: {a: {repo: o/n, device: gpu}}", r"models.a.device: .*pattern"),
+    "an unknown device": ("models: {a: {repo: o/n, device: gpu}}", r"models.a.device: expected auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
     "a limit of zero": ("models: {a: {repo: o/n, limits: {max_batch: 0}}}", r"max_batch: expected greater than or equal to 1"),
     "a warmup that is no size": ("models: {a: {repo: o/n, warmup: [[512]]}}", r"models.a.warmup.0"),
     "an unknown default": ("default: x\nmodels: {a: {repo: o/n}}", r": default: no model 'x'; known: a"),
@@ -96,13 +97,30 @@ def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_mounted_vae_is_served_alone_and_before_it_is_asked_for(mounted: Path) -> None:
     (mounted / "vae").mkdir()
-    (mounted / "vae" / "config.json").write_text("{}")
+    (mounted / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     settings = load_settings()
     assert (list(settings.models), settings.default) == (["model"], "model")
     assert settings.folder_of("model") == mounted / "vae"
     assert settings.models["model"].preload
-    (mounted / "config.json").write_text("{}")
+    (mounted / "config.json").write_text('{"model_type": "clip"}')
+    assert load_settings().folder_of("model") == mounted / "vae", "another library's config is none of a VAE"
+    (mounted / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     assert load_settings().folder_of("model") == mounted, "of a VAE and a pipeline's, the VAE"
+
+
+def test_a_mounted_folder_that_may_not_be_read_is_told(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ConfigError, match="mounted: Permission denied; the user of this process"):
+        load_settings()
+
+
+def test_a_platforms_variable_is_named_when_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIP_HTTP_PORT", "abc")
+    with pytest.raises(ConfigError, match=r"^AIP_HTTP_PORT: expected a valid integer"):
+        load_settings()
 
 
 def test_a_mounted_models_yaml_is_read(mounted: Path) -> None:
@@ -120,7 +138,9 @@ def test_a_mounted_folder_that_is_empty_counts_as_none(
 
 def test_a_mounted_folder_without_a_model_is_an_error_that_config_ends(mounted: Path, tmp_path: Path) -> None:
     (mounted / "README.md").touch()
-    with pytest.raises(ConfigError, match=r"mounted has no config\.json, no vae/config\.json and no models\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"mounted has no config\.json of a diffusers VAE, no vae/config\.json and no models\.yaml"
+    ):
         load_settings()
     assert load_settings(config=write(tmp_path, GOOD)).source == tmp_path / "models.yaml"
 

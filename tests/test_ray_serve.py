@@ -39,6 +39,7 @@ PAGE = REPOSITORY / "deploy" / "ray.md"
 PICTURE = {"shape": "1,4,32,32", "dtype": "float16"}
 LATENTS = bytes(2 * 4 * 32 * 32)
 
+HUNG = "its worker is ended"
 HANG_S = 5  # a decode of 2048x2048 takes longer
 
 Vaes = dict[str, LocalVae]
@@ -70,6 +71,13 @@ class Cluster:
 
     def decode(self, model: str = "demo", **params: str) -> requests.Response:
         return requests.post(self.url + model, LATENTS, params=PICTURE | params, timeout=90)
+
+    def metric(self, name: str) -> float:
+        """Of all its labels."""
+        told = requests.get(self.url + "metrics", timeout=30).text
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in told.splitlines() if line.split("{")[0].split(" ")[0] == name
+        )
 
     def statuses(self, count: int, at_once: int) -> Counter[int]:
         with ThreadPoolExecutor(at_once) as clients:
@@ -182,15 +190,12 @@ def test_errors_are_the_servers_own(pair: Cluster) -> None:
 
 
 def test_each_replica_holds_its_models_and_tells(pair: Cluster) -> None:
-    def holders() -> float:
+    def demo() -> tuple[str, str | None]:
         pair.statuses(2, 2)  # replicas tell with their answers
-        told = requests.get(pair.url + "metrics", timeout=30).text
-        (line,) = [line for line in told.splitlines() if line.startswith('vae_model_loaded{model="demo"}')]
-        return float(line.split()[1])
+        listed = {model["name"]: model for model in requests.get(pair.url + "models", timeout=30).json()["models"]}
+        return listed["demo"]["state"], listed["demo"].get("device")
 
-    wait_until(lambda: holders() == 2, "both replicas preload the demo", 30)
-    listed = {model["name"]: model for model in requests.get(pair.url + "models", timeout=30).json()["models"]}
-    assert (listed["demo"]["state"], listed["demo"]["device"]) == ("loaded", "cpu, cpu")
+    wait_until(lambda: demo() == ("loaded", "cpu, cpu"), "both replicas preload the demo", 30)
 
 
 @pytest.mark.parametrize("deployment", ["VAE", "Front"])
@@ -198,7 +203,7 @@ def test_nothing_is_lost_when_a_replica_is_killed_under_load(deployment: str, pa
     count = len(pair.pids(deployment))
     with ThreadPoolExecutor(1) as clients:
         answered = clients.submit(pair.statuses, 60, 8)
-        time.sleep(0.5)
+        wait_until(lambda: pair.metric("vae_inflight") > 1, "both replicas are at work", 20)
         pair.kill(deployment)
         assert not answered.done()
         assert answered.result(90) == {200: 60}
@@ -212,8 +217,12 @@ def test_a_decode_that_hangs_ends_two_replicas_and_nobody_elses_request(pair: Cl
     with ThreadPoolExecutor(1) as clients:
         answer = clients.submit(requests.post, pair.url + "demo", bytes(2 * 4 * 256 * 256), params=slow, timeout=120)
         others: Counter[int] = Counter()
+        before, begun = pair.log.read_text().count(HUNG), 0.0
         while not answer.done():
+            begun = max(begun, pair.metric("vae_inflight"))
             others += pair.statuses(4, 4)
+        assert begun == 1, "the front hears that a replica began"
+    assert pair.log.read_text().count(HUNG) == before + 2
     assert set(others) == {200}
     assert_refused(answer.result(), 500, "worker_crashed", "replica")
     pair.wait_for("VAE", 2)
@@ -221,15 +230,10 @@ def test_a_decode_that_hangs_ends_two_replicas_and_nobody_elses_request(pair: Cl
 
 
 def test_a_client_that_leaves_takes_its_request_along(pair: Cluster) -> None:
-    def cancelled() -> float:
-        told = requests.get(pair.url + "metrics", timeout=30).text
-        counts = [line.split()[1] for line in told.splitlines() if line.startswith("vae_cancelled_total")]
-        return sum(map(float, counts))
-
-    before = cancelled()
+    before = pair.metric("vae_cancelled_total")
     with pytest.raises(requests.ReadTimeout):
         requests.post(pair.url + "demo", bytes(2 * 4 * 96 * 96), params=PICTURE | {"shape": "1,4,96,96"}, timeout=0.2)
-    wait_until(lambda: cancelled() == before + 1, "the front heard of it", 10)
+    wait_until(lambda: pair.metric("vae_cancelled_total") == before + 1, "the front heard of it", 10)
 
 
 @pytest.fixture(scope="module")

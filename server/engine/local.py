@@ -96,6 +96,6 @@ class LoopListener:
 def check_device(settings: Settings) -> torch.device:
     """The device that models without one of their own get. Raises ConfigError."""
     try:
-        return loader.choose_device(settings.options.device)
+        return loader.choose_device(settings.options.first_device)
     except ValueError as error:
         raise ConfigError(str(error)) from None

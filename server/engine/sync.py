@@ -208,7 +208,7 @@ class SyncEngine:
 
     def _device(self, name: str) -> torch.device:
         try:
-            return loader.choose_device(self._settings.models[name].device or self._settings.options.device)
+            return loader.choose_device(self._settings.models[name].device or self._settings.options.first_device)
         except ValueError as error:
             raise ModelUnavailable(name, f"{name}: {error}") from None
 

@@ -23,3 +23,16 @@ def test_a_model_that_is_not_used_is_unloaded(models_yaml: Path) -> None:
         return engine.loaded("sd") is None
 
     assert asyncio.run(is_unloaded())
+
+
+def test_a_device_holds_no_more_than_it_may_however_many_load_at_once(models_yaml: Path) -> None:
+    async def held() -> int:
+        engine = LocalEngine(load_settings(config=models_yaml, max_loaded=1))
+        names = ["sd", "sd-bf16", "flux"]
+        try:
+            await asyncio.gather(*map(engine.load, names))
+            return sum(engine.loaded(name) is not None for name in names)
+        finally:
+            await engine.close()
+
+    assert asyncio.run(held()) == 1
