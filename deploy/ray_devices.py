@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from server.dispatch import MAX_DEATHS, MAX_TRIES, Job
 from server.engine.messages import Failure
-from server.errors import QueueFull, Unavailable, WorkerCrashed
+from server.errors import ConfigError, QueueFull, Unavailable, WorkerCrashed
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,12 @@ class RayDevices:
         return sum(job.seconds for job in self._jobs) / self.count
 
     async def start(self) -> None:
-        self._counting = asyncio.create_task(self._count())
+        """Once there is a replica, or none is wanted."""
+        while True:
+            if not await self._is_starting():
+                break
+            await asyncio.sleep(LOOK_EVERY_S)
+        self._counting = asyncio.create_task(self._keep_counting())
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
         if not is_local_only:
@@ -167,7 +172,7 @@ class RayDevices:
     def _note(self, reply: Reply) -> None:
         self._held[reply.replica] = reply.held
         self._held.move_to_end(reply.replica)
-        while len(self._held) > self.count:
+        if len(self._held) > self.count:
             self._held.popitem(last=False)
 
     def _count_death(self, job: Job) -> None:
@@ -182,16 +187,34 @@ class RayDevices:
         wait_s = max(1, math.ceil(self.seconds_ahead))
         return QueueFull(f"{error.message} Try again in {wait_s} s", wait_s)
 
-    async def _count(self) -> None:
+    async def _is_starting(self) -> bool:
+        app, replicas = await self._status()
+        if app.status == "DEPLOY_FAILED":
+            raise ConfigError("the replicas do not start: a model to preload does not load, or a setting is wrong")
+        return replicas.status == "UPDATING" and not self._running_of(replicas)
+
+    async def _keep_counting(self) -> None:
         while True:
+            await asyncio.sleep(LOOK_EVERY_S)
             try:
-                status = await asyncio.to_thread(serve.status)
-                name = serve.get_replica_context().app_name
-                states = status.applications[name].deployments[self._replicas.deployment_name].replica_states
-                self.count = max(1, sum(count for state, count in states.items() if state == "RUNNING"))
+                _, replicas = await self._status()
             except Exception:  # the border of a look: another one follows
                 log.exception("the number of replicas is not known")
-            await asyncio.sleep(LOOK_EVERY_S)
+                continue
+            running = self._running_of(replicas)
+            self.count = max(1, running)
+            while len(self._held) > running:
+                self._held.popitem(last=False)
+
+    async def _status(self) -> tuple[Any, Any]:
+        """Ray's, of the application and of the replicas' deployment."""
+        status = await asyncio.to_thread(serve.status)
+        app = status.applications[serve.get_replica_context().app_name]
+        return app, app.deployments[self._replicas.deployment_name]
+
+    @staticmethod
+    def _running_of(replicas: Any) -> int:
+        return sum(count for state, count in replicas.replica_states.items() if state == "RUNNING")
 
 
 def info_of(reply: Reply) -> ModelInfo:

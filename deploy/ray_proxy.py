@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from contextlib import suppress
 
+from ray.exceptions import RayError
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,7 +44,10 @@ class BehindProxy:
         self._started = started
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("method") == "POST":
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if scope["method"] == "POST":
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._started.wait(), START_S)
 
@@ -51,7 +56,30 @@ class BehindProxy:
                 del MutableHeaders(scope=message)["x-request-id"]
             await send(message)
 
-        await self.app(scope, receive, send_without)
+        left = asyncio.Event()
+        answering = asyncio.ensure_future(self.app(scope, leaving(receive, left), send_without))
+        try:
+            await asyncio.shield(answering)
+        except asyncio.CancelledError:  # by Ray: the client left
+            left.set()
+            await answering
+
+
+def leaving(receive: Receive, left: asyncio.Event) -> Receive:
+    """Of a client that leaves Ray cancels the work, or fails its next message: here that is a message, as elsewhere."""
+
+    async def receive_or_leave() -> Message:
+        tasks = asyncio.ensure_future(receive()), asyncio.create_task(left.wait())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"} if left.is_set() else tasks[0].result()
+        except RayError:
+            return {"type": "http.disconnect"}
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    return receive_or_leave
 
 
 class AroundProxy:
@@ -67,12 +95,14 @@ class AroundProxy:
         headers = MutableHeaders(scope=scope)
         if not REQUEST_ID.fullmatch(headers.get("x-request-id", "")):
             headers["x-request-id"] = secrets.token_hex(8)
-        body = Body(receive)
+        body, patience, arrived = Body(receive), patience_of(headers), time.monotonic()
         error = await self._failure(dict(scope), body, send)
         for _ in range(TRIES if scope["method"] == "POST" else 0):
             if error is not ENDED or body.is_forgotten:
                 break
             await asyncio.sleep(PAUSE_S)
+            if patience is not None:
+                headers["x-request-timeout"] = f"{max(1e-3, patience - (time.monotonic() - arrived)):.3f}"
             error = await self._failure(dict(scope), body, send)
         if error:
             await as_json(error, headers["x-request-id"])(scope, receive, send)
@@ -124,6 +154,14 @@ class Body:
             self._kept.clear()
         else:
             self._kept.append(message)
+
+
+def patience_of(headers: MutableHeaders) -> float | None:
+    """What is no number is the front's to refuse."""
+    try:
+        return float(headers.get("x-request-timeout", ""))
+    except ValueError:
+        return None
 
 
 def _error_of(start: Message) -> ServerError | None:

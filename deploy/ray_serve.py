@@ -41,6 +41,7 @@ class Arguments(BaseModel):
 
 def app(arguments: Arguments) -> Application:
     """The application of a models.yaml, by default of the one in the folder, else of the shipped one."""
+    load_settings(config=arguments.config)  # what is wrong with them ends the command that deploys
     replicas = VAE.bind(arguments.config, arguments.models_per_replica)  # type: ignore[attr-defined]  # by Ray's decorator
     front: Application = Front.bind(arguments.config, replicas)  # type: ignore[attr-defined]  # likewise
     return front

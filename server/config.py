@@ -250,7 +250,12 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     only: names or aliases to keep, preloaded; the first becomes the default. Raises ConfigError.
     """
     options = _options({key: value for key, value in flags.items() if value is not None})
-    source, file = _models_of(_source(options.config))
+    _check_routes(options)
+    try:
+        source, file = _models_of(_source(options.config))
+    except OSError as error:
+        reason = f"{error.strerror}; the user of this process must be able to read it"
+        raise ConfigError(f"{error.filename or options.config}: {reason}") from None
     names = list(file.models)
     default = file.default or names[0]
     settings = Settings(
@@ -284,6 +289,14 @@ def _options(flags: Mapping[str, Any]) -> ServerOptions:
         raise ConfigError(f"{place}: {_expected(first)}, got {first['input']!r}") from None
 
 
+def _check_routes(options: ServerOptions) -> None:
+    """Raise ConfigError where one would take another route's place."""
+    for name, own in (("health_route", {"health", "ping"}), ("predict_route", {"predict", "invocations"})):
+        path = getattr(options, name) or "/"
+        if path.split("/")[1] in ROUTE_WORDS - own:
+            raise ConfigError(f"{name}: {path} is another route of the server; choose a path of its own")
+
+
 def _variable_of(key: str) -> str:
     """The environment variable that was read. key: a field's name, or the first of its aliases."""
     for field in ServerOptions.model_fields.values():
@@ -296,7 +309,7 @@ def _variable_of(key: str) -> str:
 def _source(chosen: Path | None) -> Path:
     """A models.yaml or a folder."""
     if chosen is None:
-        mounted = (folder for folder in MOUNTED if _holds_something(folder))
+        mounted = (folder for folder in MOUNTED if folder.is_dir() and any(folder.iterdir()))
         here = (file for file in (Path("models.yaml"),) if file.is_file())
         return next(iter((*mounted, *here, SHIPPED_MODELS_YAML))).resolve()
     if not chosen.exists():
@@ -304,21 +317,10 @@ def _source(chosen: Path | None) -> Path:
     return chosen.resolve()
 
 
-def _holds_something(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and any(folder.iterdir())
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}; the user of this process must be able to read it") from None
-
-
 def _is_vae(folder: Path) -> bool:
     """Whether its config.json is a model's of diffusers, not, say, a text encoder's."""
-    try:
-        return "_class_name" in (folder / "config.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: it cannot be read ({error})") from None
+    config = folder / "config.json"
+    return config.is_file() and b"_class_name" in config.read_bytes()
 
 
 def _models_of(source: Path) -> tuple[Path, _ModelsFile]:

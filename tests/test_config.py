@@ -110,7 +110,7 @@ def test_a_mounted_vae_is_served_alone_and_before_it_is_asked_for(mounted: Path)
 
 def test_a_mounted_folder_that_may_not_be_read_is_told(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(ConfigError, match="mounted: Permission denied; the user of this process"):
@@ -220,3 +220,9 @@ def test_the_environment_holds_several_keys(tmp_path: Path, monkeypatch: pytest.
 ])  # fmt: skip
 def test_the_names_that_clients_use_are_known(alias: str, model: str) -> None:
     assert load_settings(config=SHIPPED_MODELS_YAML).name_of(alias) == model
+
+
+@pytest.mark.parametrize("route", [{"predict_route": "/encode"}, {"health_route": "/models"}])
+def test_a_platforms_route_takes_no_other_ones_place(route: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="is another route of the server"):
+        load_settings(**route)

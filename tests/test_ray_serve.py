@@ -235,6 +235,56 @@ def test_a_client_that_leaves_takes_its_request_along(pair: Cluster) -> None:
     wait_until(lambda: pair.metric("vae_cancelled_total") == before + 1, "the front heard of it", 10)
 
 
+def test_a_client_that_leaves_while_it_sends_is_no_fault_of_the_servers(pair: Cluster) -> None:
+    def answered(*codes: str) -> float:
+        told = requests.get(pair.url + "metrics", timeout=30).text.splitlines()
+        lines = [
+            line
+            for line in told
+            if line.startswith("vae_requests_total") and any(f'"{code}"' in line for code in codes)
+        ]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    faults, left = answered("500", "503"), answered("499")
+    host, port = pair.url.split("/")[2].split(":")
+    head = f"POST /demo?shape=1,4,64,64&dtype=float16 HTTP/1.1\r\nHost: {host}\r\nContent-Length: 32768\r\n\r\n"
+    for _ in range(5):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head.encode() + bytes(1000))
+            time.sleep(0.2)
+    wait_until(lambda: answered("499") == left + 5, "all five are counted", 20)
+    assert answered("500", "503") == faults
+
+
+def test_one_deadline_holds_over_a_fronts_end(pair: Cluster) -> None:
+    slow = PICTURE | {"shape": "1,4,160,160"}
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as clients:
+        headers = {"X-Request-Timeout": "3"}
+        answer = clients.submit(
+            requests.post, pair.url + "demo", bytes(2 * 4 * 160 * 160), params=slow, headers=headers, timeout=60
+        )
+        wait_until(lambda: pair.metric("vae_inflight") == 1, "it is in work", 3)
+        pair.kill("Front")
+        assert_refused(answer.result(), 504, "deadline_passed", "not done")
+    assert time.monotonic() - began < 12
+    until_ready(pair)
+
+
+def test_replicas_that_do_not_start_are_told(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "models.yaml").write_text("models: {broken: {repo: ./broken, preload: true}}")
+    with cluster(tmp_path, config_of(tmp_path / "models.yaml")) as running:
+
+        def said() -> str:
+            with suppress(requests.ConnectionError):
+                return str(requests.get(running.url + "health", timeout=30).json()["error"])
+            return ""
+
+        wait_until(lambda: "did not load" in said(), "the front has given up", 120)
+
+
 @pytest.fixture(scope="module")
 def scaling(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One replica or two, of a model each, with room for few requests."""
