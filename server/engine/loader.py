@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
@@ -314,14 +315,19 @@ def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
+# diffusers patches torch's modules while it builds one without memory; two at once would leave them patched for good.
+BUILDING = threading.Lock()
+
+
 def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype) -> torch.nn.Module:
     """The real diffusers module, on the CPU, in evaluation mode. Raises ModelUnavailable."""
     folder = source.folder()
     model_class = getattr(diffusers, info.class_name)
     try:
-        vae: torch.nn.Module = model_class.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
-        )
+        with BUILDING:
+            vae: torch.nn.Module = model_class.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
+            )
         if any(parameter.is_meta for parameter in vae.parameters()):
             raise ValueError("layers of this config.json are missing from the file")
         # Not by torch_dtype: diffusers sets torch's default dtype for it, and another model may be decoding meanwhile.

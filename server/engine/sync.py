@@ -228,8 +228,8 @@ def move(vae: torch.nn.Module, device: torch.device) -> None:
             child.to(device)
     for name, buffer in vae.named_buffers(recurse=False):
         setattr(vae, name, buffer.to(device))
-    for name, weight in vae.named_parameters(recurse=False):
-        setattr(vae, name, torch.nn.Parameter(weight.to(device), requires_grad=False))
+    for weight in vae.parameters(recurse=False):
+        weight.data = weight.data.to(device)
 
 
 def on(device: torch.device) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import torch
+
 from server.config import load_settings
 from server.engine.local import LocalEngine
 
@@ -35,4 +37,6 @@ def test_a_device_holds_no_more_than_it_may_however_many_load_at_once(models_yam
         finally:
             await engine.close()
 
-    assert asyncio.run(held()) == 1
+    for _ in range(3):
+        assert asyncio.run(held()) == 1
+    assert not torch.nn.Linear(1, 1).weight.is_meta, "diffusers left torch's modules patched"
