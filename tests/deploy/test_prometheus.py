@@ -25,6 +25,7 @@ from tests.vaes import LocalVae, write_entries
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(240),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: make prometheus"),
 ]
 QUICK = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"}
@@ -55,7 +56,7 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 80
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.1)
