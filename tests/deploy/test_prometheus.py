@@ -97,7 +97,7 @@ def quick_config(folder: Path, url: str) -> Path:
 
 
 def is_ready(found: Scraped) -> bool:
-    with suppress(requests.ConnectionError):
+    with suppress(requests.RequestException):
         return any(target["health"] == "up" for target in found.get("targets")["activeTargets"])
     return False
 
