@@ -117,12 +117,12 @@ def variants(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[
         chosen["OpenVINO bf16"] = openvino(vae)
     if device.type == "cpu":
         single = ExactKLDecoder(copy.deepcopy(vae))
-        chosen["ours, fp32"] = lambda latents: single.decode(latents, Layout.SAMPLE)
+        chosen["ours, fp32"] = lambda latents: single.decode(latents, Layout.SAMPLE).tensor
     chosen["ours, one band"] = ours(decoder, lambda plan, largest: replace(plan, band_bytes=largest))
     chosen["ours, recomputing"] = ours(
         decoder, lambda plan, _: replace(plan, recomputes=True, band_bytes=RECOMPUTED_BAND_BYTES)
     )
-    chosen["ours"] = lambda latents: decoder.decode(latents.to(torch.bfloat16), Layout.SAMPLE)
+    chosen["ours"] = lambda latents: decoder.decode(latents.to(torch.bfloat16), Layout.SAMPLE).tensor
     if arguments.budget_mb:
         chosen[f"ours, {arguments.budget_mb} MB"] = at_budget(decoder, arguments.budget_mb << 20)
     return chosen, decoder.network
@@ -179,9 +179,7 @@ def ours(decoder: ExactKLDecoder, change: Callable[[Plan, int], Plan]) -> Varian
 
 def at_budget(decoder: ExactKLDecoder, budget_bytes: int) -> Variant:
     def decode(latents: Tensor) -> Tensor:
-        decoder.memory_budget_bytes = budget_bytes
-        plan = decoder.plan(latents.shape[0], *latents.shape[2:])
-        decoder.memory_budget_bytes = None
+        plan = decoder.plan(latents.shape[0], *latents.shape[2:], budget_bytes=budget_bytes)
         with torch.inference_mode():
             return decoder.run(plan, latents.to(torch.bfloat16), Layout.SAMPLE)[0]
 

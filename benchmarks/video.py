@@ -60,7 +60,7 @@ def main() -> None:
         "diffusers fp32, untiled": stock(vae, False),
         "diffusers fp32 (its default)": stock(vae, True),
         "diffusers bf16 (its default)": stock(half, True),
-        "ours, bf16": lambda z: decoder.decode(z, Layout.SAMPLE),
+        "ours, bf16": lambda z: decoder.decode(z, Layout.SAMPLE).tensor,
     }
     print(f"{device_name(device)}, torch {torch.__version__}, {matrix_rate(device) / 1e12:.2f} TFLOP/s bf16")
     print(f"{arguments.frames} frames of {arguments.size}x{arguments.size}\n")

@@ -17,7 +17,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from server.dispatch import MAX_DEATHS, MAX_TRIES, Job
 from server.engine.messages import Failure
-from server.errors import ConfigError, QueueFull, Unavailable, WorkerCrashed
+from server.errors import ConfigError, ModelUnavailable, QueueFull, ServerError, Unavailable, WorkerCrashed
+from server.load_failures import LoadFailures
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class RayDevices:
         self._models = models
         self._here: list[Reply] = []  # of each model, when this started
         self._jobs: set[Job] = set()
+        self._failures = LoadFailures(lambda: asyncio.get_running_loop().time())
         self._held: OrderedDict[str, dict[str, LoadedInfo]] = OrderedDict()  # by replica, the last to tell at the end
         self._counting: asyncio.Task[None] | None = None
 
@@ -101,7 +103,11 @@ class RayDevices:
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
         if not is_local_only:
-            return info_of((await self._described([model], is_local_only=False))[0])
+            reply = (await self._described([model], is_local_only=False))[0]
+            try:
+                return info_of(reply)
+            except ServerError as error:
+                raise self._noted(error, [Half(model, operation) for operation in Operation]) from None
         if not self._here:  # all at once: a replica's places are for decodes
             self._here = await self._described(self._models, is_local_only=True)
         return info_of(self._here[self._models.index(model)])
@@ -112,7 +118,12 @@ class RayDevices:
     def loaded(self, model: str) -> list[LoadedInfo]:
         return [held[model] for held in self._held.values() if model in held]
 
+    def load_failure(self, half: Half) -> ModelUnavailable | None:
+        return self._failures.find([self], half)
+
     async def answer(self, job: Job) -> Done:
+        if failure := self.load_failure(job.model):
+            raise failure
         self._jobs.add(job)
         try:
             while True:
@@ -139,9 +150,17 @@ class RayDevices:
             if not (reply.done or reply.failure):
                 job.start()
         if last.failure:
-            raise last.failure.error()
+            raise self._noted(last.failure.error(), [job.model])
         assert last.done
         return last.done
+
+    def _noted(self, error: ServerError, halves: Sequence[Half]) -> ServerError:
+        """Remember the error of a load: replicas are alike, so that what one cannot load none can."""
+        if isinstance(error, ModelUnavailable):
+            log.error("%s", error.detail)
+            for half in halves:
+                self._failures.note(self, half, error)
+        return error
 
     async def _described(self, models: Sequence[str], *, is_local_only: bool) -> list[Reply]:
         replicas = self._replicas.options(method_name="describe", stream=True)

@@ -5,6 +5,7 @@
 
 # Without `from __future__ import annotations`: Ray reads the builder's argument's class off its annotation.
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ from server.types import Half
 
 if TYPE_CHECKING:  # the front never imports torch
     from server.engine.local import LocalEngine
+
+
+log = logging.getLogger(__name__)
 
 
 class Arguments(BaseModel):
@@ -138,8 +142,10 @@ def multiplexed(engine: "LocalEngine", most: int) -> Callable[[str], Awaitable[s
     return brought
 
 
-def end() -> None:
-    """A decode that hangs can only be ended with its process; Ray starts another."""
+def end(reason: str) -> None:
+    """End this process, which is the only way to end a decode that hangs; Ray starts another."""
+    log.critical("this replica is ended: %s", reason)
+    logging.shutdown()
     os._exit(1)
 
 

@@ -65,7 +65,8 @@ class Queue(Generic[T]):
         """Forget the ticket, if it still waits; its flow is not charged for it."""
         if ticket in self._waiting:
             self._waiting.remove(ticket)
-            ends = [other.tag + other.seconds for other in self._waiting if other.flow == ticket.flow and other.tag]
+            flow = [other for other in self._waiting if other.flow == ticket.flow]
+            ends = [other.tag + other.seconds for other in flow if other.tag is not None]
             self._ends[ticket.flow] = max(ends, default=0.0)
 
     def expire(self, now: float) -> list[T]:
@@ -80,20 +81,48 @@ class Queue(Generic[T]):
 
         ahead_of_time_s: for a device that is still at work. Nothing, unless the batch is full and takes no longer.
         """
-        head = next((ticket for ticket in self._waiting if can_run(ticket.model)), None)
+        head = self._head(can_run)
         if head is None:
             return []
+        batch, pixels = self._batch_of(head)
+        has_room = len(batch) < self.max_batch and pixels + head.pixels <= self.batch_pixels and not head.is_alone
+        if ahead_of_time_s is not None and (has_room or head.seconds * len(batch) > ahead_of_time_s):
+            return []
+        return self._taken(batch)
+
+    def take_short(self, can_run: Callable[[Any], bool], longest_s: float, latest_tag: float) -> list[T]:
+        """Return a batch to run between the steps of longer work, or nothing.
+
+        longest_s: bounds the batch's own seconds. latest_tag: the virtual time that the longer work has used up: what
+        is tagged later has had its share of the device and waits, so that short work never starves long work.
+        """
+        head = self._head(can_run)
+        if head is None or (head.tag or 0.0) > latest_tag or head.is_alone:
+            return []
+        batch, _ = self._batch_of(head)
+        return [] if head.seconds * len(batch) > longest_s else self._taken(batch)
+
+    def seconds_before(self, ticket: T) -> float:
+        """Return how much work of those that wait comes before this one."""
+        place = self._waiting.index(ticket)
+        return sum(before.seconds for before in self._waiting[:place])
+
+    def _head(self, can_run: Callable[[Any], bool]) -> T | None:
+        return next((ticket for ticket in self._waiting if can_run(ticket.model)), None)
+
+    def _batch_of(self, head: T) -> tuple[list[T], int]:
+        """The ticket with others of its key that fit one batch, and the pixels of all."""
         batch, pixels = [head], head.pixels
         for ticket in self._waiting:
             is_alike = ticket.key == head.key and ticket is not head and not (ticket.is_alone or head.is_alone)
             if is_alike and len(batch) < self.max_batch and pixels + ticket.pixels <= self.batch_pixels:
                 batch.append(ticket)
                 pixels += ticket.pixels
-        has_room = len(batch) < self.max_batch and pixels + head.pixels <= self.batch_pixels and not head.is_alone
-        if ahead_of_time_s is not None and (has_room or head.seconds * len(batch) > ahead_of_time_s):
-            return []
+        return batch, pixels
+
+    def _taken(self, batch: list[T]) -> list[T]:
         for ticket in batch:
             self._waiting.remove(ticket)
-        self._virtual_s = max(self._virtual_s, head.tag or 0.0)
+        self._virtual_s = max(self._virtual_s, batch[0].tag or 0.0)
         self._ends = {key: end for key, end in self._ends.items() if end > self._virtual_s}
         return batch

@@ -1,8 +1,8 @@
 """From the queue to the devices and back: batches, retries, hung workers. Knows engines, not what they do.
 
-Each engine gets its next batch while it decodes one, if that batch is full, so that the device does not wait for bytes.
-A worker that dies takes nothing along: what it had not started goes back to the queue, what it had started goes back
-once, alone.
+Each engine gets its next batch while it computes one, if that batch is full: the device never waits for bytes. While
+it computes a long one, it gets short batches too, to run between the steps of the long one. If a worker dies, jobs that
+it had not started go back to the queue; a job that it had started is tried once more, in a batch of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from server.batching import Queue, Ticket
 from server.config import ServerOptions
 from server.errors import DeadlinePassed, ModelUnavailable, ServerError, Unavailable, WorkerCrashed
+from server.load_failures import LoadFailures
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,10 @@ STAGED = 2  # batches in an engine: one on the device, one ready to be
 MAX_DEATHS = 2
 MAX_TRIES = 5
 STAGED_S = 0.25  # work that takes longer does not gain by being there early
+LONG_S = 1.0  # batches that take longer give way to shorter ones between their steps
+SHORT_SHARE = 0.25  # of the time that the long batch takes: what is short beside it
+LOOK_AGAIN_S = 0.25  # while short work waits for its share beside long work
+WATCH_S = 1.0  # between two looks at whether a batch makes progress
 
 
 @dataclass(eq=False, kw_only=True)
@@ -38,11 +43,14 @@ class Job(Ticket):
     started: float | None = None  # when a device last began with it
     deaths: int = 0  # of workers while they decoded it
     tries: int = 0  # that a worker's death ended, wherever the job was
+    least_seconds: float = 0.0  # what its work takes at least, 0 when that is not known
     on_start: Callable[[], None] = lambda: None
 
     @staticmethod
-    def of(request: VAERequest, *, seconds: float, deadline: float, is_alone: bool = False) -> Job:
-        """A job that arrives now."""
+    def of(
+        request: VAERequest, *, seconds: float, deadline: float, least_seconds: float = 0.0, is_alone: bool = False
+    ) -> Job:
+        """Make a job that arrives now. seconds: what its work usually takes on the device."""
         loop, work = asyncio.get_running_loop(), request.job
         half = Half(work.model, work.operation)
         return Job(
@@ -53,6 +61,7 @@ class Job(Ticket):
             arrived=loop.time(),
             deadline=deadline,
             is_alone=is_alone,
+            least_seconds=least_seconds,
             request=request,
             answer=loop.create_future(),
         )
@@ -77,20 +86,54 @@ class Job(Ticket):
 class Batch:
     """Jobs that go to a device together. An engine tells, on the loop, when it starts and when it is free again."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], beside: Batch | None = None) -> None:
+        """beside: a longer batch between whose steps this one may run."""
         self.jobs = jobs
+        self.beside = beside
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.decoded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._started_at = 0.0
+        self._gave_away_s = 0.0  # to batches that ran between its steps
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it may run between the steps of another batch."""
+        return self.beside is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long all of it usually takes on the device."""
+        return sum(job.seconds for job in self.jobs)
+
+    @property
+    def seconds_done(self) -> float:
+        """For how long the device has worked on it."""
+        if not self.started.done():
+            return 0.0
+        return asyncio.get_running_loop().time() - self._started_at - self._gave_away_s
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.seconds - self.seconds_done)
+
+    @property
+    def used_tag(self) -> float:
+        """The virtual time of the queue that this batch has used up so far."""
+        return (self.jobs[0].tag or 0.0) + self.seconds_done
 
     def start(self) -> None:
         if not self.started.done():
             for job in self.jobs:
                 job.start()
+            self._started_at = asyncio.get_running_loop().time()
             self.started.set_result(None)
 
     def free_device(self) -> None:
-        if not self.decoded.done():
-            self.decoded.set_result(None)
+        if self.decoded.done():
+            return
+        if self.beside and self.started.done():
+            self.beside._gave_away_s += self.seconds_done
+        self.decoded.set_result(None)
 
 
 class Devices(Protocol):
@@ -137,8 +180,19 @@ class Devices(Protocol):
         """On each device that holds it."""
         ...
 
+    def load_failure(self, half: Half) -> ModelUnavailable | None:
+        """The error of a direction that did not load, while no device will try it again; None otherwise.
+
+        Its `retry_after_s` says for how long that is.
+        """
+        ...
+
     async def answer(self, job: Job) -> Done:
-        """Queue the job and wait. Cancelling takes it out; once started, its result is dropped."""
+        """Queue the job and wait for its result. Cancelling takes it out of the queue, or stops its work.
+
+        Raises DeadlinePassed at once if it cannot be done in time, ModelUnavailable, WorkerCrashed, and what the
+        engine says of this job.
+        """
         ...
 
     async def close(self) -> None:
@@ -154,6 +208,11 @@ class Engine(Protocol):
     """Whatever owns one device: this process, or a worker process."""
 
     is_alive: bool
+
+    @property
+    def steps(self) -> int:
+        """How many steps of work have begun on the device. While it grows, the work makes progress."""
+        ...
 
     async def start(self, changed: Callable[[], None]) -> Sequence[Engine]:
         """Make it usable, and return engines for the other devices of its kind, not started. Raises ConfigError.
@@ -182,8 +241,8 @@ class Engine(Protocol):
         """Decode and render, loading first if it must; answers every job. Raises WorkerDied, the rest unanswered."""
         ...
 
-    def kill(self) -> None:
-        """End whatever hangs; `run` raises WorkerDied, and the engine comes back by itself."""
+    def kill(self, reason: str) -> None:
+        """End whatever hangs; `run` raises WorkerDied, and the engine comes back by itself. reason: for the log."""
         ...
 
     async def close(self) -> None:
@@ -206,7 +265,8 @@ class Dispatcher:
         self.batches: dict[Engine, set[Batch]] = defaultdict(set)
         self._hang_timeout_s = options.hang_timeout_s
         self._loading: set[tuple[Engine, Half]] = set()
-        self._refused: dict[tuple[Engine, Half], float] = {}  # an engine that could not load a model, until when
+        self._failures = LoadFailures(lambda: asyncio.get_running_loop().time())
+        self._looking: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -215,8 +275,16 @@ class Dispatcher:
             self.engines += await engine.start(self.pump)
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
-        engine = max(self._engines_for(model), key=lambda engine: engine.is_alive)
-        return await engine.describe(model, is_local_only=is_local_only)
+        engines = self._engines_for(model)
+        engine = max(engines, key=lambda engine: engine.is_alive)
+        try:
+            return await engine.describe(model, is_local_only=is_local_only)
+        except ModelUnavailable as error:
+            if not is_local_only:
+                log.error("%s", error.detail)
+                for operation in Operation:
+                    self._note_failure(engines, Half(model, operation), error)
+            raise
 
     async def load(self, model: str) -> None:
         for engine in self._engines_for(model):
@@ -225,10 +293,17 @@ class Dispatcher:
     def loaded(self, model: str) -> list[LoadedInfo]:
         return [info for engine in self.engines if (info := engine.loaded(model)) is not None]
 
+    def load_failure(self, half: Half) -> ModelUnavailable | None:
+        alive = [engine for engine in self._engines_for(half.model) if engine.is_alive]
+        return self._failures.find(alive, half)
+
     async def answer(self, job: Job) -> Done:
+        if failure := self.load_failure(job.model):
+            raise failure
         self.queue.put(job)
-        self.pump()
         try:
+            self._check_in_time(job)
+            self.pump()
             return await job.answer
         finally:
             self.queue.remove(job)
@@ -252,9 +327,7 @@ class Dispatcher:
 
     @property
     def seconds_ahead(self) -> float:
-        running = sum(job.seconds for batch in self._all_batches() for job in batch.jobs if not batch.decoded.done())
-        alive = sum(engine.is_alive for engine in self.engines)
-        return (running + sum(job.seconds for job in self.queue)) / max(1, alive)
+        return self._share(self._seconds_running + sum(job.seconds for job in self.queue))
 
     def pump(self) -> None:
         for late in self.queue.expire(asyncio.get_running_loop().time()):
@@ -268,7 +341,7 @@ class Dispatcher:
     def kill(self) -> None:
         """End every engine at once."""
         for engine in self.engines:
-            engine.kill()
+            engine.kill("the server ends")
 
     async def close(self) -> None:
         for task in list(self._tasks):
@@ -286,24 +359,73 @@ class Dispatcher:
         return sum(not batch.decoded.done() for batch in self.batches[engine])
 
     def _feed(self, engine: Engine) -> None:
-        """Models that are not there wait in the queue for their load, so that they keep nobody from the device."""
+        """Jobs whose weights are not loaded stay queued, so that loading a model never blocks the device."""
 
         def is_there(half: Half) -> bool:
             return engine.can_run(half.model) and _holds(engine, half)
 
-        while (undecoded := self._undecoded(engine)) < STAGED:
-            # While the device works, what waits may yet become a larger batch, and long work is staged soon enough.
-            jobs = self.queue.take(is_there, ahead_of_time_s=STAGED_S if undecoded else None)
-            if not jobs:
+        while self._undecoded(engine) < STAGED:
+            batch = self._next_batch(engine, is_there)
+            if batch is None:
                 return
-            batch = Batch(jobs)
             self.batches[engine].add(batch)
             self._spawn(self._run(engine, batch))
+
+    def _next_batch(self, engine: Engine, is_there: Callable[[Half], bool]) -> Batch | None:
+        on_device = next((batch for batch in self.batches[engine] if not batch.decoded.done()), None)
+        if on_device is None:
+            jobs = self.queue.take(is_there)
+        elif on_device.started.done() and (long_s := max(on_device.seconds, on_device.seconds_done)) > LONG_S:
+            jobs = self.queue.take_short(is_there, SHORT_SHARE * long_s, on_device.used_tag)
+            if jobs:
+                return Batch(jobs, beside=on_device)
+        else:
+            # A partial batch may still grow while it waits, and a long one gains nothing by being staged.
+            jobs = self.queue.take(is_there, ahead_of_time_s=STAGED_S)
+        if not jobs and self.queue:
+            self._look_again()
+        return Batch(jobs) if jobs else None
+
+    def _look_again(self) -> None:
+        """Pump after a while: what the device works on may turn out to be long, or may have had its share by then."""
+        if self._looking is None:
+
+            def look() -> None:
+                self._looking = None
+                self.pump()
+
+            self._looking = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, look)
+
+    @property
+    def _seconds_running(self) -> float:
+        return sum(batch.seconds_left for batch in self._all_batches() if not batch.decoded.done())
+
+    def _share(self, seconds: float) -> float:
+        """The time that so much work takes when all engines share it."""
+        return seconds / max(1, sum(engine.is_alive for engine in self.engines))
+
+    def _check_in_time(self, job: Job) -> None:
+        """Raise DeadlinePassed when by all that is known the job cannot be done before its deadline."""
+        if not job.least_seconds:
+            return
+        left_s = job.deadline - asyncio.get_running_loop().time()
+        waits_s = self._share(self.queue.seconds_before(job) + self._seconds_running)
+        if job.least_seconds > left_s:
+            raise DeadlinePassed(
+                f"this takes about {job.least_seconds:.3g} s, its deadline is in {left_s:.3g} s; "
+                "send a smaller request, or allow more time with X-Request-Timeout or --request-timeout-s"
+            )
+        if waits_s + job.least_seconds > left_s:
+            raise DeadlinePassed(
+                f"about {waits_s:.3g} s of other requests come first and this takes about {job.least_seconds:.3g} s, "
+                f"its deadline is in {left_s:.3g} s; try later, or allow more time with X-Request-Timeout",
+                retry_after_s=max(1, round(waits_s)),
+            )
 
     def _load_what_waits(self, engine: Engine) -> None:
         """A model that no engine has, or that this one lacks while it is idle."""
         for half in dict.fromkeys(job.model for job in self.queue):
-            if not engine.can_run(half.model) or _holds(engine, half) or self._is_refused(engine, half):
+            if not engine.can_run(half.model) or _holds(engine, half) or self._failures.find([engine], half):
                 continue
             is_wanted = not self._is_coming(half) or not self._undecoded(engine)
             if is_wanted and (engine, half) not in self._loading:
@@ -315,22 +437,28 @@ class Dispatcher:
         alive = (engine for engine in self.engines if engine.is_alive)
         return any(_holds(engine, half) or (engine, half) in self._loading for engine in alive)
 
-    def _is_refused(self, engine: Engine, half: Half) -> bool:
-        return self._refused.get((engine, half), 0.0) > asyncio.get_running_loop().time()
+    def _note_failure(self, engines: Sequence[Engine], half: Half, error: ModelUnavailable) -> None:
+        """Remember it, answer those who wait for it, and let the next attempt begin when the time is over."""
+        for engine in engines:
+            self._failures.note(engine, half, error)
+        if failure := self.load_failure(half):
+            for job in self._waiting_for(half):
+                self.queue.remove(job)
+                job.failed(failure)
+        asyncio.get_running_loop().call_later(error.retry_after_s or 0, self.pump)
 
     async def _load(self, engine: Engine, half: Half) -> None:
         try:
             await engine.load(*half)
         except ModelUnavailable as error:
-            self._refused[engine, half] = asyncio.get_running_loop().time() + (error.retry_after_s or 0)
-            self._fail_waiting(half, error)
+            log.error("%s", error.detail)
+            self._note_failure([engine], half, error)
         except Unavailable:  # the worker died, perhaps of this load
             for job in self._waiting_for(half):
                 self._count_death(job)
         except Exception as error:  # the border of a load: every waiter is answered
             log.exception("%s failed to load", half.model)
-            self._refused[engine, half] = asyncio.get_running_loop().time() + STAGED_S
-            self._fail_waiting(half, error)
+            self._note_failure([engine], half, ModelUnavailable(half.model, f"{half.model}: {error!r}"))
         finally:
             self._loading.discard((engine, half))
             self.pump()
@@ -338,20 +466,12 @@ class Dispatcher:
     def _waiting_for(self, half: Half) -> list[Job]:
         return [job for job in self.queue if job.model == half]
 
-    def _fail_waiting(self, half: Half, error: Exception) -> None:
-        """Unless another engine may still load it."""
-        others = (engine for engine in self.engines if engine.is_alive and engine.can_run(half.model))
-        if any(not self._is_refused(engine, half) for engine in others):
-            return
-        for job in self._waiting_for(half):
-            self.queue.remove(job)
-            job.failed(error)
-
     async def _run(self, engine: Engine, batch: Batch) -> None:
         batch.decoded.add_done_callback(lambda _: self.pump())
         watch = self._spawn(self._watch(engine, batch))
         try:
             await engine.run(batch)
+            self._note_failed_load(engine, batch)
         except WorkerDied:
             self._retry(batch)
         except Exception as error:  # the border of a batch: every waiter is answered
@@ -364,17 +484,31 @@ class Dispatcher:
             self.batches[engine].discard(batch)
             batch.free_device()
 
-    async def _watch(self, engine: Engine, batch: Batch) -> None:
-        """A kernel or an encoder that hangs cannot be cancelled, only its process can be ended.
+    def _note_failed_load(self, engine: Engine, batch: Batch) -> None:
+        """A model may have been unloaded after its jobs were taken, and fail to load again."""
+        for answer in (job.answer for job in batch.jobs):
+            if answer.done() and not answer.cancelled() and isinstance(answer.exception(), ModelUnavailable):
+                error = answer.exception()
+                assert isinstance(error, ModelUnavailable)
+                log.error("%s", error.detail)
+                self._note_failure([engine], batch.jobs[0].model, error)
+                return
 
-        The time counts from the start: a client with little patience, or one that waited long, does no harm to others.
+    async def _watch(self, engine: Engine, batch: Batch) -> None:
+        """End the engine's process when its work makes no progress for `hang_timeout_s`.
+
+        A kernel or an encoder that hangs cannot be cancelled. Work that goes on step by step is never ended, however
+        long it takes. Twice the time before the batch has started, because it waits for the one before it.
         """
-        # What was handed over waits for no more than the batch before it.
-        await asyncio.wait([batch.started], timeout=2 * self._hang_timeout_s)
-        if batch.started.done():
-            await asyncio.sleep(self._hang_timeout_s)
-        log.error("a request is in work for more than %g s; its worker is ended", self._hang_timeout_s)
-        engine.kill()
+        clock = asyncio.get_running_loop().time
+        steps, since = engine.steps, clock()
+        while True:
+            await asyncio.sleep(min(WATCH_S, self._hang_timeout_s / 4))
+            if engine.steps != steps and not batch.decoded.done():
+                steps, since = engine.steps, clock()
+            if clock() - since > self._hang_timeout_s * (1 if batch.started.done() else 2):
+                engine.kill(f"a request made no progress for {self._hang_timeout_s:g} s")
+                return
 
     def _retry(self, batch: Batch) -> None:
         was_on_device = batch.started.done() and not batch.decoded.done()
@@ -391,7 +525,7 @@ class Dispatcher:
         if job.deaths < MAX_DEATHS and job.tries < MAX_TRIES:
             return True
         self.queue.remove(job)
-        job.failed(WorkerCrashed("the worker that decoded this ended again; the server's log says why"))
+        job.failed(WorkerCrashed("the worker that ran this request ended again; the server's log says why"))
         return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

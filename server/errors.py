@@ -177,12 +177,12 @@ class ModelUnavailable(Unavailable):
     """The model cannot be loaded. `str(error)` is for clients; `detail` may name paths and is for the operator."""
 
     code = "model_unavailable"
-    retry_after_s = 60
 
-    def __init__(self, model: str, detail: str) -> None:
+    def __init__(self, model: str, detail: str, retry_after_s: int = 60) -> None:
         super().__init__(f"the model '{model}' cannot be loaded on this server; its log says why, tell its operator")
         self.model = model
         self.detail = detail
+        self.retry_after_s = retry_after_s
 
 
 class WorkerCrashed(ServerError):
@@ -202,6 +202,10 @@ class DeadlinePassed(ServerError):
 
     status = 504
     code = "deadline_passed"
+
+    def __init__(self, sentence: str, retry_after_s: int | None = None) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
 
 
 class ConfigError(Exception):

@@ -10,7 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 # What `extra` of a log call may hold, in this order. None of them is a payload, a key or a path.
-FIELDS = ("request_id", "route", "model", "caller", "status", "ms")
+FIELDS = (
+    *("request_id", "route", "model", "caller", "status", "code", "ms"),
+    *("queue_ms", "size", "bytes_in", "bytes_out"),
+)
 # C0, DEL, C1 and the line and paragraph separators: what ends a line or moves a terminal's cursor.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 

@@ -6,22 +6,21 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
+from server.admission import Admission, Admissions
 from server.config import Settings
 from server.dispatch import Devices, Job
 from server.errors import ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
+from server.estimates import Estimates
 from server.metrics import Metrics
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, Rendered, VAERequest
 
 log = logging.getLogger(__name__)
-
-FIRST_GUESS_S_PER_PIXEL = 1e-6
-SMALL_PIXELS = 256 * 256  # below, a decode costs what it costs at any size
-MEMORY = 0.3  # of the last decode in the estimate of the next
 
 
 class State(StrEnum):
@@ -35,29 +34,15 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A rendered picture, or latents, and where its time went."""
+    """A rendered image or video, or latents, and where its time went. size: its pixels, as the log shows them."""
 
     rendered: Rendered
     operation: Operation
+    size: str
     queue_ms: float
     device_ms: float
     render_ms: float
     is_upcast: bool
-
-
-class Admission:
-    """A request's place among the accepted ones, from before its body is read until its answer is sent."""
-
-    def __init__(self, service: Service, deadline: float) -> None:
-        self.deadline = deadline
-        self.size_bytes = 0
-        self._service = service
-
-    def reserve(self, size_bytes: int) -> None:
-        """For the request and its answer, before the body is read. Raises QueueFull."""
-        self.size_bytes = 0
-        self._service.check_bytes(size_bytes)
-        self.size_bytes = size_bytes
 
 
 class Service:
@@ -70,12 +55,14 @@ class Service:
         self.failure: ModelUnavailable | ConfigError | None = None
         self.infos: dict[str, ModelInfo] = {}
         self._devices = devices
-        self._failed: dict[Half, float] = {}  # models that did not load, until when that is believed
-        self._admissions: set[Admission] = set()
-        self._answering = 0  # admitted, and the whole request is here
+        self._answering = 0  # requests that are here as a whole, and whose answer is not sent yet
         self._nothing_to_answer = asyncio.Event()
-        self._s_per_pixel: dict[Half, float] = {}
-        metrics.watch_queue(lambda: devices.waiting, lambda: devices.running, lambda: self._size_bytes)
+        options = settings.options
+        self._admissions = Admissions(
+            options.max_queue_mb << 20, lambda: options.max_queue * self._devices.count, self._queue_full
+        )
+        self._estimates = Estimates(lambda: asyncio.get_running_loop().time())
+        metrics.watch_queue(lambda: devices.waiting, lambda: devices.running, lambda: self._admissions.size_bytes)
         for name in settings.models:
             metrics.model_loaded.labels(name).set_function(partial(self._holders, name))
 
@@ -138,12 +125,16 @@ class Service:
             raise UnknownModel(f"no such model here; known models: {known}")
         return name
 
-    async def describe(self, name: str) -> ModelInfo:
-        """What is known of a model before it is loaded. Raises ModelUnavailable."""
+    async def describe(self, name: str, operation: Operation = Operation.DECODE) -> ModelInfo:
+        """Return what is known of a model before it is loaded.
+
+        Raises ModelUnavailable, also when this direction of it failed to load and is not tried again yet.
+        """
+        if failure := self._devices.load_failure(Half(name, operation)):
+            raise failure
         known = self.infos.get(name)
         if known is None or known.is_assumed:
-            with self._noting_failure(Half(name)):
-                self.infos[name] = await self._devices.describe(name)
+            self.infos[name] = await self._devices.describe(name)
         return self.infos[name]
 
     def loaded(self, name: str) -> list[LoadedInfo]:
@@ -154,7 +145,7 @@ class Service:
         """`loaded`, `not loaded` or `failed`."""
         if self.loaded(name):
             return "loaded"
-        return "failed" if self._failed.get(Half(name), 0.0) > asyncio.get_running_loop().time() else "not loaded"
+        return "failed" if self._devices.load_failure(Half(name)) else "not loaded"
 
     def check_ready(self) -> None:
         """Raises Unavailable unless requests are taken."""
@@ -164,52 +155,60 @@ class Service:
             case State.DRAINING:
                 raise Unavailable("the server is shutting down and takes no new requests; try again later")
             case State.FAILED:
-                raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
+                raise Unavailable("a model that this server needs did not load; its log says why")
         if not self._devices.is_alive:
             raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
 
+    def failed_models(self) -> list[str]:
+        """Return the models that did not load and are not tried again yet."""
+        return [name for name in self.settings.models if self.model_state(name) == "failed"]
+
     def check_can_serve(self) -> None:
-        """Raises Unavailable unless requests are taken and there is a model that has not failed to load."""
+        """Raise Unavailable unless requests are taken and there is a model that has not failed to load."""
         self.check_ready()
-        if all(self.model_state(name) == "failed" for name in self.settings.models):
-            raise Unavailable("no model of this server loads; its log says why, tell its operator")
+        if len(self.failed_models()) == len(self.settings.models):
+            raise Unavailable("no model of this server loads; its log says why")
 
-    def check_bytes(self, size_bytes: int) -> None:
-        """Raises QueueFull when so much more would be too much; one request alone is never."""
-        held = self._size_bytes
-        if held and held + size_bytes > self.settings.options.max_queue_mb << 20:
-            raise self._queue_full("the accepted requests hold as many bytes as this server allows")
+    @contextmanager
+    def admitted(self, peer: str, patience_s: float | None = None) -> Iterator[Admission]:
+        """Let a request in, from its head to the end of its answer. peer: the address that it came from.
 
-    @asynccontextmanager
-    async def admitted(self, patience_s: float | None = None) -> AsyncIterator[Admission]:
-        """A place among the accepted requests. One deadline covers all of it, the client's if that is earlier.
-
-        Raises Unavailable, QueueFull, DeadlinePassed.
+        patience_s: the client's own limit; the deadline is the earlier of this and the server's.
+        Raises Unavailable and QueueFull.
         """
         self.check_ready()
-        self._check_places()
+        self._admissions.check_place(peer)
         timeout_s = min(self.settings.options.request_timeout_s, patience_s or math.inf)
-        admission = Admission(self, asyncio.get_running_loop().time() + timeout_s)
-        self._admissions.add(admission)
+        with self._admissions.admit(peer, asyncio.get_running_loop().time() + timeout_s) as admission:
+            yield admission
+
+    def check_room(self, size_bytes: int) -> None:
+        """Raise QueueFull when a request that will need so many bytes has no chance now; nothing is reserved."""
+        self._admissions.check_room(size_bytes)
+
+    def keep_until(self, future: asyncio.Future[Any], admission: Admission) -> None:
+        """Count a request's bytes until a thread is done with them, even if the request ends before."""
+        self._admissions.keep_until(future, admission)
+
+    @asynccontextmanager
+    async def in_time(self, admission: Admission) -> AsyncIterator[None]:
+        """Bound a request's time from its head until its answer is made. Raises DeadlinePassed.
+
+        Sending is not part of it: an answer may be large and its reader slow, which the protocol bounds by progress.
+        """
+        started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(admission.deadline):
-                yield admission
+                yield
         except TimeoutError:
             raise DeadlinePassed(
-                f"not done after {timeout_s:g} s, the deadline of a request; "
-                "send fewer or smaller latents, or try later"
+                f"not done after {admission.deadline - started:.3g} s, the deadline of a request; "
+                "send fewer or smaller latents or images, or try later"
             ) from None
-        finally:
-            self._admissions.discard(admission)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """From when the whole request is here until its answer is sent: what a drain waits for.
-
-        Raises QueueFull: the places may have been taken since the head came. A body on its way takes none, or a few
-        clients that send slowly would keep all others out; bytes and time bound those.
-        """
-        self._check_places()
+        """Count a request that is here as a whole until its answer is sent: a drain waits for it."""
         self._answering += 1
         try:
             yield
@@ -218,16 +217,15 @@ class Service:
             if not self._answering:
                 self._nothing_to_answer.set()
 
-    def _check_places(self) -> None:
-        if self._answering >= self.settings.options.max_queue * self._devices.count:
-            raise self._queue_full(f"{self._answering} requests wait already")
+    def place(self, admission: Admission) -> AbstractContextManager[None]:
+        """Hold one of the places of requests that wait or are computed. Raises QueueFull."""
+        return self._admissions.place(admission.peer)
 
     async def answer(self, request: VAERequest, admission: Admission) -> Answer:
-        """Queue, decode or encode, render. Raises what the engine raises."""
+        """Queue, decode or encode, render. Raises what `Devices.answer` raises."""
         job = self._job(request, admission)
         try:
-            with self._noting_failure(job.model):
-                done = await self._devices.answer(job)
+            done = await self._devices.answer(job)
         except asyncio.CancelledError:
             if asyncio.get_running_loop().time() < admission.deadline:
                 self.metrics.cancelled.labels("queued" if job.started is None else "running").inc()
@@ -236,29 +234,18 @@ class Service:
         return self._account(job, done, queue_s=started - job.arrived)
 
     def _job(self, request: VAERequest, admission: Admission) -> Job:
-        work = request.job
-        rate = self._s_per_pixel.get(Half(work.model, work.operation), FIRST_GUESS_S_PER_PIXEL)
-        seconds = max(work.geometry.pixels, SMALL_PIXELS) * rate
-        return Job.of(request, seconds=seconds, deadline=admission.deadline)
-
-    @contextmanager
-    def _noting_failure(self, half: Half) -> Iterator[None]:
-        try:
-            yield
-        except ModelUnavailable as error:
-            now = asyncio.get_running_loop().time()
-            if self._failed.get(half, 0.0) <= now:  # once for each try, not for each client that hears of it
-                log.error("%s", error.detail)
-                self._failed[half] = now + (error.retry_after_s or 0)
-            raise
-        self._failed.pop(half, None)
+        half, pixels = Half(request.job.model, request.job.operation), request.job.geometry.pixels
+        return Job.of(
+            request,
+            seconds=self._estimates.seconds(half, pixels),
+            least_seconds=self._estimates.least_seconds(half, pixels),
+            deadline=admission.deadline,
+        )
 
     def _account(self, job: Job, done: Done, queue_s: float) -> Answer:
         metrics, (model, operation) = self.metrics, job.model
         device_s = done.device_ms / 1e3
-        latest = device_s / (done.batch_size * max(job.pixels, SMALL_PIXELS))
-        usual = self._s_per_pixel.get(job.model, latest)
-        self._s_per_pixel[job.model] = (1 - MEMORY) * usual + MEMORY * latest
+        self._estimates.note(job.model, job.pixels, device_s / done.batch_size)
         metrics.queue_wait_s.observe(queue_s)
         (metrics.encode_s if operation is Operation.ENCODE else metrics.decode_s).labels(model).observe(device_s)
         metrics.render_s.labels(job.request.format).observe(done.render_ms / 1e3)
@@ -270,7 +257,8 @@ class Service:
             metrics.out_of_memory.labels(step).inc()
         if done.is_upcast:
             metrics.nonfinite.labels("output").inc()
-        return Answer(done.rendered, operation, queue_s * 1e3, done.device_ms, done.render_ms, done.is_upcast)
+        size = job.request.job.geometry.size_text
+        return Answer(done.rendered, operation, size, queue_s * 1e3, done.device_ms, done.render_ms, done.is_upcast)
 
     def _queue_full(self, what: str) -> QueueFull:
         wait_s = max(1, math.ceil(self._devices.seconds_ahead))
@@ -278,10 +266,6 @@ class Service:
 
     def _holders(self, model: str) -> int:
         return len(self.loaded(model))
-
-    @property
-    def _size_bytes(self) -> int:
-        return sum(admission.size_bytes for admission in self._admissions)
 
     def _aliases(self) -> set[str]:
         return {alias for entry in self.settings.models.values() for alias in entry.aliases}

@@ -128,6 +128,12 @@ class Geometry:
         return self.latent_shape, self.num_frames, self.height, self.width, self.arguments
 
     @property
+    def size_text(self) -> str:
+        """`HEIGHTxWIDTH`, or `BATCHxFRAMESxHEIGHTxWIDTH` where there is more than one image."""
+        count = f"{self.batch}x{self.num_frames}x" if self.batch * self.num_frames > 1 else ""
+        return f"{count}{self.height}x{self.width}"
+
+    @property
     def pixels(self) -> int:
         """Of all pictures and frames."""
         return self.batch * self.num_frames * self.height * self.width

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from server.config import Settings
 from server.engine import loader, pipeline, runner, tensors, worker
+from server.engine.coder import Coded
 from server.engine.exact import ExactKLDecoder
 from server.outputs import format_named
 from server.types import Layout
@@ -24,6 +26,7 @@ from server.types import Layout
 CRASH, CRASH_ONCE, HANG, WAIT = 1001.0, 1002.0, 1003.0, 1004.0
 MEMORY_ONCE, MEMORY_TWICE, MEMORY_ALWAYS = 1005.0, 1006.0, 1007.0
 OVERFLOW, LOST_DEVICE_ONCE, DISK_FULL, SLOW_RENDER, BUG = 1008.0, 1009.0, 1010.0, 1011.0, 1012.0
+STEPS = 1013.0  # works step by step until the gate is opened
 FAULTS = {value: name for name, value in vars().items() if isinstance(value, float)}
 
 
@@ -38,14 +41,14 @@ def main(connection: socket.socket, settings: Settings) -> None:
 
     loader.load_vae = faulty_load
 
-    def faulty(self: ExactKLDecoder, latents: torch.Tensor, layout: Layout, emit: Any = None) -> torch.Tensor:
+    def faulty(self: ExactKLDecoder, latents: torch.Tensor, layout: Layout, **rest: Any) -> Coded:
         (folder / "decodes").open("a").write("." * len(latents))
         for latent in latents:
-            fail(float(latent.flatten()[0]), folder, self)
-        picture = decode(self, latents, layout, emit)
+            fail(float(latent.flatten()[0]), folder, rest["budget_bytes"], rest["check"])
+        coded = decode(self, latents, layout, **rest)
         if any(float(latent.flatten()[0]) == OVERFLOW for latent in latents) and latents.dtype != torch.float32:
-            self.finite = torch.zeros((), dtype=torch.bool)
-        return picture
+            return Coded(coded.tensor, torch.zeros((), dtype=torch.bool))
+        return coded
 
     ExactKLDecoder.decode = faulty
     render = runner.Runner._render
@@ -72,7 +75,7 @@ class Full:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def fail(fault: float, folder: Path, decoder: ExactKLDecoder) -> None:
+def fail(fault: float, folder: Path, budget_bytes: int | None, check: Callable[[], None]) -> None:
     match FAULTS.get(fault):
         case "CRASH":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -80,11 +83,15 @@ def fail(fault: float, folder: Path, decoder: ExactKLDecoder) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "HANG":
             time.sleep(1000)
+        case "STEPS":
+            while not (folder / "open").exists():
+                time.sleep(0.005)
+                check()
         case "WAIT":
             wait_for(folder / "open")
         case "MEMORY_ONCE" if is_first(folder / "memory"):
             raise torch.OutOfMemoryError
-        case "MEMORY_TWICE" if decoder.memory_budget_bytes != pipeline.SMALLEST_BUDGET_BYTES:
+        case "MEMORY_TWICE" if budget_bytes != pipeline.SMALLEST_BUDGET_BYTES:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         case "MEMORY_ALWAYS":
             raise torch.OutOfMemoryError

@@ -146,7 +146,7 @@ def test_both_directions_share_a_worker_and_come_back_after_its_death(start: Sta
         assert all(answer.result().content == picture for answer in decoded)
         assert holds() == ("exact", "exact")
         pid = served.engine.pid
-        served.engine.kill()
+        served.engine.kill("the test wants it")
         served.until(lambda pid=pid: served.engine.pid != pid and holds() == ("exact", "exact"))
 
 

@@ -23,8 +23,8 @@ class LocalEngine:
 
     is_alive = True
 
-    def __init__(self, settings: Settings, on_hang: Callable[[], None] = lambda: None) -> None:
-        """on_hang: called when a decode takes longer than `hang_timeout_s`; this cannot end it."""
+    def __init__(self, settings: Settings, on_hang: Callable[[str], None] = lambda _: None) -> None:
+        """on_hang: called with the reason when work makes no progress for `hang_timeout_s`; this cannot end it."""
         if settings.options.threads is not None:
             torch.set_num_threads(settings.options.threads)
         self.runner = Runner(settings)
@@ -40,6 +40,10 @@ class LocalEngine:
         describe = self.runner.sync.describe
         return await asyncio.get_running_loop().run_in_executor(self._files, describe, model, is_local_only)
 
+    @property
+    def steps(self) -> int:
+        return self.runner.steps
+
     def can_run(self, model: str) -> bool:
         return True
 
@@ -54,7 +58,7 @@ class LocalEngine:
         return self.runner.sync.loaded(model)
 
     async def run(self, batch: Batch) -> None:
-        self.runner.submit([job.request for job in batch.jobs], LoopListener(batch))
+        self.runner.submit([job.request for job in batch.jobs], LoopListener(batch), is_short=batch.is_short)
         await batch.decoded
         await asyncio.wait([job.answer for job in batch.jobs])
 

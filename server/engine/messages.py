@@ -13,8 +13,11 @@ LENGTH_BYTES = 8
 
 
 class Decode(msgspec.Struct, tag=True, frozen=True):
+    """Decodes or encodes of one key. is_short: they may run between the steps of longer work."""
+
     batch: int
     requests: list[VAERequest]
+    is_short: bool = False
 
 
 class Drop(msgspec.Struct, tag=True, frozen=True):
@@ -22,6 +25,16 @@ class Drop(msgspec.Struct, tag=True, frozen=True):
 
     batch: int
     index: int
+
+
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    """Asks whether the worker still responds."""
+
+
+class Pong(msgspec.Struct, tag=True, frozen=True):
+    """steps: how many steps of work have begun on the device since the worker started."""
+
+    steps: int
 
 
 class Describe(msgspec.Struct, tag=True, frozen=True):
@@ -100,8 +113,8 @@ class Holds(msgspec.Struct, tag=True, frozen=True):
     models: dict[str, LoadedInfo]
 
 
-ToWorker = Decode | Drop | Describe | Load
-FromWorker = Ready | Unusable | Started | Decoded | Answered | Failed | Replied | Holds
+ToWorker = Decode | Drop | Ping | Describe | Load
+FromWorker = Pong | Ready | Unusable | Started | Decoded | Answered | Failed | Replied | Holds
 
 to_worker = msgspec.msgpack.Decoder(ToWorker)
 from_worker = msgspec.msgpack.Decoder(FromWorker)

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from server.engine.decoders import Decoder
-from server.engine.encoders import Encoder
+from server.engine.coder import Decoder, Encoder
 from server.families import Family
 from server.types import LatentSpec, LoadedInfo
 
 
-class Coder(Protocol):
-    """What a Decoder and an Encoder share."""
-
-    name: str
-    finite: torch.Tensor
-    memory_budget_bytes: int | None
-
-
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """One direction of a VAE, ready to run: the decoder or the encoder is there."""
+    """One direction of a VAE, ready to run: either the decoder or the encoder is there.
+
+    budget_bytes: most memory that the activations of a run may take; None: what is free on the device at that time.
+    """
 
     family: Family
     spec: LatentSpec
@@ -31,11 +24,12 @@ class LoadedModel:
     dtype: torch.dtype
     weight_bytes: int
     info: LoadedInfo
+    budget_bytes: int | None = None
     decoder: Decoder | None = None
     encoder: Encoder | None = None
 
     @property
-    def coder(self) -> Coder:
+    def coder(self) -> Decoder | Encoder:
         coder = self.decoder or self.encoder
         assert coder is not None
         return coder

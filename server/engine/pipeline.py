@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from server.engine.coder import Check, Coded, Emit, Stopped, go_on
 from server.engine.encoders.posterior import latents_of
 from server.engine.inputs import prepared
 from server.engine.model import LoadedModel
@@ -32,33 +33,40 @@ class Stream(Protocol):
     def abandon(self) -> None: ...
 
 
-def run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | Exception]:
+def run(
+    model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None, check: Check = go_on
+) -> list[Computed | Exception]:
     """Run jobs of one key together; each gets what it would have got alone, or its own error.
 
-    stream: for one job, receives its frames as they are done. The errors: BadRequest, TooLargeForDevice,
-    NonFiniteOutput of half precision that overflowed, and whatever torch raises.
+    stream: for one job, receives its frames as they are done. check: called between the steps of the work.
+    The errors returned: BadRequest, TooLargeForDevice, NonFiniteOutput where half precision overflowed, and whatever
+    torch raises. Raises Stopped.
     """
     try:
         with torch.inference_mode():
-            return list(_run(model, jobs, stream))
-    except Exception as error:  # noqa: BLE001  # whoever is to blame, the others must not pay
+            return list(_run(model, jobs, stream, check))
+    except Stopped:
+        raise
+    except Exception as error:  # noqa: BLE001  # one bad item must not fail the batch: each is run again alone
         failure: Exception = error
     if is_out_of_memory(failure):
         _free_caches(model)
         failure = _too_large(jobs[0])
     if len(jobs) > 1:
-        return [run(model, [job])[0] for job in jobs]
+        return [run(model, [job], check=check)[0] for job in jobs]
     return [failure]
 
 
-def _run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None) -> list[Computed | ServerError]:
+def _run(
+    model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None, check: Check
+) -> list[Computed | ServerError]:
     started = time.perf_counter()
     inputs = [prepared(model, job) for job in jobs]
     good = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
     if not good:
         return [error for error in inputs if isinstance(error, ServerError)]
     compute = _encode if jobs[0].operation is Operation.ENCODE else _decode
-    output, oom_steps = compute(model, torch.cat(good), jobs[0], stream)
+    output, oom_steps = compute(model, torch.cat(good), jobs[0], stream, check)
     rows = output.shape[0] // sum(len(tensor) for tensor in good)  # a clip's frames may be the first axis
     parts = iter(torch.split(output, [rows * len(tensor) for tensor in good]))
     outcomes = [
@@ -73,22 +81,30 @@ def _run(model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None) -> l
 
 
 def _decode(
-    model: LoadedModel, latents: torch.Tensor, job: VAEJob, stream: Stream | None
+    model: LoadedModel, latents: torch.Tensor, job: VAEJob, stream: Stream | None, check: Check
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """The pixels in the layout asked for."""
+    """Return the pixels in the layout asked for, and the steps taken for lack of memory."""
     decoder = model.decoder
     assert decoder is not None
-    arguments = dict(job.geometry.arguments)
-    return _within_memory(model, stream, lambda emit: decoder.decode(latents, job.layout, emit, **arguments))
+
+    def compute(budget_bytes: int | None, emit: Emit | None) -> Coded:
+        arguments = dict(job.geometry.arguments)
+        return decoder.decode(latents, job.layout, budget_bytes=budget_bytes, emit=emit, check=check, **arguments)
+
+    return _within_memory(model, stream, compute)
 
 
 def _encode(
-    model: LoadedModel, pixels: torch.Tensor, job: VAEJob, stream: Stream | None
+    model: LoadedModel, pixels: torch.Tensor, job: VAEJob, stream: Stream | None, check: Check
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """The posterior's parameters, or latents where there is no posterior."""
+    """Return the posterior's parameters, or latents where there is no posterior, and the steps taken for memory."""
     encoder = model.encoder
     assert encoder is not None
-    return _within_memory(model, None, lambda _: encoder.encode(pixels))
+
+    def compute(budget_bytes: int | None, _emit: Emit | None) -> Coded:
+        return encoder.encode(pixels, budget_bytes=budget_bytes, check=check)
+
+    return _within_memory(model, None, compute)
 
 
 def _answer(model: LoadedModel, output: torch.Tensor, job: VAEJob) -> RawTensor:
@@ -101,13 +117,13 @@ def _answer(model: LoadedModel, output: torch.Tensor, job: VAEJob) -> RawTensor:
 def _within_memory(
     model: LoadedModel,
     stream: Stream | None,
-    compute: Callable[[Callable[[torch.Tensor], None] | None], torch.Tensor],
+    compute: Callable[[int | None, Emit | None], Coded],
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Compute, walking down when memory runs out: free the caches, then the smallest bands.
+    """Compute; when memory runs out, free the caches and try again, then with the smallest bands.
 
-    Returns the steps that were needed too. Raises NonFiniteOutput, and the last step's lack of memory.
+    compute: takes the memory budget in bytes and where finished frames go. Returns its tensor and the steps that were
+    needed. Raises NonFiniteOutput, Stopped, and the lack of memory of the last step.
     """
-    coder, usual = model.coder, model.coder.memory_budget_bytes
     emit = stream.write if stream else None
     steps: list[str] = []
     for step in STEPS:
@@ -115,20 +131,17 @@ def _within_memory(
             steps.append(step)
             _free_caches(model)
         try:
-            coder.memory_budget_bytes = SMALLEST_BUDGET_BYTES if step == "smallest_bands" else usual
-            output = compute(emit)
+            coded = compute(SMALLEST_BUDGET_BYTES if step == "smallest_bands" else model.budget_bytes, emit)
         except Exception as error:  # out of memory has many classes, and whatever it is, the stream's reader must know
             _abandon(stream)
             stream = emit = None
             if not is_out_of_memory(error) or step == STEPS[-1]:
                 raise
             continue
-        finally:
-            coder.memory_budget_bytes = usual
-        if not bool(coder.finite):
+        if not bool(coded.finite):
             _abandon(stream)
             raise NonFiniteOutput
-        return output, tuple(steps)
+        return coded.tensor, tuple(steps)
     raise AssertionError("the last step returns or raises")
 
 

@@ -31,8 +31,12 @@ WORKER = "server.engine.worker"
 READ_AHEAD_BYTES = 16 << 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+OOM_KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))  # each has a line `oom_kill N`
 DEATHS_AT_START = 3
 CLOSE_S = 2.0
+# A worker that says nothing for so many beats is stuck as a whole: stopped, swapped out, or one thread keeps all others
+# from running. Python's own work never does for so long, even on a busy machine.
+BEAT_S, BEATS_MISSED = 1.0, 15
 
 # How often an OpenMP thread looks before it sleeps. libgomp's own 300,000 looks are some 10 ms: when another process
 # takes a core, each parallel region of a decode waits as long for its preempted thread. On two cores a 512x512 decode
@@ -90,7 +94,10 @@ class ProcessEngine:
         self._supervising: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
         self._restoring: asyncio.Task[None] | None = None
-        self._has_answered = False  # the worker of now: one that never did waits longer for its successor
+        self.steps = 0  # of work that the worker has begun
+        self._has_answered = False  # whether this worker ever did: if not, the next one starts later
+        self._ended_because: str | None = None  # why this side ended the worker
+        self._beats_missed = 0
 
     @property
     def pid(self) -> int | None:
@@ -134,7 +141,7 @@ class ProcessEngine:
         for index, job in enumerate(batch.jobs):
             job.answer.add_done_callback(partial(self._after, number, index))
         try:
-            await self._send(messages.Decode(number, [job.request for job in batch.jobs]))
+            await self._send(messages.Decode(number, [job.request for job in batch.jobs], batch.is_short))
             await ended
         finally:
             del self._batches[number]
@@ -142,8 +149,9 @@ class ProcessEngine:
             if not ended.cancelled():
                 ended.exception()
 
-    def kill(self) -> None:
+    def kill(self, reason: str) -> None:
         if self._process:
+            self._ended_because = reason
             self._process.kill()
 
     async def close(self) -> None:
@@ -195,7 +203,8 @@ class ProcessEngine:
         """One worker after another."""
         deaths = 0
         while True:
-            self._has_answered = False
+            self._has_answered, self._ended_because = False, None
+            oom_kills = count_oom_kills()
             try:
                 await self._live()
             except Exception:  # the border of a worker: whatever it was, another one is tried
@@ -209,7 +218,7 @@ class ProcessEngine:
             if deaths >= DEATHS_AT_START and not self._first.done():
                 self._first.set_exception(ConfigError("the worker process ends as it starts; the log above says why"))
                 return
-            self._metrics.worker_restarts.labels(await self._cause()).inc()
+            self._metrics.worker_restarts.labels(await self._cause(oom_kills)).inc()
             await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**deaths))
 
     async def _live(self) -> None:
@@ -225,15 +234,37 @@ class ProcessEngine:
             raise
         self._process = process
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=READ_AHEAD_BYTES)
+        beating = asyncio.create_task(self._beat())
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(messages.LENGTH_BYTES), "little")
+                self._beats_missed = 0
                 self._hear(messages.from_worker.decode(await reader.readexactly(length)))
         except (asyncio.IncompleteReadError, ConnectionError):
             return
+        finally:
+            beating.cancel()
+
+    async def _beat(self) -> None:
+        """Ask the worker again and again whether it responds, and end it when it does not.
+
+        Beats are counted, not seconds: while this process itself does not run, none is missed.
+        """
+        self._beats_missed = 0
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if not self.is_alive or self._writer is None:
+                continue
+            self._beats_missed += 1
+            if self._beats_missed > BEATS_MISSED:
+                self.kill(f"it did not respond for {BEATS_MISSED * BEAT_S:g} s")
+                return
+            self._writer.write(messages.encode(messages.Ping()))
 
     def _hear(self, message: messages.FromWorker) -> None:
         match message:
+            case messages.Pong(steps):
+                self.steps = steps
             case messages.Ready(device, devices):
                 self._be_ready(device, devices)
             case messages.Unusable(sentence):
@@ -302,8 +333,8 @@ class ProcessEngine:
                 future.set_exception(WorkerDied())
         self._changed()
 
-    async def _cause(self) -> str:
-        """How the last worker ended."""
+    async def _cause(self, oom_kills: int) -> str:
+        """Log how the last worker ended; the result labels a metric. oom_kills: the count from before it started."""
         if self._process is None:
             return "not_started"
         await asyncio.to_thread(self._process.join, CLOSE_S)
@@ -311,10 +342,29 @@ class ProcessEngine:
             self._process.kill()
             await asyncio.to_thread(self._process.join)
         code = self._process.exitcode or 0
-        how = f"signal {-code}" if code < 0 else f"status {code}"
-        hint = "; unless somebody ended it, the machine ran out of memory" if code == -signal.SIGKILL else ""
-        log.error("worker %d of %s ended (%s)%s; another one starts", self._process.pid, self.device, how, hint)
+        how = self._ended_because or how_it_ended(code, count_oom_kills() > oom_kills)
+        log.error("worker %d of %s ended: %s; another one starts", self._process.pid, self.device, how)
         return f"signal_{-code}" if code < 0 else f"exit_{code}"
+
+
+def how_it_ended(code: int, was_out_of_memory: bool) -> str:
+    """Say in words how a process ended. code: its exit code, negative for a signal."""
+    if code == -signal.SIGKILL and was_out_of_memory:
+        return "the kernel killed it because memory ran out; lower memory_budget_mb or max_pixels"
+    if code == -signal.SIGKILL:
+        return "another process killed it (signal 9)"
+    if code < 0:
+        return f"it crashed ({signal.strsignal(-code)}, signal {-code})"
+    return f"it exited with status {code}"
+
+
+def count_oom_kills() -> int:
+    """Return how many processes the kernel has killed for lack of memory, in this container or on this machine."""
+    for path in OOM_KILLS:
+        with suppress(OSError, ValueError, KeyError):
+            counts = dict(line.split() for line in path.read_text().splitlines())
+            return int(counts["oom_kill"])
+    return 0
 
 
 def run_worker(connection: socket.socket, settings: Settings, module: str) -> None:

@@ -6,24 +6,33 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from server.config import Settings
+from server.engine.coder import Stopped
 from server.engine.sync import SyncEngine
 from server.engine.tensors import to_host
 from server.errors import ServerError
 from server.outputs import format_named
-from server.types import Computed, Done, RawTensor, Rendered, VAERequest
+from server.types import Computed, Done, Half, RawTensor, Rendered, VAERequest
 
 log = logging.getLogger(__name__)
 
 
+FRAMES_AT_ONCE = 16  # of a whole video that is rendered: between two of them the render may be stopped
+
+
 class Listener(Protocol):
-    """Told how a batch goes, from any thread. `decoded` is told once, whatever happens; then the device is free."""
+    """Told how a batch goes, from any thread. `decoded` is told once, whatever happens; then the device is free.
+
+    Each request gets `done` or `failed` once, also one that is no longer wanted.
+    """
 
     def is_wanted(self, index: int) -> bool: ...
     def started(self) -> None: ...
@@ -32,30 +41,63 @@ class Listener(Protocol):
     def failed(self, index: int, error: Exception) -> None: ...
 
 
+@dataclass(eq=False)
+class Work:
+    """A batch that was submitted. is_taken: whether a thread runs it, or did."""
+
+    requests: Sequence[VAERequest]
+    listener: Listener
+    is_taken: bool = False
+
+    @property
+    def half(self) -> Half:
+        job = self.requests[0].job
+        return Half(job.model, job.operation)
+
+    @property
+    def wanted(self) -> list[int]:
+        return [index for index in range(len(self.requests)) if self.listener.is_wanted(index)]
+
+    def check(self) -> None:
+        """Raise Stopped when nobody waits for any of it."""
+        if not any(self.listener.is_wanted(index) for index in range(len(self.requests))):
+            raise Stopped
+
+
 class Runner:
-    """Owns the threads. Loading happens beside decoding."""
+    """Owns the threads: one computes, others render and load.
+
+    steps: how many steps of work have begun on the device, so that others can tell slow work from work that hangs.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.sync = SyncEngine(settings)
+        self.steps = 0
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._renders = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
+        self._taking = threading.Lock()
+        self._short: deque[Work] = deque()  # may run between the steps of longer work
+        self._on_device: list[Half] = []  # what runs, and what runs between its steps
 
-    def submit(self, requests: Sequence[VAERequest], listener: Listener) -> None:
-        """All of one model and one key. Returns at once."""
-        job = requests[0].job
-        if self.sync.holds(job.model, job.operation):
-            self._device.submit(self._run, requests, listener)
+    def submit(self, requests: Sequence[VAERequest], listener: Listener, *, is_short: bool = False) -> None:
+        """Run requests of one model and one key; returns at once.
+
+        is_short: they may run between the steps of work that is on the device already.
+        """
+        work = Work(requests, listener)
+        if self.sync.holds(*work.half):
+            self._submit(work, is_short)
             return
 
         def load_first() -> None:
             try:
-                self.sync.load(job.model, job.operation)
+                self.sync.load(*work.half)
             except Exception as error:  # noqa: BLE001  # the border of a load: every waiter is answered
                 for index in range(len(requests)):
                     listener.failed(index, error)
                 listener.decoded()
             else:
-                self._device.submit(self._run, requests, listener)
+                self._submit(work, is_short)
 
         # A thread that ends with the load. Each thread that ever ran torch keeps its OpenMP workers, and once there are
         # more of those than cores, libgomp stops waiting actively: a 512² demo decode then takes 330 ms, not 220.
@@ -65,20 +107,49 @@ class Runner:
         for pool in (self._device, self._renders):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, requests: Sequence[VAERequest], listener: Listener) -> None:
-        wanted = [index for index in range(len(requests)) if listener.is_wanted(index)]
+    def _submit(self, work: Work, is_short: bool) -> None:
+        if is_short:
+            self._short.append(work)
+        self._device.submit(self._run_unless_taken, work)
+
+    def _run_unless_taken(self, work: Work) -> None:
+        with self._taking:
+            if work.is_taken:
+                return
+            self._take(work)
+        self._run(work)
+
+    def _take(self, work: Work) -> None:
+        work.is_taken = True
+        if work in self._short:
+            self._short.remove(work)
+
+    def _run_short_work(self) -> None:
+        """Run one short batch now, between two steps of another one, unless one is being run so."""
+        if not self._short or len(self._on_device) > 1:
+            return
+        with self._taking:
+            fitting = (work for work in self._short if self._may_interleave(work.half))
+            work = next(fitting, None)
+            if work is None:
+                return
+            self._take(work)
+        self._run(work)
+
+    def _may_interleave(self, half: Half) -> bool:
+        """diffusers' own coders keep state between their steps: the same one cannot run twice at a time."""
+        return self.sync.holds(*half) and (half not in self._on_device or self.sync.is_reentrant(*half))
+
+    def _run(self, work: Work) -> None:
+        requests, listener, wanted = work.requests, work.listener, work.wanted
+        for index in set(range(len(requests))).difference(wanted):
+            listener.failed(index, Stopped())
         if not wanted:
             listener.decoded()
             return
         listener.started()
         film = self._film(requests[wanted[0]]) if len(wanted) == 1 else None
-        try:
-            jobs = [requests[index].job for index in wanted]
-            outcomes: Sequence[Computed | Exception] = self.sync.run(jobs, film)
-        except Exception as error:  # the border of a batch: every waiter is answered
-            if not isinstance(error, ServerError):
-                log.exception("a batch failed")
-            outcomes = [error] * len(wanted)
+        outcomes = self._compute(work, wanted, film)
         if film and isinstance(outcomes[0], Exception):
             film.abandon()
         listener.decoded()
@@ -93,6 +164,22 @@ class Runner:
             else:
                 self._renders.submit(self._render, requests[index], outcome, index, listener, None)
 
+    def _compute(self, work: Work, wanted: Sequence[int], film: Film | None) -> Sequence[Computed | Exception]:
+        def between_steps() -> None:
+            self.steps += 1
+            work.check()
+            self._run_short_work()
+
+        self._on_device.append(work.half)
+        try:
+            return self.sync.run([work.requests[index].job for index in wanted], film, between_steps)
+        except Exception as error:  # the border of a batch: every waiter is answered
+            if not isinstance(error, ServerError):
+                log.exception("a batch failed")
+            return [error] * len(wanted)
+        finally:
+            self._on_device.pop()
+
     def _film(self, request: VAERequest) -> Film | None:
         return Film(self._renders, request) if format_named(request.format).render_frames else None
 
@@ -106,8 +193,7 @@ class Runner:
     ) -> None:
         started = time.perf_counter()
         try:
-            chosen = format_named(request.format)
-            rendered = begun.result() if begun else chosen.render(decoded.tensor, request.render)
+            rendered = begun.result() if begun else _rendered(request, decoded.tensor, index, listener)
         except Exception as error:  # the border of a render: its waiter is answered
             if not isinstance(error, ServerError):
                 log.exception("a render failed")
@@ -116,6 +202,26 @@ class Runner:
         render_ms = (time.perf_counter() - started) * 1e3
         facts = decoded.device_ms, render_ms, decoded.batch_size, decoded.oom_steps, decoded.is_upcast
         listener.done(index, Done(rendered, *facts))
+
+
+def _rendered(request: VAERequest, tensor: RawTensor, index: int, listener: Listener) -> Rendered:
+    """Render a whole tensor. Raises Stopped as soon as it is noticed that the client left."""
+    if not listener.is_wanted(index):
+        raise Stopped
+    chosen = format_named(request.format)
+    if chosen.render_frames is None:
+        return chosen.render(tensor, request.render)
+
+    def chunks() -> Iterator[RawTensor]:
+        frame_bytes = tensor.data.nbytes // tensor.shape[0]
+        for first in range(0, tensor.shape[0], FRAMES_AT_ONCE):
+            if not listener.is_wanted(index):
+                raise Stopped
+            count = min(FRAMES_AT_ONCE, tensor.shape[0] - first)
+            data = tensor.data[first * frame_bytes : (first + count) * frame_bytes]
+            yield RawTensor((count, *tensor.shape[1:]), tensor.dtype, data)
+
+    return chosen.render_frames(chunks(), request.render)
 
 
 class Abandoned(Exception):

@@ -6,15 +6,18 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+import traceback
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from server.config import Settings
 from server.engine import loader
+from server.engine.coder import Check, go_on
 from server.engine.decoders import EXACT_CLASSES, build_decoder
 from server.engine.encoders import build_encoder
 from server.engine.model import LoadedModel
@@ -40,6 +43,49 @@ class Key(NamedTuple):
     is_upcast: bool = False
 
 
+class Turn:
+    """The right to use the device: one thread at a time, in the order in which they asked.
+
+    A thread that has the turn may enter again. Between the steps of long work it may give way to those who wait.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[int] = deque()  # identifiers of threads
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if self._owner != me:
+                self._take(me)
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None
+                self._changed.notify_all()
+
+    def give_way(self) -> None:
+        """Let the threads that wait have the turn first. Only for the thread that has it."""
+        if not self._waiting:
+            return
+        with self._changed:
+            depth, self._depth, self._owner = self._depth, 0, None
+            self._changed.notify_all()
+            self._take(threading.get_ident())
+            self._depth = depth
+
+    def _take(self, me: int) -> None:
+        self._waiting.append(me)
+        self._changed.wait_for(lambda: self._owner is None and self._waiting[0] == me)
+        self._waiting.popleft()
+        self._owner = me
+
+
 class SyncEngine:
     """Loading one model does not keep another from decoding. The least recently used are unloaded, never in use."""
 
@@ -47,11 +93,10 @@ class SyncEngine:
         # TensorFloat-32 keeps ten bits of a float32: whoever asks for float32 asks for all of them.
         torch.backends.cudnn.allow_tf32 = False
         self._settings = settings
-        self._device_lock = threading.Lock()
+        self._turn = Turn()
         self._load_locks = {name: threading.Lock() for name in settings.models}
         self._loaded: OrderedDict[Key, LoadedModel] = OrderedDict()  # the least recently used first
         self._used_at: dict[Key, float] = {}
-        self._failed: dict[Key, tuple[float, ModelUnavailable]] = {}
 
     def describe(self, name: str, is_local_only: bool = False) -> ModelInfo:
         """What config.json says, and what the weights take. Raises ModelUnavailable."""
@@ -71,35 +116,37 @@ class SyncEngine:
         return Key(name, operation) in self._loaded
 
     def load(self, name: str, operation: Operation = Operation.DECODE) -> LoadedModel:
-        """The model's decoder or encoder on its device, and warmed up.
-
-        Raises ModelUnavailable; the same one again, without another try, for as long as clients were told to wait.
-        """
+        """Return the model's decoder or encoder on its device, loaded and warmed up. Raises ModelUnavailable."""
+        key = Key(name, operation)
         with self._load_locks[name]:
-            model = self._loaded.get(Key(name, operation))
-            if model is not None:
-                return model
-            failed_at, failure = self._failed.get(Key(name, operation), (0.0, None))
-            if failure and time.monotonic() - failed_at < (failure.retry_after_s or 0):
-                # A new one: each raise of the same adds its frames, and what they hold, to its traceback.
-                raise ModelUnavailable(failure.model, failure.detail)
-            try:
-                return self._keep(Key(name, operation), self._read(name, operation, None))
-            except ModelUnavailable as error:
-                self._failed[Key(name, operation)] = time.monotonic(), ModelUnavailable(error.model, error.detail)
-                raise
+            return self._loaded.get(key) or self._keep(key, self._read(name, operation, None))
 
-    def run(self, jobs: Sequence[VAEJob], stream: Stream | None = None) -> list[Computed | Exception]:
-        """Run jobs of one key now, loading first if it must; what half precision overflows again in float32.
+    def is_reentrant(self, name: str, operation: Operation) -> bool:
+        """Whether jobs of this direction may run inside the check of another job of it."""
+        model = self._loaded.get(Key(name, operation))
+        return model is not None and model.coder.is_reentrant
 
-        Raises ModelUnavailable. The errors: NonFiniteInput, BadRequest, TooLargeForDevice.
+    def run(
+        self, jobs: Sequence[VAEJob], stream: Stream | None = None, check: Check = go_on
+    ) -> list[Computed | Exception]:
+        """Run jobs of one key now, loading first if needed; run again in float32 what half precision overflows.
+
+        check: called between the steps of the work; other threads that want the device get it there too. It may call
+        `run` for a job of another key, or of the same one if it `is_reentrant`.
+        The errors returned: NonFiniteInput, BadRequest, TooLargeForDevice. Raises ModelUnavailable and Stopped.
         """
+
+        def between_steps() -> None:
+            self._turn.give_way()
+            check()
+
         model = self.load(jobs[0].model, jobs[0].operation)
-        with self._device_lock, on(model.device):
+        with self._turn, on(model.device):
             self._note_use(Key(jobs[0].model, jobs[0].operation))
-            outcomes = run(model, jobs, stream)
+            outcomes = run(model, jobs, stream, between_steps)
+        is_single = model.dtype is torch.float32
         return [
-            self._run_upcast(job, model.dtype is torch.float32) if isinstance(outcome, NonFiniteOutput) else outcome
+            self._run_upcast(job, is_single, between_steps) if isinstance(outcome, NonFiniteOutput) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
@@ -111,7 +158,7 @@ class SyncEngine:
         oldest = time.monotonic() - limit
         return self._unload([name for name, used_at in list(self._used_at.items()) if used_at < oldest])
 
-    def _run_upcast(self, job: VAEJob, is_single: bool) -> Computed | Exception:
+    def _run_upcast(self, job: VAEJob, is_single: bool, check: Check) -> Computed | Exception:
         key, overflow = Key(job.model, job.operation, is_upcast=True), OVERFLOWS[job.operation]
         if is_single:
             return NonFiniteInput(overflow.format(" even in float32"))
@@ -120,9 +167,9 @@ class SyncEngine:
                 model = self._loaded.get(key) or self._keep(key, self._read(job.model, job.operation, torch.float32))
         except ModelUnavailable:
             return NonFiniteInput(overflow.format(" in half precision, and there is no memory for it in float32"))
-        with self._device_lock, on(model.device):
+        with self._turn, on(model.device):
             self._note_use(key)
-            outcome = run(model, [job])[0]
+            outcome = run(model, [job], check=check)[0]
         if isinstance(outcome, NonFiniteOutput):
             return NonFiniteInput(overflow.format(" even in float32"))
         return replace(outcome, is_upcast=True) if isinstance(outcome, Computed) else outcome
@@ -155,11 +202,11 @@ class SyncEngine:
             self._unload(leaving)
 
     def _unload(self, keys: Sequence[Key]) -> list[Key]:
-        with self._device_lock:  # nothing runs
+        with self._turn:
             for key in keys:
                 self._loaded.pop(key, None)
                 self._used_at.pop(key, None)
-                log.info("unloaded %s, %sr", key.name, key.operation)
+                log.info("unloaded %s, %s", key.name, key.operation)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return list(keys)
@@ -178,27 +225,38 @@ class SyncEngine:
             weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
             self._make_room(weight_bytes)
             budget_mb = entry.memory_budget_mb or options.memory_budget_mb
-            with self._device_lock, on(device):
+            with self._turn, on(device):
                 move(vae, device)
-                build = build_encoder if operation is Operation.ENCODE else build_decoder
-                budget_bytes = budget_mb << 20 if budget_mb else None
-                coder, note = build(vae, family, entry.decoder, entry.tiling, budget_bytes)
-                half: dict[str, Any] = {f"{operation}r": coder}
-                known = LoadedInfo(str(device), NAMES[dtype], note=note, **{f"{operation}r": coder.name})
-                model = LoadedModel(family, spec, device, dtype, weight_bytes, known, **half)
-                if operation is Operation.DECODE:
+                model = LoadedModel(
+                    family=family,
+                    spec=spec,
+                    device=device,
+                    dtype=dtype,
+                    weight_bytes=weight_bytes,
+                    info=LoadedInfo(str(device), NAMES[dtype]),
+                    budget_bytes=budget_mb << 20 if budget_mb else None,
+                )
+                if operation is Operation.ENCODE:
+                    encoder, note = build_encoder(vae, family, entry.decoder, entry.tiling)
+                    info_of_it = replace(model.info, encoder=encoder.name, note=note)
+                    model = replace(model, encoder=encoder, info=info_of_it)
+                else:
+                    decoder, note = build_decoder(vae, family, entry.decoder, entry.tiling)
+                    info_of_it = replace(model.info, decoder=decoder.name, note=note)
+                    model = replace(model, decoder=decoder, info=info_of_it)
                     warm_up(model, entry.warmup)
         except (torch.OutOfMemoryError, MemoryError):
             raise ModelUnavailable(name, f"{name}: its weights do not fit the memory of {device}") from None
         except ModelUnavailable:
             raise
         except Exception as error:  # the border of a load: whatever fails, the server knows that the model is not there
-            log.exception("%s failed to load", name)
-            detail = f"{name}: it does not load or warm up ({type(error).__name__}); the log above says where"
-            raise ModelUnavailable(name, detail) from error
+            log.debug("%s failed to load", name, exc_info=True)
+            raise ModelUnavailable(name, f"{name}: {operation} does not load or warm up: {where(error)}") from error
         seconds = time.perf_counter() - started
-        words = name, device, NAMES[dtype], coder.name, operation, seconds
-        log.info("loaded %s on %s in %s, %s %sr, %.1f s", *words)
+        log.info(
+            "loaded %s for %s on %s in %s (%s), %.1f s",
+            *(name, operation, device, NAMES[dtype], model.coder.name, seconds),
+        )
         return model
 
     def _dtype(self, info: ModelInfo, device: torch.device, operation: Operation) -> torch.dtype:
@@ -237,6 +295,14 @@ def on(device: torch.device) -> Any:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
+def where(error: BaseException) -> str:
+    """Name an unexpected error in one line: its class, its first line, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    first_line = next(iter(str(error).strip().splitlines()), "")[:300]
+    return f"{type(error).__name__}{place}: {first_line}" if first_line else f"{type(error).__name__}{place}"
+
+
 def warm_up(model: LoadedModel, sizes: tuple[tuple[int, int], ...]) -> None:
     """Decode nothing of each (height, width), so that the first request of that size pays for no set-up."""
     for height, width in sizes:
@@ -245,4 +311,6 @@ def warm_up(model: LoadedModel, sizes: tuple[tuple[int, int], ...]) -> None:
             assert model.decoder is not None
             arguments = {"timestep": 0.0} if model.spec.takes_timestep else {}
             latents = torch.zeros(shape, device=model.device, dtype=model.dtype)
-            model.decoder.decode(latents, Layout.PIXELS, None, **arguments)
+            model.decoder.decode(
+                latents, Layout.PIXELS, budget_bytes=model.budget_bytes, emit=None, check=go_on, **arguments
+            )

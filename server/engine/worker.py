@@ -61,9 +61,11 @@ class Worker:
         threading.Thread(target=self._keep_house, name="house", daemon=True).start()
         while (message := messages.receive(self._connection)) is not None:
             match message:
-                case messages.Decode(batch, requests):
+                case messages.Decode(batch, requests, is_short):
                     self._batches[batch] = BatchListener(self, batch, len(requests))
-                    self._runner.submit(requests, self._batches[batch])
+                    self._runner.submit(requests, self._batches[batch], is_short=is_short)
+                case messages.Ping():
+                    self.send(messages.Pong(self._runner.steps))
                 case messages.Drop(batch, index):
                     if listener := self._batches.get(batch):  # it may end meanwhile
                         listener.dropped.add(index)
@@ -124,10 +126,7 @@ class BatchListener:
         self.dropped: set[int] = set()
 
     def is_wanted(self, index: int) -> bool:
-        if index in self.dropped:
-            self._close_one()
-            return False
-        return True
+        return index not in self.dropped
 
     def started(self) -> None:
         self._worker.send(messages.Started(self._batch))
@@ -141,7 +140,8 @@ class BatchListener:
         self._close_one()
 
     def failed(self, index: int, error: Exception) -> None:
-        self._worker.send(messages.Failed(self._batch, index, failure_of(error)))
+        if self.is_wanted(index):
+            self._worker.send(messages.Failed(self._batch, index, failure_of(error)))
         self._close_one()
 
     def _close_one(self) -> None:

@@ -15,7 +15,7 @@ from server.http.auth import RequireKey
 from server.http.failures import on_http_exception, on_server_error
 from server.http.frame import Frame
 from server.http.hosts import CheckHost
-from server.http.routes import all_routes
+from server.http.routes import BodyThreads, all_routes
 from server.http.tracing import tracing
 from server.service import Service, State
 
@@ -48,4 +48,5 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
     )
     app.router.redirect_slashes = False
     app.state.service = service
+    app.state.body_threads = BodyThreads()
     return app

@@ -25,7 +25,9 @@ def as_json(error: ServerError, request_id: str, sentence: str | None = None) ->
 
 def failure(request: Request, error: ServerError, sentence: str | None = None) -> JSONResponse:
     """The same for a request that reached the application."""
-    request.app.state.service.metrics.rejected.labels(error.code).inc()
+    request.state.code = error.code
+    model = getattr(request.state, "model", "none")
+    request.app.state.service.metrics.rejected.labels(error.code, model).inc()
     return as_json(error, request.state.request_id, sentence)
 
 

@@ -35,9 +35,14 @@ class Frame:
         started = time.perf_counter()
         sent_id = Headers(scope=scope).get("x-request-id", "")
         request_id = sent_id if REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "bytes_in": 0, "bytes_out": 0}
         scope["path"] = scope["path"].rstrip("/") or "/"
         status = CLIENT_LEFT
+
+        async def receive_counted() -> Message:
+            message = await receive()
+            scope["state"]["bytes_in"] += len(message.get("body", b""))
+            return message
 
         async def send_framed(message: Message) -> None:
             nonlocal status
@@ -45,11 +50,17 @@ class Frame:
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
+            scope["state"]["bytes_out"] += len(message.get("body", b""))
 
         try:
-            await self.app(scope, receive, send_framed)
+            await self.app(scope, receive_counted, send_framed)
         except ClientDisconnect:
-            log.debug("the client left while it was sending", extra={"request_id": request_id})
+            if status != CLIENT_LEFT:
+                log.warning(
+                    "an answer is truncated, its client left or read too slowly", extra={"request_id": request_id}
+                )
+                scope["app"].state.service.metrics.cancelled.labels("sending").inc()
+            status = CLIENT_LEFT
         except asyncio.CancelledError:  # by uvicorn, when the time to shut down is over; it would log it as a bug
             if status == CLIENT_LEFT:
                 error = Unavailable("the server is shutting down and did not finish this request; try again later")
@@ -63,10 +74,12 @@ class Frame:
 
 
 def _account(scope: Scope, status: int, seconds: float) -> None:
+    """Count the request and write its log line."""
     metrics, state = scope["app"].state.service.metrics, scope["state"]
     route, model = getattr(scope.get("endpoint"), "__name__", "none"), state.get("model", "none")
     metrics.requests.labels(route, model, str(status)).inc()
-    metrics.duration_s.labels(route).observe(seconds)
+    metrics.duration_s.labels(route, model).observe(seconds)
     level = logging.DEBUG if route in PROBES else logging.INFO
     known = {"route": route, "model": model, "status": status, "ms": round(seconds * 1e3)}
-    log.log(level, "answered", extra={**known, **{key: state.get(key) for key in ("request_id", "caller")}})
+    asked = ("request_id", "caller", "code", "queue_ms", "size", "bytes_in", "bytes_out")
+    log.log(level, "answered", extra={**known, **{key: state.get(key) for key in asked}})

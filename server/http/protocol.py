@@ -1,5 +1,7 @@
 """What uvicorn's HTTP class does not do: bounds on head, connections and slow clients, and refusals in JSON.
 
+An honest client on a slow line is never cut off: what counts is progress, and 64 KiB a second on average are enough.
+
 The only place that leans on uvicorn's own attributes; tests/http/test_protocol.py lists them to notice an upgrade.
 Knows no route. The deadline of a body that a route reads is the route's own, see routes.py.
 """
@@ -7,8 +9,14 @@ Knows no route. The deadline of a body that a route reads is the route's own, se
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import logging
 import secrets
+import sys
+import termios
+from typing import Any
 
+import httptools
 import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import Response
@@ -23,11 +31,17 @@ from server.errors import (
     TooManyConnections,
     UpgradeRefused,
 )
+from server.http.auth import is_probe
 from server.http.failures import as_json
 from server.metrics import Metrics
 
+log = logging.getLogger(__name__)
+
 HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 64
+# Connections over the limit that are taken all the same, to answer those that turn out to be health probes.
+SPARE_CONNECTIONS = 32
+SPARE_HEAD_S = 2.0
 # How long a refused client may go on sending: closing at once would reset the connection under its unread bytes, and
 # take the refusal along.
 LINGER_S = 2.0
@@ -54,24 +68,74 @@ def uvicorn_config(app: Starlette) -> uvicorn.Config:
     )
 
 
+class CountingTransport:
+    """A transport that counts the bytes written to it; everything else is the transport's own."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.write = self._write
+        self.written_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _write(self, data: bytes) -> None:
+        self.written_bytes += len(data)
+        self._transport.write(data)
+
+    @property
+    def taken_bytes(self) -> int:
+        """How many bytes the client's machine has acknowledged; where that is not known, how many left this process."""
+        waiting = self._transport.get_write_buffer_size()
+        try:
+            found = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            waiting += int.from_bytes(found, sys.byteorder)
+        except (OSError, ValueError, AttributeError):  # another system, or the socket is closed
+            pass
+        return self.written_bytes - waiting
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. Every TICK_S it looks at the clock: a timer for each phase would have to be undone in each."""
 
     options: ServerOptions
     metrics: Metrics
+    transport: CountingTransport  # type: ignore[assignment]  # it has all of a transport's methods
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
-        super().connection_made(transport)
+        super().connection_made(CountingTransport(transport))  # type: ignore[arg-type]  # likewise
+        self.idle_since = self.loop.time()
+        self._is_spare = False
         self._is_refused = False
         self._head_bytes = 0  # received since the last head or piece of a body
         self._body_bytes = 0
         self._head_since: float | None = self.loop.time()
         self._body_since: float | None = None
-        self._read_by: float | None = None  # when the client must have read what is in the buffer
+        self._sending_since: float | None = None
+        self._taken_before = 0  # bytes, when the sending began
+        self._taken = 0
+        self._progress_at = 0.0
         self._hang_up_at: float | None = None
         self._tick = self.loop.call_later(TICK_S, self._watch)
         if len(self.connections) > self.options.max_connections:
-            self._refuse(TooManyConnections("this server has too many open connections; try again in a few seconds"))
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Close the connection that has been idle for longest; without one, serve this one only if it is a probe."""
+        others = (other for other in self.connections if other is not self and isinstance(other, BoundedProtocol))
+        idle = [other for other in others if other.is_idle]
+        if idle:
+            min(idle, key=lambda other: other.idle_since).transport.close()
+        elif len(self.connections) <= self.options.max_connections + SPARE_CONNECTIONS:
+            self._is_spare = True
+        else:
+            self._refuse(_too_many_connections())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no whole head of a request is here that is still to be answered, and no answer still to be read."""
+        is_working = self._owes_answer() or self.pipeline or self._body_since is not None
+        return not (is_working or self.transport.is_closing() or self.transport.get_write_buffer_size())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._tick.cancel()
@@ -83,29 +147,45 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_since is None and self._body_since is None:
             self._head_since = self.loop.time()
         self._head_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._head_bytes > HEAD_BYTES:
             self._refuse(_head_too_large())
+
+    def _parse(self, data: bytes) -> None:
+        """As uvicorn's `data_received`, but goes on after a request whose Upgrade is ignored."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser has read that request to its end, and takes what follows for another protocol.
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            if rest := data[upgrade.args[0] :]:
+                self._parse(rest)
+        except httptools.HttpParserError:
+            self.send_400_response("")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_since = self.loop.time()
         self._head_bytes += 1  # it has begun, though its first bytes may have come along with the request before
-        self._read_by = None
 
     def on_headers_complete(self) -> None:
         # What is raised here ends the parser; uvicorn then calls send_400_response.
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_BYTES:
             raise self._refuse(_head_too_large())
-        if self.parser.should_upgrade():
-            # uvicorn would take the request without its body, and the body for the next request.
+        if self.parser.get_method() == b"CONNECT" or self._get_upgrade() == b"websocket":
             raise self._refuse(
                 UpgradeRefused("this server speaks plain HTTP/1.1; send the request without Upgrade, and not CONNECT")
             )
+        if self._is_spare and not self._is_probe():
+            raise self._refuse(_too_many_connections())
         if len(self.pipeline) >= MAX_PIPELINED:
             # uvicorn reads on after each answer, however many requests wait: a flood of them would fill the memory.
             raise self._refuse(MalformedRequest("too many requests at once on one connection; wait for their answers"))
-        super().on_headers_complete()
+        super().on_headers_complete()  # a server may ignore other upgrades, RFC 9110 7.8: Java's client offers h2c
+        if self._is_spare:
+            self.cycle.keep_alive = False
         self._head_bytes = self._body_bytes = 0
         self._head_since, self._body_since = None, self.loop.time()
 
@@ -119,6 +199,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_since = None
         if self.cycle.response_complete:  # answered before its body's end: uvicorn's keep-alive timer is gone by now
             self._head_since = self.loop.time()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.idle_since = self.loop.time()
+
+    def _is_probe(self) -> bool:
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        return is_probe({"method": self.parser.get_method().decode("latin-1"), "path": path}, self.options)
 
     def send_400_response(self, msg: str) -> None:
         """Where uvicorn goes with every head it cannot use."""
@@ -140,7 +228,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         response = as_json(error, secrets.token_hex(8))
         response.headers["Connection"] = "close"
-        self.metrics.rejected.labels(error.code).inc()
+        self.metrics.rejected.labels(error.code, "none").inc()
         self.transport.write(_serialised(response))
         self.transport.write_eof()
         self._hang_up_at = self.loop.time() + LINGER_S
@@ -152,23 +240,38 @@ class BoundedProtocol(HttpToolsProtocol):
     def _watch(self) -> None:
         now = self.loop.time()
         self._tick = self.loop.call_later(TICK_S, self._watch)
-        if self._is_overdue(now):
+        if self._is_answer_unread(now):
+            self._cut_answer_off()
+        elif self._is_overdue(now):
             self.transport.abort()
         elif self._head_since is not None:
             self._watch_head(now, self._head_since)
 
     def _is_overdue(self, now: float) -> bool:
         is_left = self._hang_up_at is not None and now > self._hang_up_at
-        return is_left or self._is_answer_unread(now) or self._is_body_too_slow_after_its_answer(now)
+        return is_left or self._is_body_too_slow_after_its_answer(now)
+
+    def _cut_answer_off(self) -> None:
+        """End a connection whose client reads too slowly. The application notices it while it still sends."""
+        if self.cycle is not None and self.cycle.response_complete:
+            request_id = self.cycle.scope["state"].get("request_id")
+            log.warning("an answer is truncated, its client read too slowly", extra={"request_id": request_id})
+            self.metrics.cancelled.labels("sending").inc()
+        self.transport.abort()
 
     def _is_answer_unread(self, now: float) -> bool:
         """Also after a close(), which waits without end for the client to take what is in the buffer."""
-        unread = self.transport.get_write_buffer_size()
-        if not unread:
-            self._read_by = None
-        elif self._read_by is None:
-            self._read_by = now + self.options.send_timeout_s + unread / SLOWEST_BYTES_PER_S
-        return self._read_by is not None and now > self._read_by
+        if not self.transport.get_write_buffer_size():
+            self._sending_since = None
+            return False
+        taken = self.transport.taken_bytes
+        if self._sending_since is None:
+            self._sending_since, self._taken_before, self._taken, self._progress_at = now, taken, taken, now
+        if taken > self._taken:
+            self._taken, self._progress_at = taken, now
+        grace_s = self.options.send_timeout_s
+        slowest_s = grace_s + (taken - self._taken_before) / SLOWEST_BYTES_PER_S
+        return now > self._progress_at + grace_s or now > self._sending_since + slowest_s
 
     def _is_body_too_slow_after_its_answer(self, now: float) -> bool:
         """A body that was refused unread, with 413 say, is read and dropped, so that its sender gets to the answer."""
@@ -179,10 +282,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def _watch_head(self, now: float, since: float) -> None:
         if self._owes_answer():
             self._head_since = now  # uvicorn does not read on while a pipelined request waits
-        elif now > since + self.options.head_timeout_s and self._head_bytes:
+        elif now > since + self._head_timeout_s and self._head_bytes:
             self._refuse(RequestTooSlow("the request's head did not come in time; send it at once"))
-        elif now > since + self.options.head_timeout_s:
+        elif now > since + self._head_timeout_s:
             self.transport.close()
+
+    @property
+    def _head_timeout_s(self) -> float:
+        return min(SPARE_HEAD_S, self.options.head_timeout_s) if self._is_spare else self.options.head_timeout_s
+
+
+def _too_many_connections() -> TooManyConnections:
+    return TooManyConnections("this server has too many open connections; try again in a few seconds")
 
 
 def _head_too_large() -> HeadTooLarge:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.convertors import StringConvertor, register_url_convertor
@@ -17,55 +19,85 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from server.admission import Admission
 from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S, ServerOptions
-from server.errors import DeadlinePassed, RequestTooSlow, TooLarge
+from server.errors import QueueFull, RequestTooSlow, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
+from server.inputs import VIDEO_TYPE, media_type_of
 from server.listing import listed
-from server.service import Admission, Answer, Service
+from server.service import Answer, Service
 from server.types import ModelInfo, Operation, VAERequest
 
 PIECE_BYTES = 256 << 10
+
+T = TypeVar("T")
 
 
 Finish = Callable[[], Awaitable[VAERequest]]
 Read = Callable[[Request, Service, Admission], Awaitable[Finish]]
 """Reads a request whole, and returns what remains to be done with its bytes."""
 
-# Of its own: hostile files may take long, and what others do on threads must not wait for them.
-FILES = ThreadPoolExecutor(2, thread_name_prefix="inputs")
+
+class Threads:
+    """Threads for work on request bodies. A body waits outside of them, so that a client that leaves takes it along.
+
+    Work that has begun cannot be stopped: its bytes stay counted until it ends.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._free = asyncio.Semaphore(count)
+
+    async def run(self, service: Service, admission: Admission, work: Callable[..., T], *arguments: Any) -> T:
+        await self._free.acquire()
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+        future.add_done_callback(lambda _: self._free.release())
+        service.keep_until(future, admission)
+        return await asyncio.shield(future)
+
+
+class BodyThreads:
+    """One set for each kind of body, so that cheap work never waits for expensive work."""
+
+    def __init__(self) -> None:
+        self.json = Threads(2, "json")
+        self.images = Threads(2, "images")
+        self.videos = Threads(1, "videos")
 
 
 class Work:
-    """A decode or an encode. An ASGI application, because the answer's sending is part of the request's time."""
+    """A decode or an encode. An ASGI application, because a request's memory is held until its answer is sent."""
 
     def __init__(self, operation: Operation, read: Read) -> None:
         self.__name__ = str(operation)
+        self._operation = operation
         self._read = read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
         service: Service = request.app.state.service
-        is_sending = False
-        try:
-            async with service.admitted(wire.patience_s(request.headers.get("x-request-timeout"))) as admission:
+        _note_model(request, service)
+        request.state.operation = self._operation
+        patience_s = wire.patience_s(request.headers.get("x-request-timeout"))
+        with service.admitted(peer_of(request), patience_s) as admission, ExitStack() as until_sent:
+            async with service.in_time(admission):
                 finish = await self._read(request, service, admission)
-                with service.answering():
+                until_sent.enter_context(service.answering())
+                with service.place(admission):
                     answer = await _unless_client_left(request, _answer(service, finish, admission))
-                    is_sending = True
-                    await _respond(answer)(scope, receive, send)
-        except DeadlinePassed:
-            if is_sending:  # whoever reads so slowly gets no more of it
-                raise ClientDisconnect from None
-            raise
+            admission.send(answer.rendered.body.nbytes)
+            _note_answer(request, answer)
+            # A connection that ends meanwhile would swallow the rest without a word.
+            await _unless_client_left(request, _respond(answer)(scope, receive, send))
 
 
 async def _answer(service: Service, finish: Finish, admission: Admission) -> Answer:
     return await service.answer(await finish(), admission)
 
 
-async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
-    """The work's result; a client that leaves takes its request along. Raises ClientDisconnect."""
+async def _unless_client_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return the work's result; cancel it when the client leaves. Raises ClientDisconnect."""
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -82,6 +114,28 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer
             task.cancel()
 
 
+def peer_of(request: Request) -> str:
+    """The address that a request came from; of an IPv6 address the network, because one host has all of it."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else host
+
+
+def _note_model(request: Request, service: Service) -> None:
+    """Name the model for the log and the metrics before anything is refused, where path or query name it."""
+    word = request.path_params.get("model") or request.query_params.get("model")
+    request.state.model = (service.settings.name_of(word) if word else service.settings.default) or "none"
+
+
+def _note_answer(request: Request, answer: Answer) -> None:
+    """Keep for the log line what the answer took."""
+    request.state.queue_ms = round(answer.queue_ms)
+    request.state.size = answer.size
+
+
 async def _read_latents(request: Request, service: Service, admission: Admission) -> Finish:
     """POST / and its like, /{model}: headers and query first, so that what they rule out is refused before the body."""
     options = service.settings.options
@@ -92,11 +146,13 @@ async def _read_latents(request: Request, service: Service, admission: Admission
     if sent := await _json(request, service, admission, may_be_file=False):
         latents, in_body = sent
         parameters = wire.Parameters(query, in_body)
-        prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
+        info = await _model(request, service, parameters, Operation.DECODE)
+        prepared = wire.prepare(parameters, accept, info, defaults, others)
         admission.reserve(prepared.bytes_held)
         return _done(prepared.with_data(latents))
     parameters = wire.Parameters(query)
-    prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
+    info = await _model(request, service, parameters, Operation.DECODE)
+    prepared = wire.prepare(parameters, accept, info, defaults, others)
     return _done(prepared.with_data(await _tensor(request, service, admission, prepared)))
 
 
@@ -118,7 +174,7 @@ async def _read_pixels(request: Request, service: Service, admission: Admission)
         parameters = wire.Parameters(query, in_body)
     else:
         parameters = wire.Parameters(query)
-    info = await _model(request, service, parameters)
+    info = await _model(request, service, parameters, Operation.ENCODE)
     if parameters.has("shape"):
         prepared = wire.prepare_pixels(parameters, accept, info)
         if data is None:
@@ -127,16 +183,16 @@ async def _read_pixels(request: Request, service: Service, admission: Admission)
         return _done(prepared.with_data(data))
     wire.check_encode(parameters, accept, info)
     if data is None:
-        limit = options.max_body_mb << 20
-        admission.reserve(_declared(request) or limit)
-        data = await _whole(request, limit, options.body_timeout_s)
-    file = data
+        service.check_room(_declared(request) or 0)
+        data = await _whole(request, admission, options.max_body_mb << 20, options.body_timeout_s)
+        admission.reserve(len(data))
+    file, bodies = data, request.app.state.body_threads
+    threads: Threads = bodies.videos if media_type_of(file) == VIDEO_TYPE else bodies.images
 
     async def finish() -> VAERequest:
-        loop = asyncio.get_running_loop()
-        header = await loop.run_in_executor(FILES, wire.header_of, info, file)
+        header = await threads.run(service, admission, wire.header_of, info, file)
         admission.reserve(wire.file_bytes_held(header, file))
-        return await loop.run_in_executor(FILES, wire.read_pixels, parameters, accept, info, file, header)
+        return await threads.run(service, admission, wire.read_pixels, parameters, accept, info, file, header)
 
     return finish
 
@@ -151,8 +207,11 @@ async def _json(
     content_type, encoding = headers.get("content-type"), headers.get("content-encoding")
     if not wire.is_json_body(content_type, encoding, may_be_file=may_be_file):
         return None
-    admission.reserve(_declared(request) or limit)
-    return await asyncio.to_thread(wire.read_json, await _whole(request, limit, options.body_timeout_s))
+    service.check_room(_declared(request) or 0)
+    body = await _whole(request, admission, limit, options.body_timeout_s)
+    admission.reserve(2 * len(body))  # the text, and the bytes that it stands for
+    threads: Threads = request.app.state.body_threads.json
+    return await threads.run(service, admission, wire.read_json, body)
 
 
 async def _tensor(
@@ -163,15 +222,17 @@ async def _tensor(
     _check_declared(str(prepared.bytes_needed), options.max_body_mb << 20)
     if declared := _declared(request):
         prepared.check_length(declared)
+    service.check_room(prepared.bytes_held)
+    body = await _body(request, admission, prepared.bytes_needed, options.body_timeout_s)
     admission.reserve(prepared.bytes_held)
-    return await _body(request, prepared.bytes_needed, options.body_timeout_s)
+    return body
 
 
-async def _model(request: Request, service: Service, parameters: wire.Parameters) -> ModelInfo:
+async def _model(request: Request, service: Service, parameters: wire.Parameters, operation: Operation) -> ModelInfo:
     """The path names the model, else the query, else it is the default."""
     name = service.resolve(request.path_params.get("model") or parameters.text("model"))
     request.state.model = name
-    return await service.describe(name)
+    return await service.describe(name, operation)
 
 
 def _declared(request: Request) -> int | None:
@@ -188,28 +249,34 @@ def _body_too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than the {limit} bytes this server reads; send less or smaller ones")
 
 
-async def _whole(request: Request, limit: int, grace_s: float) -> bytearray:
-    """A body whose size nobody said. Raises TooLarge."""
-    body = await _body(request, limit, grace_s)
+async def _whole(request: Request, admission: Admission, limit: int, grace_s: float) -> bytearray:
+    """Receive a body whose size is not known. Raises TooLarge, QueueFull, RequestTooSlow."""
+    body = await _body(request, admission, limit, grace_s)
     if len(body) > limit:
         raise _body_too_large(limit)
     return body
 
 
-async def _body(request: Request, limit: int, grace_s: float) -> bytearray:
-    """The body, read no further than one chunk past `limit` bytes.
+async def _body(request: Request, admission: Admission, limit: int, grace_s: float) -> bytearray:
+    """Receive the body, no further than one chunk past `limit` bytes.
 
-    Raises RequestTooSlow, later the more has come: the sum bounds the time, and the rate refuses a byte at a time.
+    Raises RequestTooSlow after `grace_s` plus one second per 64 KiB received, so that a slow trickle cannot hold the
+    connection open, and QueueFull when the memory is wanted by faster clients.
     """
     body, started = bytearray(), asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout_at(started + grace_s) as deadline:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    break
-                deadline.reschedule(started + grace_s + len(body) / SLOWEST_BYTES_PER_S)
+            with admission.arriving(lambda: deadline.reschedule(0)):
+                async for chunk in request.stream():
+                    admission.grow(len(chunk))
+                    body += chunk
+                    if len(body) > limit:
+                        break
+                    if not admission.is_given_up:
+                        deadline.reschedule(started + grace_s + len(body) / SLOWEST_BYTES_PER_S)
     except TimeoutError:
+        if admission.is_given_up:
+            raise QueueFull("the memory for slow uploads is used up; try again, and send the body faster", 5) from None
         raise RequestTooSlow(f"{len(body)} bytes of the body came in time; send it faster") from None
     return body
 
@@ -243,10 +310,10 @@ encode = Work(Operation.ENCODE, _read_pixels)
 
 
 async def health(request: Request) -> Response:
-    """GET /health, /ping: readiness."""
+    """GET /health, /ping: readiness. 200 while at least one model can serve; those that did not load are listed."""
     service: Service = request.app.state.service
     service.check_can_serve()
-    return JSONResponse({"status": service.state})
+    return JSONResponse({"status": service.state, "failed_models": service.failed_models()})
 
 
 async def live(request: Request) -> Response:

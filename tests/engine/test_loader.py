@@ -248,13 +248,13 @@ def test_the_decoder_is_chosen_and_says_why(
         latents = vaes[name].latents(*([6, 36, 36] if name == "hunyuan" else [72, 72]))
         with torch.inference_mode():
             expected = local.decode(latents, return_dict=False)[0]
-            assert torch.equal(loaded.decoder.decode(latents, Layout.SAMPLE), expected)
+            assert torch.equal(loaded.decoder.decode(latents, Layout.SAMPLE).tensor, expected)
 
 
 def test_an_unknown_structure_runs_diffusers_and_says_so(vaes: dict[str, LocalVae]) -> None:
     changed = copy_module(vaes["sd"].module)
     changed.decoder.conv_act = torch.nn.GELU()
-    decoder, note = build_decoder(changed, FAMILIES["kl"], "auto", "none", None)
+    decoder, note = build_decoder(changed, FAMILIES["kl"], "auto", "none")
     assert (decoder.name, note) == ("diffusers", "conv_act is a GELU, not SiLU.")
 
 
@@ -284,10 +284,10 @@ def test_a_failing_constructor_leaves_the_other_models_alone(
     }
     engine = SyncEngine(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "good")))
     good, latents = engine.load("good"), vaes["flux"].latents(8, 8)
-    before = good.decoder.decode(latents, Layout.SAMPLE)
+    before = good.decoder.decode(latents, Layout.SAMPLE).tensor
     detail(lambda: engine.load("bad"))
     assert torch.get_default_dtype() is torch.float32
-    assert torch.equal(good.decoder.decode(latents, Layout.SAMPLE), before)
+    assert torch.equal(good.decoder.decode(latents, Layout.SAMPLE).tensor, before)
 
 
 def test_a_failed_load_is_not_tried_again_at_once(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,15 +48,15 @@ def made(name: str) -> tuple[Any, Family]:
     return vae, family
 
 
-def streaming(name: str, budget: int | None = None) -> StreamingDecoder:
-    return StreamingDecoder(*made(name), memory_budget_bytes=budget)
+def streaming(name: str) -> StreamingDecoder:
+    return StreamingDecoder(*made(name))
 
 
 def stock(name: str, latents: Tensor, layout: Layout = Layout.SAMPLE) -> Tensor:
     """A clip at a time: HunyuanVideo 1.5 of diffusers takes no more."""
     decoder = StockDecoder(*made(name))
     with torch.inference_mode():
-        samples = [decoder.decode(one, Layout.SAMPLE, **arguments(name)) for one in latents.split(1)]
+        samples = [decoder.decode(one, Layout.SAMPLE, **arguments(name)).tensor for one in latents.split(1)]
         return postprocess(torch.cat(samples), layout)
 
 
@@ -80,19 +80,19 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_clip_of_any_length_equals_a_plain_decode(name: str, frames: int) -> None:
     latents = latents_for(name, frames)
-    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)), stock(name, latents))
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)).tensor, stock(name, latents))
 
 
 @pytest.mark.parametrize("name", ["ltx", "ltx-causal", "ltx2"])
 def test_a_clip_longer_than_the_windows_equals_a_plain_decode(name: str) -> None:
     latents = latents_for(name, 19, 2, 2)
-    assert_same(streaming(name).decode(latents, Layout.SAMPLE), stock(name, latents))
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE).tensor, stock(name, latents))
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_equal_a_plain_decode(name: str) -> None:
     latents = latents_for(name, 1, 4, 5, batch=2)
-    assert_same(streaming(name).decode(latents, Layout.SAMPLE), stock(name, latents))
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE).tensor, stock(name, latents))
 
 
 @pytest.mark.parametrize("name", IN_SLABS)
@@ -100,8 +100,8 @@ def test_slabs_of_rows_equal_a_plain_decode(name: str) -> None:
     """Tall enough that a slab in the middle sees neither edge."""
     latents = latents_for(name, 2, 44, 2)
     decoder = streaming(name, SMALLEST)
-    assert decoder.slab_rows(2, 44, 2, 0) == 4
-    assert_same(decoder.decode(latents, Layout.SAMPLE, **arguments(name)), stock(name, latents))
+    assert decoder.slab_rows(2, 44, 2, 0, SMALLEST) == 4
+    assert_same(decoder.decode(latents, Layout.SAMPLE, **arguments(name)).tensor, stock(name, latents))
 
 
 @pytest.mark.parametrize("budget", [None, SMALLEST])
@@ -109,7 +109,7 @@ def test_slabs_of_rows_equal_a_plain_decode(name: str) -> None:
 @pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
 def test_layouts_are_the_postprocessed_sample(name: str, layout: Layout, budget: int | None) -> None:
     latents = latents_for(name, 2, 5, 2, batch=2)
-    found = streaming(name, budget).decode(latents, layout, **arguments(name))
+    found = streaming(name).decode(latents, layout, budget_bytes=budget, **arguments(name)).tensor
     expected = stock(name, latents, layout)
     assert found.dtype is expected.dtype
     atol = 1 if layout is Layout.PIXELS else 1e-5
@@ -121,11 +121,13 @@ def test_layouts_are_the_postprocessed_sample(name: str, layout: Layout, budget:
 def test_frames_leave_in_order_and_once(name: str, budget: int | None) -> None:
     left: list[Tensor] = []
     latents = latents_for(name, 6, 8, 2, batch=2)
-    clips = streaming(name, budget).decode(
-        latents, Layout.PIXELS, lambda frames: left.append(frames.clone()), **arguments(name)
-    )
+
+    def emit(frames: Tensor) -> None:
+        left.append(frames.clone())
+
+    found = streaming(name).decode(latents, Layout.PIXELS, budget_bytes=budget, emit=emit, **arguments(name))
     assert len(left) > 2
-    assert torch.equal(torch.cat(left), clips)
+    assert torch.equal(torch.cat(left), found.tensor)
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -134,7 +136,7 @@ def test_memory_does_not_grow_with_the_clip(name: str) -> None:
     frames = (17, 33) if "ltx" in name else (5, 13)
     decoder = streaming(name)
     short, long = (
-        peak_beside_output(lambda n=n: decoder.decode(latents_for(name, n), Layout.PIXELS, **arguments(name)))
+        peak_beside_output(lambda n=n: decoder.decode(latents_for(name, n), Layout.PIXELS, **arguments(name)).tensor)
         for n in frames
     )
     assert long < 1.1 * short
@@ -143,7 +145,7 @@ def test_memory_does_not_grow_with_the_clip(name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE_CLIP)
 def test_memory_is_a_fraction_of_a_plain_decode(name: str) -> None:
     latents = latents_for(name, 33 if "ltx" in name else 13)
-    ours = peak_beside_output(lambda: streaming(name).decode(latents, Layout.PIXELS))
+    ours = peak_beside_output(lambda: streaming(name).decode(latents, Layout.PIXELS).tensor)
     theirs = peak_beside_output(lambda: stock(name, latents, Layout.PIXELS))
     assert ours < 0.5 * theirs
 
@@ -152,7 +154,9 @@ def test_memory_is_a_fraction_of_a_plain_decode(name: str) -> None:
 def test_slabs_take_a_fraction_of_the_memory(name: str) -> None:
     latents = latents_for(name, 2, 64, 2)
     whole, lowest = (
-        peak_beside_output(lambda b=budget: streaming(name, b).decode(latents, Layout.PIXELS, **arguments(name)))
+        peak_beside_output(
+            lambda b=budget: streaming(name).decode(latents, Layout.PIXELS, budget_bytes=b, **arguments(name)).tensor
+        )
         for budget in (None, SMALLEST)
     )
     assert lowest < 0.35 * whole
@@ -167,9 +171,9 @@ def test_a_budget_is_kept_at_the_published_size(make: Callable[[], Any]) -> None
         assert family is not None
         decoder = StreamingDecoder(vae, family)
         latents = torch.empty(1, decoder.spec.channels, 5, 40, 2)
-        whole = peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS))
-        decoder.memory_budget_bytes = int(0.5 * whole)
-        assert peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS)) < 0.5 * whole
+        whole = peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS).tensor)
+        budget = int(0.5 * whole)
+        assert peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS, budget_bytes=budget).tensor) < budget
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -180,26 +184,24 @@ def test_a_decode_that_broke_off_leaves_nothing_behind(name: str) -> None:
     latents = latents_for(name, 3)
     before = stock(name, latents)
     with pytest.raises(RuntimeError, match="out of memory"):
-        streaming(name).decode(latents, Layout.SAMPLE, full, **arguments(name))
-    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)), before)
+        streaming(name).decode(latents, Layout.SAMPLE, emit=full, **arguments(name))
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)).tensor, before)
     assert torch.equal(stock(name, latents), before)
 
 
 def test_a_sample_that_is_not_finite_is_told() -> None:
     decoder = streaming("wan")
-    decoder.decode(latents_for("wan", 2), Layout.PIXELS)
-    assert bool(decoder.finite)
-    decoder.decode(latents_for("wan", 2) * torch.nan, Layout.PIXELS)
-    assert not bool(decoder.finite)
+    assert bool(decoder.decode(latents_for("wan", 2), Layout.PIXELS).finite)
+    assert not bool(decoder.decode(latents_for("wan", 2) * torch.nan, Layout.PIXELS).finite)
 
 
 @pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
 def test_it_is_what_runs_unless_models_yaml_asks_for_diffusers(name: str) -> None:
-    names = [build_decoder(*made(name), choice, "none", None)[0].name for choice in ("auto", "diffusers")]
+    names = [build_decoder(*made(name), choice, "none")[0].name for choice in ("auto", "diffusers")]
     assert names == ["streaming", "diffusers"]
 
 
 def test_noise_that_frames_share_is_left_to_diffusers() -> None:
     vae = vaes.ltx(decoder_inject_noise=(True,) * 5)
-    decoder, note = build_decoder(vae, made("ltx")[1], "auto", "none", None)
+    decoder, note = build_decoder(vae, made("ltx")[1], "auto", "none")
     assert (decoder.name, note) == ("diffusers", "Its decoder adds noise that all frames of a clip share.")

@@ -5,39 +5,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from diffusers import AutoencoderKLHunyuanVideo
 
-from server.engine.decoders.stock import Emit, StockDecoder
+from server.engine.coder import Decoder
+from server.engine.decoders.stock import StockDecoder
 from server.engine.decoders.streaming import NETWORKS, StreamingDecoder
 from server.engine.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.families import Family
-from server.types import Layout, Operation
-
-
-class Decoder(Protocol):
-    """A VAE on its device.
-
-    name: what `GET /models` calls this way of decoding. finite: whether the last decode's sample was, a 0-d tensor.
-    memory_budget_bytes: bounds the activations of all but diffusers' own; None is what is free at each decode.
-    """
-
-    name: str
-    finite: torch.Tensor
-    memory_budget_bytes: int | None
-
-    def decode(
-        self, latents: torch.Tensor, layout: Layout, emit: Emit | None = None, **arguments: float
-    ) -> torch.Tensor:
-        """`[B, C, h, w]` or `[B, C, F, h, w]`, unscaled, on any device and dtype, to pixels as `layout` says.
-
-        emit: receives the pictures or frames in order, on the device, each as soon as it is done.
-        arguments: of the family's own `vae.decode`.
-        """
-        ...
-
+from server.types import Operation
 
 EXACT_CLASSES = {
     Operation.DECODE: frozenset({"AutoencoderKL", "AutoencoderKLHunyuanVideo"}),
@@ -46,14 +23,11 @@ EXACT_CLASSES = {
 EXACT: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder], ...] = (ExactKLDecoder, ExactHunyuanVideoDecoder)
 
 
-def build_decoder(
-    vae: Any, family: Family, choice: str, tiling: str, memory_budget_bytes: int | None
-) -> tuple[Decoder, str | None]:
+def build_decoder(vae: Any, family: Family, choice: str, tiling: str) -> tuple[Decoder, str | None]:
     """The decoder, and why it is diffusers' own where it is.
 
     choice: `auto`, or `diffusers` for the stock path bit for bit. An exact decoder takes the VAE's weights over.
     tiling: `diffusers` for the library's own tiles and their blending, which are not exact.
-    memory_budget_bytes: bounds an exact decoder's activations; None: what is free at each decode.
     """
     if tiling == "diffusers":
         vae.enable_tiling()
@@ -63,17 +37,17 @@ def build_decoder(
     reasons = [exact.unsupported_reason(vae) for exact in EXACT]
     for exact, reason in zip(EXACT, reasons, strict=True):
         if reason is None:
-            return exact(vae, memory_budget_bytes=memory_budget_bytes), None
+            return exact(vae), None
     if type(vae).__name__ in NETWORKS:
-        return _streaming(vae, family, memory_budget_bytes)
+        return _streaming(vae, family)
     return StockDecoder(vae, family), reasons[-1] if isinstance(vae, AutoencoderKLHunyuanVideo) else reasons[0]
 
 
-def _streaming(vae: Any, family: Family, memory_budget_bytes: int | None) -> tuple[Decoder, str | None]:
+def _streaming(vae: Any, family: Family) -> tuple[Decoder, str | None]:
     reason = StreamingDecoder.unsupported_reason(vae)
     if reason is not None:
         return StockDecoder(vae, family), reason
-    return StreamingDecoder(vae, family, memory_budget_bytes=memory_budget_bytes), None
+    return StreamingDecoder(vae, family), None
 
 
-__all__ = ["EXACT_CLASSES", "Decoder", "build_decoder"]
+__all__ = ["EXACT_CLASSES", "build_decoder"]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.engine.coder import Check
 from server.engine.exact.kernels import Kernels
 from server.engine.exact.moments import Affine, GroupNorm, Moments
 from server.engine.exact.network import Attention, Conv, Linear, Resnet
@@ -88,26 +89,38 @@ class History:
         return y
 
 
-def decode(network: Network, kernels: Kernels, chunk_bytes: int, query_bytes: int, latents: Tensor, emit: Emit) -> None:
-    """latents [C, F, h, w]; `emit(first frame, sample [n, H, W, 3])` receives the clip from first to last."""
-    clip = first(network, kernels, chunk_bytes, latents)
+def decode(
+    network: Network,
+    kernels: Kernels,
+    chunk_bytes: int,
+    query_bytes: int,
+    latents: Tensor,
+    emit: Emit,
+    check: Check,
+) -> None:
+    """Decode latents [C, F, h, w]; `emit(first frame, sample [n, H, W, 3])` receives the video from first to last.
+
+    check: called before each chunk of frames and each chunk of queries.
+    """
+    clip = first(network, kernels, chunk_bytes, latents, check)
     for step in network.steps:
         match step:
             case Resnet():
-                clip = resnet(step, kernels, clip)
+                clip = resnet(step, kernels, clip, check)
             case Attention():
-                clip = attention(step, kernels, query_bytes, clip)
+                clip = attention(step, kernels, query_bytes, clip, check)
             case Upsample():
-                clip = upsample(step, kernels, chunk_bytes, clip)
-    last(network, kernels, clip, emit)
+                clip = upsample(step, kernels, chunk_bytes, clip, check)
+    last(network, kernels, clip, emit, check)
 
 
-def first(network: Network, kernels: Kernels, chunk_bytes: int, latents: Tensor) -> Clip:  # [C, F, h, w]
+def first(network: Network, kernels: Kernels, chunk_bytes: int, latents: Tensor, check: Check) -> Clip:  # [C, F, h, w]
     frames = latents.permute(1, 2, 3, 0).contiguous()  # [F, h, w, C]
     frames = F.linear(frames, network.post_quant.weight, network.post_quant.bias)  # [F, h, w, C]
     clip, history = Clip(kernels), History(2)
     frame_bytes = frames[0, ..., 0].numel() * network.conv_in.out_channels * frames.element_size()
     for chunk in torch.split(frames, max(1, chunk_bytes // frame_bytes)):
+        check()
         clip.append(conv(kernels, network.conv_in, history.side_by_side(chunk)))  # [n, h, w, C']
     return clip
 
@@ -123,22 +136,24 @@ def normalized(kernels: Kernels, affine: Affine, chunk: Tensor) -> Tensor:  # [n
     return out
 
 
-def resnet(block: Resnet, kernels: Kernels, x: Clip) -> Clip:
+def resnet(block: Resnet, kernels: Kernels, x: Clip, check: Check) -> Clip:
     norm1 = kernels.affine(block.norm1, x.moments)
     hidden, residual, history = Clip(kernels), Clip(kernels), History(2)
     for chunk in x.take():  # [n, H, W, C]
+        check()
         hidden.append(conv(kernels, block.conv1, history.side_by_side(normalized(kernels, norm1, chunk))))
         if block.shortcut is not None:
             chunk = F.linear(chunk, block.shortcut.weight, block.shortcut.bias)  # [n, H, W, C']
         residual.chunks.append(chunk)
     norm2, history = kernels.affine(block.norm2, hidden.moments), History(2)
     for chunk, kept in zip(hidden.take(), residual.chunks, strict=True):  # [n, H, W, C'] twice
+        check()
         kept += conv(kernels, block.conv2, history.side_by_side(normalized(kernels, norm2, chunk)))
         residual.note(kept)
     return residual
 
 
-def attention(block: Attention, kernels: Kernels, query_bytes: int, x: Clip) -> Clip:
+def attention(block: Attention, kernels: Kernels, query_bytes: int, x: Clip, check: Check) -> Clip:
     """Frame t attends to all positions of frames 0 to t: causal by frame, so no mask over pairs of positions."""
     affine = kernels.affine(block.norm, x.moments)
     frames = torch.cat(x.chunks)  # [F, h, w, C]
@@ -153,6 +168,7 @@ def attention(block: Attention, kernels: Kernels, query_bytes: int, x: Clip) -> 
         seen = (frame + 1) * positions
         rows = max(1, query_bytes // (seen * tokens.element_size()))
         for start in range(frame * positions, seen, rows):
+            check()
             stop = min(start + rows, seen)
             query = F.linear(tokens[:, start:stop], block.query.weight, block.query.bias)  # [1, t, C]
             residual[:, start:stop] += kernels.attend(query, key[:, :seen], value[:, :seen]).add_(block.bias)
@@ -163,12 +179,13 @@ def attention(block: Attention, kernels: Kernels, query_bytes: int, x: Clip) -> 
     return attended
 
 
-def upsample(block: Upsample, kernels: Kernels, chunk_bytes: int, x: Clip) -> Clip:
+def upsample(block: Upsample, kernels: Kernels, chunk_bytes: int, x: Clip, check: Check) -> Clip:
     larger, history = Clip(kernels), History(1 if block.grows_in_time else 2)
     times, is_first = (2 if block.grows_in_time else 1), True
     for chunk in x.take():  # [n, H, W, C]
         grown_bytes = chunk[0, ..., 0].numel() * block.conv.out_channels * chunk.element_size()
         for part in torch.split(chunk, max(1, chunk_bytes // grown_bytes)):
+            check()
             y = history.side_by_side(part)  # [n, H + 2, W + 2, 2 C or 3 C]
             phases = conv(kernels, block.conv, y)  # [n, H + 1, W + 1, 8 C' or 4 C']
             larger.append(interleave(phases, times, is_first))
@@ -191,9 +208,10 @@ def interleave(phases: Tensor, times: int, is_first: bool) -> Tensor:  # [n, H +
     return frames[times - 1 :] if is_first else frames
 
 
-def last(network: Network, kernels: Kernels, x: Clip, emit: Emit) -> None:
+def last(network: Network, kernels: Kernels, x: Clip, emit: Emit, check: Check) -> None:
     affine, history, frame = kernels.affine(network.norm_out, x.moments), History(2), 0
     for chunk in x.take():  # [n, H, W, C]
+        check()
         sample = conv(kernels, network.conv_out, history.side_by_side(normalized(kernels, affine, chunk)))
         emit(frame, sample)  # [n, H, W, 3]
         frame += len(chunk)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from server.engine.coder import Check, Coded, Emit, go_on
 from server.engine.exact.graphs import GRAPH_PIXELS
 from server.engine.exact.half import ExactHalf
 from server.engine.exact.network import Network
@@ -27,32 +27,41 @@ class ExactKLDecoder(ExactHalf[Network]):
         """None if this decoder's structure is known, else one sentence saying what is not."""
         return unsupported_reason(vae)
 
-    def __init__(self, vae: AutoencoderKL, *, memory_budget_bytes: int | None = None) -> None:
-        super().__init__(vae.decoder.conv_in.weight, partial(Network.take, vae), memory_budget_bytes)
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__(vae.decoder.conv_in.weight, partial(Network.take, vae))
 
     @torch.inference_mode()
     def decode(
-        self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None, **arguments: float
-    ) -> Tensor:
-        """Unscaled latents `[B, C, h, w]` to the layout; equals diffusers' `decode` within the dtype's rounding."""
+        self,
+        latents: Tensor,
+        layout: Layout,
+        *,
+        budget_bytes: int | None = None,
+        emit: Emit | None = None,
+        check: Check = go_on,
+        **arguments: float,
+    ) -> Coded:
+        """Decode as `Decoder.decode` says; equals diffusers' `decode` within the dtype's rounding."""
         latents = latents.to(self.network.device, self.network.dtype)  # [B, C, h, w]
         batch, _, height, width = latents.shape
-        plan = self.plan(batch, height, width)
+        plan = self.plan(batch, height, width, budget_bytes)
         if self.graphs is None or batch * height * width * self.network.upsampling**2 > GRAPH_PIXELS:
-            picture, self.finite = self.run(plan, latents, layout)
-        else:
-            launch = partial(self.run, plan, layout=layout)
-            picture, self.finite = self.graphs.run((latents.shape, layout, plan), launch, latents)
+            image, finite = self.run(plan, latents, layout, check)
+        else:  # one step: nothing can be done while a graph is recorded or replayed
+            launch = partial(self.run, plan, layout=layout, check=go_on)
+            image, finite = self.graphs.run((latents.shape, layout, plan), launch, latents)
         if emit is not None:
-            emit(picture)
-        return picture
+            emit(image)
+        return Coded(image, finite)
 
-    def run(self, plan: Plan, latents: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:  # [B, C, h, w]
-        """One decode as planned, launched operation by operation: the picture, and whether it is finite."""
+    def run(
+        self, plan: Plan, latents: Tensor, layout: Layout, check: Check = go_on
+    ) -> tuple[Tensor, Tensor]:  # [B, C, h, w]
+        """Run one decode as planned, operation by operation. Returns the image, and whether it is finite."""
         batch, _, height, width = latents.shape
         ratio = self.network.upsampling
         output = Output(layout, (batch, ratio * height, ratio * width, self.network.conv_out.out_channels), latents)
         for image in range(0, batch, plan.images):
             emit = partial(output.write, image)
-            decode(self.network, self.kernels, plan, latents[image : image + plan.images], emit)
+            decode(self.network, self.kernels, plan, latents[image : image + plan.images], emit, check)
         return output.tensor, output.finite

@@ -17,7 +17,7 @@ GRAPH_PIXELS = 1 << 20  # above this a run keeps the GPU busy by itself, and a g
 class Recording:
     graph: torch.cuda.CUDAGraph
     input: Tensor
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, Tensor]
 
 
 class Graphs:
@@ -34,7 +34,9 @@ class Graphs:
     def clear(self) -> None:
         self._recordings.clear()
 
-    def run(self, key: Hashable, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        self, key: Hashable, function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         recording = self._recordings.get(key)
         if recording is None:
             recording = self._recordings[key] = self._record(function, x)
@@ -43,9 +45,10 @@ class Graphs:
         self._recordings.move_to_end(key)
         recording.input.copy_(x)
         recording.graph.replay()
-        return tuple(output.clone() for output in recording.outputs)
+        first, second = recording.outputs
+        return first.clone(), second.clone()
 
-    def _record(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> Recording:
+    def _record(self, function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Recording:
         stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):  # the first run picks algorithms and compiles kernels, which a recording cannot

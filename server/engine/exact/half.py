@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from server.engine.exact.graphs import GRAPHS, Graphs
@@ -17,28 +16,23 @@ N = TypeVar("N", bound=Network)
 
 
 class ExactHalf(Generic[N]):
-    """Takes over the weights of its half of the VAE, which are on their device already, in the dtype to compute in.
-
-    memory_budget_bytes: bounds the activations' peak; None takes it from the memory that is free at each run.
-    """
+    """Takes over the weights of one direction of the VAE, which are on their device in the dtype to compute in."""
 
     name = "exact"
+    is_reentrant = True
 
-    def __init__(self, weight: Tensor, take: Callable[[Kernels], N], memory_budget_bytes: int | None) -> None:
-        """weight: one of them. take: makes the network of the VAE."""
-        self.memory_budget_bytes = memory_budget_bytes
+    def __init__(self, weight: Tensor, take: Callable[[Kernels], N]) -> None:
+        """weight: any of the weights. take: makes the network of the VAE."""
         self.kernels = kernels_for(weight.device, weight.dtype)
         self.network = take(self.kernels)
         self.graphs = Graphs(GRAPHS) if weight.device.type == "cuda" else None
-        self.finite = torch.ones((), dtype=torch.bool)
 
-    def plan(self, batch: int, height: int, width: int) -> Plan:
-        """For inputs of height x width."""
+    def plan(self, batch: int, height: int, width: int, budget_bytes: int | None = None) -> Plan:
+        """Plan a run for inputs of height x width. budget_bytes: for the activations; None: what is free now."""
         need = footprint(self.network, height, width)
-        budget = self.memory_budget_bytes
-        free = free_bytes(self.network.device) if budget is None else budget
+        free = free_bytes(self.network.device) if budget_bytes is None else budget_bytes
         return fit(need, wanted(need, batch, self.network), free)
 
-    def peak_bytes(self, batch: int, height: int, width: int) -> int:
-        """An estimate of the activations' peak for inputs of height x width, without a run."""
-        return footprint(self.network, height, width).peak(self.plan(batch, height, width))
+    def peak_bytes(self, batch: int, height: int, width: int, budget_bytes: int | None = None) -> int:
+        """Estimate the peak memory of the activations for inputs of height x width, without a run."""
+        return footprint(self.network, height, width).peak(self.plan(batch, height, width, budget_bytes))

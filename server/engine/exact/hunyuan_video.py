@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention as StockAttention
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as stock
 from torch import Tensor, nn
 
+from server.engine.coder import Check, Coded, Emit, go_on
 from server.engine.exact import clip
 from server.engine.exact.kernels import Kernels
 from server.engine.exact.memory import free_bytes, kernels_for
@@ -38,33 +39,36 @@ WORKING_CHUNKS = 8
 class ExactHunyuanVideoDecoder:
     """Takes over the weights of `vae.decoder` and `vae.post_quant_conv`; `vae.decode` no longer works after.
 
-    It equals diffusers' decode with `use_framewise_decoding` off: no temporal tiles, no blending. `memory_budget_bytes`
-    bounds the chunks beside the two whole activations; None takes it from the memory that is free at each decode.
+    It equals diffusers' decode with `use_framewise_decoding` off: no temporal tiles, no blending. The memory budget
+    bounds the chunks beside the two whole activations.
     """
 
     name = "exact"
+    is_reentrant = True
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:
         """None if this decoder's structure is known, else one sentence saying what is not."""
         return next(_reasons(vae), None)
 
-    def __init__(self, vae: AutoencoderKLHunyuanVideo, *, memory_budget_bytes: int | None = None) -> None:
+    def __init__(self, vae: AutoencoderKLHunyuanVideo) -> None:
         weight = vae.decoder.conv_in.conv.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.memory_budget_bytes = memory_budget_bytes
         self.kernels = kernels_for(self.device, self.dtype)
         self.network = _take(vae, self.kernels)
-        self.finite = torch.ones((), dtype=torch.bool)
 
     @torch.inference_mode()
     def decode(
-        self, latents: Tensor, layout: Layout, emit: Callable[[Tensor], None] | None = None, **arguments: float
-    ) -> Tensor:  # [B, C, F, h, w]
-        """Unscaled latents to the layout; equals diffusers' untiled `decode` within the dtype's rounding.
-
-        emit: receives the layout's frames `[n, …]` in order, each chunk while the next is still to be computed.
-        """
+        self,
+        latents: Tensor,  # [B, C, F, h, w]
+        layout: Layout,
+        *,
+        budget_bytes: int | None = None,
+        emit: Emit | None = None,
+        check: Check = go_on,
+        **arguments: float,
+    ) -> Coded:
+        """Decode as `Decoder.decode` says; equals diffusers' untiled `decode` within the dtype's rounding."""
         latents = latents.to(self.device, self.dtype)
         batch, _, _, height, width = latents.shape
         steps = [step for step in self.network.steps if isinstance(step, clip.Upsample)]
@@ -73,7 +77,7 @@ class ExactHunyuanVideoDecoder:
             frames = 2 * frames - 1 if step.grows_in_time else frames
         shape = (batch * frames, ratio * height, ratio * width, self.network.conv_out.out_channels)
         output = Output(layout, shape, latents)
-        chunk_bytes = self._chunk_bytes(frames, shape[1] * shape[2])
+        chunk_bytes = self._chunk_bytes(frames, shape[1] * shape[2], budget_bytes)
         for index, one in enumerate(latents):  # [C, F, h, w]
 
             def write(frame: int, sample: Tensor, start: int = index * frames) -> None:
@@ -81,16 +85,16 @@ class ExactHunyuanVideoDecoder:
                 if emit is not None:
                     emit(output.tensor[start + frame : start + frame + len(sample)])
 
-            clip.decode(self.network, self.kernels, chunk_bytes, QUERY_BYTES, one, write)
-        self.finite = output.finite
+            clip.decode(self.network, self.kernels, chunk_bytes, QUERY_BYTES, one, write, check)
         if layout is not Layout.SAMPLE:
-            return output.tensor  # [B F, ...]
-        return output.tensor.view(batch, frames, *output.tensor.shape[1:]).transpose(1, 2)  # [B, C, F, H, W]
+            return Coded(output.tensor, output.finite)  # [B F, ...]
+        sample = output.tensor.view(batch, frames, *output.tensor.shape[1:]).transpose(1, 2)  # [B, C, F, H, W]
+        return Coded(sample, output.finite)
 
-    def _chunk_bytes(self, frames: int, pixels: int) -> int:
+    def _chunk_bytes(self, frames: int, pixels: int, budget_bytes: int | None) -> int:
         """Chunks that fit the budget beside the two whole activations of the last and largest stage."""
         wanted = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
-        budget = free_bytes(self.device) if self.memory_budget_bytes is None else self.memory_budget_bytes
+        budget = free_bytes(self.device) if budget_bytes is None else budget_bytes
         stored: int = 2 * frames * pixels * self.network.norm_out.weight.numel() * self.dtype.itemsize
         return max(1, min(wanted, (budget - stored) // WORKING_CHUNKS))
 

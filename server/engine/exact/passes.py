@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.engine.coder import Check
 from server.engine.exact.kernels import Kernels
 from server.engine.exact.moments import Affine, GroupNorm, Moments
 from server.engine.exact.network import Attention, Conv, Network, Resnet, Step, Upsample
@@ -24,57 +25,64 @@ from server.engine.exact.plan import Plan
 Emit = Callable[[int, Tensor], None]
 
 
-def decode(network: Network, kernels: Kernels, plan: Plan, latents: Tensor, emit: Emit) -> None:  # [B, C, h, w]
-    """Run the decoder; `emit(top, sample [B, n, W, 3])` receives the picture from top to bottom."""
+def decode(
+    network: Network, kernels: Kernels, plan: Plan, latents: Tensor, emit: Emit, check: Check
+) -> None:  # [B, C, h, w]
+    """Run the decoder; `emit(top, sample [B, n, W, 3])` receives the image from top to bottom.
+
+    check: called before each band and each chunk of queries.
+    """
     x = latents.permute(0, 2, 3, 1).contiguous()  # [B, h, w, C]
     if network.post_quant is not None:
         x = F.linear(x, network.post_quant.weight, network.post_quant.bias)  # [B, h, w, C]
-    picture: Rows = first(network.conv_in, kernels, plan, x)
+    picture: Rows = first(network.conv_in, kernels, plan, x, check)
     stored = network.steps[: network.full_size.start] if plan.recomputes else network.steps
     for step in stored:
-        picture = advance(step, kernels, plan, picture)
+        picture = advance(step, kernels, plan, picture, check)
     for step in network.steps[len(stored) :]:
-        picture = advance_recomputing(step, kernels, plan, picture)
-    last(network.norm_out, network.conv_out, kernels, picture, emit)
+        picture = advance_recomputing(step, kernels, plan, picture, check)
+    last(network.norm_out, network.conv_out, kernels, picture, emit, check)
 
 
-def advance(step: Step, kernels: Kernels, plan: Plan, x: Rows) -> Picture:
+def advance(step: Step, kernels: Kernels, plan: Plan, x: Rows, check: Check) -> Picture:
     assert isinstance(x, Picture)
     match step:
         case Resnet():
-            return resnet(step, kernels, x)
+            return resnet(step, kernels, x, check)
         case Attention():
-            return attention(step, kernels, plan, x)
+            return attention(step, kernels, plan, x, check)
         case Upsample():
-            return upsample(step.conv, kernels, plan, x)
+            return upsample(step.conv, kernels, plan, x, check)
 
 
-def advance_recomputing(step: Step, kernels: Kernels, plan: Plan, x: Rows) -> Rows:
+def advance_recomputing(step: Step, kernels: Kernels, plan: Plan, x: Rows, check: Check) -> Rows:
     match step:
         case Resnet():
-            return resnet_recomputing(step, kernels, x)
+            return resnet_recomputing(step, kernels, x, check)
         case Upsample():
-            return upsample_recomputing(step.conv, kernels, plan, x)
+            return upsample_recomputing(step.conv, kernels, plan, x, check)
         case Attention():
             raise AssertionError("the attention comes before the last upsample")
 
 
-def first(conv: Conv, kernels: Kernels, plan: Plan, x: Tensor) -> Picture:  # [B, H, W, C]
+def first(conv: Conv, kernels: Kernels, plan: Plan, x: Tensor, check: Check) -> Picture:  # [B, H, W, C]
     whole = Picture(unit=1)
     whole.append(x)
     picture = Picture(plan.unit_rows(x.shape[2], conv.out_channels))
     for top, bottom in spans(x.shape[1], plan.rows(x.shape[2], conv.out_channels)):
+        check()
         band = kernels.conv(with_halo(kernels, whole, top, bottom), conv.weight, conv.bias)
         picture.append(band, kernels.moments(band, picture.unit))  # [B, n, w, C']
     return picture
 
 
-def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
+def resnet(block: Resnet, kernels: Kernels, x: Picture, check: Check) -> Picture:
     hidden = Picture(x.unit)
     residual = x if block.shortcut is None else Picture(x.unit)
 
     norm1 = kernels.affine(block.norm1, x.moments)
     for top, bottom in x.spans:
+        check()
         y = with_halo(kernels, x, top, bottom, norm1)  # [B, n + 2, W, C]
         # conv1's bias is left out: a constant per channel only moves the mean that norm2 takes away again.
         y = kernels.conv(y, block.conv1.weight, None)  # [B, n, W, C']
@@ -88,6 +96,7 @@ def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
     norm2 = kernels.affine(block.norm2, hidden.moments, offset=block.conv1.bias)
     residual.moments = []
     for index, (top, bottom) in enumerate(residual.spans):
+        check()
         y = with_halo(kernels, hidden, top, bottom, norm2)  # [B, n + 2, W, C']
         band = residual.band(index)  # [B, n, W, C']
         residual.moments.append(kernels.add_conv_(band, y, block.conv2.weight, block.conv2.bias, x.unit))
@@ -95,10 +104,11 @@ def resnet(block: Resnet, kernels: Kernels, x: Picture) -> Picture:
     return residual
 
 
-def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
+def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Picture, check: Check) -> Picture:
     width = x.band(0).shape[2]
     picture = Picture(plan.unit_rows(2 * width, conv.out_channels))
     for top, bottom in spans(x.height, max(1, plan.rows(2 * width, conv.out_channels) // 2)):
+        check()
         y = with_halo(kernels, x, top, bottom)  # [B, n + 2, W, C]
         phases = kernels.conv(y, conv.weight, None)  # [B, n + 1, W + 1, 4 C']
         x.release_above(bottom - 1)
@@ -106,10 +116,11 @@ def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
     return picture
 
 
-def resnet_recomputing(block: Resnet, kernels: Kernels, x: Rows) -> Picture:
+def resnet_recomputing(block: Resnet, kernels: Kernels, x: Rows, check: Check) -> Picture:
     norm1 = kernels.affine(block.norm1, x.moments)
 
     def conv1(top: int, bottom: int) -> Tensor:  # [B, n, W, C']
+        check()
         return kernels.conv(with_halo(kernels, x, top, bottom, norm1), block.conv1.weight, None)
 
     hidden = Recomputed(x.unit, x.spans, conv1, lambda row: x.release_above(row - 1))
@@ -117,6 +128,7 @@ def resnet_recomputing(block: Resnet, kernels: Kernels, x: Rows) -> Picture:
     norm2 = kernels.affine(block.norm2, hidden.moments, offset=block.conv1.bias)
     total = Picture(x.unit)  # not x in place: the next band's hidden rows are made of this band's x
     for top, bottom in x.spans:
+        check()
         y = with_halo(kernels, hidden, top, bottom, norm2)  # [B, n + 2, W, C']
         (band,) = x.rows(top, bottom)  # [B, n, W, C]
         change = block.shortcut
@@ -126,11 +138,12 @@ def resnet_recomputing(block: Resnet, kernels: Kernels, x: Rows) -> Picture:
     return total
 
 
-def upsample_recomputing(conv: Conv, kernels: Kernels, plan: Plan, x: Rows) -> Recomputed:
+def upsample_recomputing(conv: Conv, kernels: Kernels, plan: Plan, x: Rows, check: Check) -> Recomputed:
     (row,) = x.rows(0, 1)  # [B, 1, W, C]
     width = 2 * row.shape[2]
 
     def grown(top: int, bottom: int) -> tuple[Tensor, Moments]:  # rows of x -> [B, 2 n, 2 W, C']
+        check()
         phases = kernels.conv(with_halo(kernels, x, top, bottom), conv.weight, None)  # [B, n + 1, W + 1, 4 C']
         return kernels.interleave(phases, conv.bias, picture.unit)
 
@@ -145,7 +158,7 @@ def upsample_recomputing(conv: Conv, kernels: Kernels, plan: Plan, x: Rows) -> R
     return picture
 
 
-def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Picture:
+def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture, check: Check) -> Picture:
     """Every position attends to all positions; only the queries are taken in chunks."""
     affine = kernels.affine(block.norm, x.moments)
     whole = x.whole()  # [B, h, w, C]
@@ -156,15 +169,17 @@ def attention(block: Attention, kernels: Kernels, plan: Plan, x: Picture) -> Pic
     value = F.linear(tokens, block.value.weight)  # [B, N, C]
     residual = whole.flatten(1, 2)  # [B, N, C]
     for start, stop in spans(tokens.shape[1], plan.query_rows(tokens.shape[1])):
+        check()
         query = F.linear(tokens[:, start:stop], block.query.weight, block.query.bias)  # [B, t, C]
         residual[:, start:stop] += kernels.attend(query, key, value).add_(block.bias)  # [B, t, C]
     x.moments = [kernels.moments(whole, x.unit)]
     return x
 
 
-def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Rows, emit: Emit) -> None:
+def last(norm: GroupNorm, conv: Conv, kernels: Kernels, x: Rows, emit: Emit, check: Check) -> None:
     affine = kernels.affine(norm, x.moments)
     for top, bottom in x.spans:
+        check()
         y = with_halo(kernels, x, top, bottom, affine)  # [B, n + 2, W, C]
         x.release_above(bottom - 1)
         emit(top, kernels.conv(y, conv.weight, conv.bias))  # [B, n, W, 3]

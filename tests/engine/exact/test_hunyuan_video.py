@@ -57,7 +57,7 @@ SHAPES = [(1, 1, 4, 4), (1, 2, 4, 6), (1, 5, 3, 5), (2, 3, 4, 4), (1, 6, 1, 7), 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_equals_diffusers_untiled_decode(shape: tuple[int, int, int, int]) -> None:
     latents = latents_for(*shape)
-    sample = exact(VAE).decode(latents, Layout.SAMPLE)
+    sample = exact(VAE).decode(latents, Layout.SAMPLE).tensor
     torch.testing.assert_close(sample, stock(VAE, latents), atol=1e-4, rtol=0)
 
 
@@ -65,15 +65,15 @@ def test_float32_equals_diffusers_untiled_decode(shape: tuple[int, int, int, int
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(1, 1 << 18))
 def test_any_chunk_length_gives_the_same_clip(frames: int, height: int, width: int, chunk_bytes: int) -> None:
     latents = latents_for(1, frames, height, width)
-    sample = exact(VAE, chunk_bytes).decode(latents, Layout.SAMPLE)
-    torch.testing.assert_close(sample, exact(VAE, 1 << 30).decode(latents, Layout.SAMPLE), atol=1e-4, rtol=0)
+    sample = exact(VAE, chunk_bytes).decode(latents, Layout.SAMPLE).tensor
+    torch.testing.assert_close(sample, exact(VAE, 1 << 30).decode(latents, Layout.SAMPLE).tensor, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layout", [Layout.UNIT, Layout.PIXELS])
 def test_layouts_are_the_postprocessed_sample(layout: Layout) -> None:
     latents = latents_for(1, 3, 4, 5)
     expected = postprocess(stock(VAE, latents), layout)
-    found = exact(VAE, 1).decode(latents, layout)
+    found = exact(VAE, 1).decode(latents, layout).tensor
     assert found.dtype is expected.dtype
     torch.testing.assert_close(found.float(), expected.float(), atol=1 if layout is Layout.PIXELS else 1e-4, rtol=0)
 
@@ -85,7 +85,7 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_own() -> None:
     for seed in range(4):
         latents = torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()
         reference = stock(VAE, latents)
-        ours += psnr(decoder.decode(latents, Layout.SAMPLE), reference) / 4
+        ours += psnr(decoder.decode(latents, Layout.SAMPLE).tensor, reference) / 4
         theirs += psnr(stock(half, latents), reference) / 4
     assert ours >= theirs - 0.3
 
@@ -93,14 +93,13 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_own() -> None:
 def test_without_attention_and_with_other_widths() -> None:
     vae = build(mid_block_add_attention=False, block_out_channels=(8, 16, 16, 32), layers_per_block=2)
     latents = latents_for(1, 3, 4, 4)
-    torch.testing.assert_close(exact(vae).decode(latents, Layout.SAMPLE), stock(vae, latents), atol=1e-4, rtol=0)
+    torch.testing.assert_close(exact(vae).decode(latents, Layout.SAMPLE).tensor, stock(vae, latents), atol=1e-4, rtol=0)
 
 
 def test_a_budget_shortens_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = ExactHunyuanVideoDecoder(copy.deepcopy(VAE), memory_budget_bytes=1)
-    assert decoder._chunk_bytes(17, 256 * 256) == 1
-    decoder.memory_budget_bytes = None
-    assert decoder._chunk_bytes(17, 256 * 256) == hunyuan_video.CPU_CHUNK_BYTES
+    decoder = ExactHunyuanVideoDecoder(copy.deepcopy(VAE))
+    assert decoder._chunk_bytes(17, 256 * 256, budget_bytes=1) == 1
+    assert decoder._chunk_bytes(17, 256 * 256, budget_bytes=None) == hunyuan_video.CPU_CHUNK_BYTES
 
 
 def test_an_unknown_structure_is_a_reason() -> None:

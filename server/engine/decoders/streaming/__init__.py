@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from server.engine.coder import Check, Coded, Emit, checking, go_on
 from server.engine.decoders.streaming.grouped import CogVideoX, Magvit, Mochi
 from server.engine.decoders.streaming.hunyuan_video_15 import HunyuanVideo15
 from server.engine.decoders.streaming.ltx import LTX
@@ -20,8 +21,6 @@ from server.families.video import Video
 from server.types import Layout
 
 __all__ = ["NETWORKS", "StreamingDecoder"]
-
-Emit = Callable[[Tensor], None]
 
 # Latent rows. A slab costs memory as so many more would: those around it, and the first half's output, of all rows.
 SPARE_ROWS = 4
@@ -70,10 +69,11 @@ NETWORKS: dict[str, Callable[[Any], Network]] = {
 class StreamingDecoder:
     """Equals diffusers' plain decode, without tiles or slices. It runs the VAE's own modules, which stay as they are.
 
-    memory_budget_bytes: bounds the activations by rows decoded by themselves, which takes longer; None: what is free.
+    A memory budget is kept by decoding slabs of rows one after another, which takes longer.
     """
 
     name = "streaming"
+    is_reentrant = False  # diffusers' modules keep a cache of frames between their chunks
 
     @staticmethod
     def unsupported_reason(vae: Any) -> str | None:
@@ -82,38 +82,52 @@ class StreamingDecoder:
             return "Its decoder adds noise that all frames of a clip share."
         return None
 
-    def __init__(self, vae: Any, family: Family, *, memory_budget_bytes: int | None = None) -> None:
+    def __init__(self, vae: Any, family: Family) -> None:
         weight = next(vae.decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.memory_budget_bytes = memory_budget_bytes
+        self.decoder = vae.decoder
         self.network = NETWORKS[type(vae).__name__](vae)
         self.family = family
         self.spec = family.describe(vae.config)
-        self.finite = torch.ones((), dtype=torch.bool)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, layout: Layout, emit: Emit | None = None, **arguments: float) -> Tensor:
-        """Unscaled latents `[B, C, h, w]` or `[B, C, F, h, w]` to the layout.
-
-        emit: receives the layout's frames `[n, …]` in order, as soon as all their rows are done.
-        """
+    def decode(
+        self,
+        latents: Tensor,
+        layout: Layout,
+        *,
+        budget_bytes: int | None = None,
+        emit: Emit | None = None,
+        check: Check = go_on,
+        **arguments: float,
+    ) -> Coded:
+        """Decode as `Decoder.decode` says; frames are emitted as soon as all their rows are done."""
         latents = latents.to(self.device, self.dtype)
         clips = latents if latents.ndim == 5 else latents[:, :, None]  # [B, C, F, h, w]
         frames, ratio = self._frames(clips.shape[2]), self.spec.vae_scale_factor
         shape = len(clips) * frames, ratio * clips.shape[3], ratio * clips.shape[4], self.network.channels
         output = Output(layout, shape, latents)
-        for index, clip in enumerate(torch.split(clips, 1)):  # [1, C, F, h, w]
-            self._decode(clip, output, index * frames, emit, arguments)
-        self.finite = output.finite
+        latent_frames, height, width = clips.shape[2:]
+        slab_rows = self.slab_rows(latent_frames, height, width, output.tensor.nbytes, budget_bytes)
+        with checking(self.decoder, check):
+            for index, clip in enumerate(torch.split(clips, 1)):  # [1, C, F, h, w]
+                self._decode(clip, output, index * frames, slab_rows, emit, arguments)
         if layout is not Layout.SAMPLE or latents.ndim == 4:
-            return output.tensor  # [B F, ...]
-        return output.tensor.view(-1, frames, *output.tensor.shape[1:]).transpose(1, 2)  # [B, C, F, H, W]
+            return Coded(output.tensor, output.finite)  # [B F, ...]
+        sample = output.tensor.view(-1, frames, *output.tensor.shape[1:]).transpose(1, 2)  # [B, C, F, H, W]
+        return Coded(sample, output.finite)
 
     def _decode(
-        self, clip: Tensor, output: Output, first: int, emit: Emit | None, arguments: dict[str, float]
-    ) -> None:  # [1, C, F, h, w]
-        network, (latent_frames, height, width) = self.network, clip.shape[2:]
-        slabs = list(split(height, self.slab_rows(latent_frames, height, width, output.tensor.nbytes)))
+        self,
+        clip: Tensor,  # [1, C, F, h, w]
+        output: Output,
+        first: int,
+        slab_rows: int,
+        emit: Emit | None,
+        arguments: dict[str, float],
+    ) -> None:
+        network, height = self.network, clip.shape[3]
+        slabs = list(split(height, slab_rows))
         chunks: Iterable[Tensor] = network.begin(clip)
         chunks = chunks if len(slabs) == 1 else list(chunks)
         for slab in slabs:
@@ -128,10 +142,11 @@ class StreamingDecoder:
     def _frames(self, latent_frames: int) -> int:
         return self.family.num_frames(self.spec, latent_frames) if isinstance(self.family, Video) else 1
 
-    def slab_rows(self, latent_frames: int, height: int, width: int, output_bytes: int) -> int:
-        """As many latent rows together as the budget allows."""
-        budget = self.memory_budget_bytes
-        budget = free_bytes(self.device) - output_bytes if budget is None else budget
+    def slab_rows(
+        self, latent_frames: int, height: int, width: int, output_bytes: int, budget_bytes: int | None = None
+    ) -> int:
+        """Return as many latent rows together as the budget allows."""
+        budget = free_bytes(self.device) - output_bytes if budget_bytes is None else budget_bytes
         pixels = self.spec.vae_scale_factor**2 * width  # of a latent row
         row_bytes = self.network.values_per_pixel(latent_frames) * self.dtype.itemsize * pixels
         if not self.network.parts or height * row_bytes <= budget:

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from server.engine.coder import Check, Coded, go_on
 from server.engine.exact.encoder.network import Network
 from server.engine.exact.encoder.passes import encode
 from server.engine.exact.encoder.structure import unsupported_reason
@@ -31,31 +32,27 @@ class ExactKLEncoder(ExactHalf[Network]):
         """None if this encoder's structure is known, else one sentence saying what is not."""
         return unsupported_reason(vae)
 
-    def __init__(self, vae: AutoencoderKL, *, memory_budget_bytes: int | None = None) -> None:
-        super().__init__(vae.encoder.conv_in.weight, partial(Network.take, vae), memory_budget_bytes)
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__(vae.encoder.conv_in.weight, partial(Network.take, vae))
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels `[B, 3, H, W]` in [-1, 1] to the posterior's parameters `[B, 2 C, h, w]`, in the weights' dtype.
-
-        They equal diffusers' `vae.encode(pixels).latent_dist.parameters` within the dtype's rounding.
-        """
+    def encode(self, pixels: Tensor, *, budget_bytes: int | None = None, check: Check = go_on) -> Coded:
+        """Encode as `Encoder.encode` says; equals diffusers' parameters within the dtype's rounding."""
         pixels = pixels.to(self.network.device, self.network.dtype)  # [B, 3, H, W]
         batch, _, height, width = pixels.shape
-        plan = self.plan(batch, height, width)
+        plan = self.plan(batch, height, width, budget_bytes)
         if self.graphs is None or batch * height * width > GRAPH_PIXELS:
-            parameters, self.finite = self.run(plan, pixels)
-        else:
-            parameters, self.finite = self.graphs.run((pixels.shape, plan), partial(self.run, plan), pixels)
-        return parameters
+            return Coded(*self.run(plan, pixels, check))
+        # One step: nothing can be done while a graph is recorded or replayed.
+        return Coded(*self.graphs.run((pixels.shape, plan), partial(self.run, plan, check=go_on), pixels))
 
-    def run(self, plan: Plan, pixels: Tensor) -> tuple[Tensor, Tensor]:  # [B, 3, H, W]
-        """One encode as planned, launched operation by operation: the parameters, and whether they are finite."""
+    def run(self, plan: Plan, pixels: Tensor, check: Check = go_on) -> tuple[Tensor, Tensor]:  # [B, 3, H, W]
+        """Run one encode as planned, operation by operation. Returns the parameters, and whether they are finite."""
         batch, _, height, width = pixels.shape
         ratio = self.network.downsampling
         shape = (batch, height // ratio, width // ratio, self.network.conv_out.out_channels)
         output = Output(Layout.SAMPLE, shape, pixels)
         for image in range(0, batch, plan.images):
             emit = partial(output.write, image)
-            encode(self.network, self.kernels, plan, pixels[image : image + plan.images], emit)
+            encode(self.network, self.kernels, plan, pixels[image : image + plan.images], emit, check)
         return output.tensor, output.finite
