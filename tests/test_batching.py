@@ -188,3 +188,35 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_removing_the_last_ticket_of_a_flow_gives_its_place_back() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=3, max_batch=16)
+    first, second, third = (ticket(seconds=10.0) for _ in range(3))
+    queue.put(first)
+    queue.put(second)
+    queue.remove(second)
+    queue.put(third)
+    assert (first.tag, third.tag) == (0.0, 10.0)
+
+
+def test_short_work_is_taken_while_its_share_lasts() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=1, max_batch=16)
+    for arrived in range(4):
+        queue.put(ticket(arrived=arrived, seconds=2.0))
+    assert len(queue.take_short(anything, longest_s=1, latest_tag=10)) == 0
+    assert [t.tag for t in queue.take_short(anything, longest_s=2, latest_tag=3)] == [0.0]
+    assert [t.tag for t in queue.take_short(anything, longest_s=2, latest_tag=3)] == [2.0]
+    assert queue.take_short(anything, longest_s=2, latest_tag=3) == []
+    assert len(queue) == 2
+
+
+def test_the_work_before_a_ticket_is_that_of_lower_tags() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=1, max_batch=16)
+    tickets = [ticket(arrived=arrived, seconds=2.0) for arrived in range(3)]
+    for each in tickets:
+        queue.put(each)
+    other = ticket(model="flux", arrived=9.0)
+    queue.put(other)
+    assert [queue.seconds_before(each) for each in tickets] == [0.0, 3.0, 5.0]
+    assert queue.seconds_before(other) == 2.0

@@ -47,7 +47,7 @@ def stock(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
 def exact(vae: AutoencoderKLHunyuanVideo, chunk_bytes: int | None = None) -> ExactHunyuanVideoDecoder:
     decoder = ExactHunyuanVideoDecoder(copy.deepcopy(vae))
     if chunk_bytes is not None:
-        decoder._chunk_bytes = lambda frames, pixels: chunk_bytes
+        decoder._chunk_bytes = lambda frames, pixels, budget_bytes: chunk_bytes
     return decoder
 
 

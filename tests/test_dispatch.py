@@ -1,0 +1,361 @@
+"""The dispatcher with an engine that has no device, on a virtual clock: batches, loads, retries, hangs, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from server.config import ServerOptions
+from server.dispatch import Batch, Dispatcher, Job
+from server.errors import DeadlinePassed, ModelUnavailable, WorkerCrashed
+from server.types import Done, Half, Operation
+from tests import virtual
+from tests.fake_engine import FakeEngine, job
+
+
+def dispatching(
+    scene: Callable[[Dispatcher, FakeEngine], Awaitable[Any]], *held: str, engines: int = 1, **flags: object
+) -> Any:
+    """Run a scene with a dispatcher and its first engine."""
+
+    async def play() -> Any:
+        made = [FakeEngine(*held) for _ in range(engines)]
+        dispatcher = Dispatcher(made, ServerOptions(**flags))
+        await dispatcher.start()
+        try:
+            return await scene(dispatcher, made[0])
+        finally:
+            await dispatcher.close()
+
+    return virtual.run(play())
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def asked(dispatcher: Dispatcher, *jobs: Job) -> list[asyncio.Task[Done]]:
+    return [asyncio.ensure_future(dispatcher.answer(one)) for one in jobs]
+
+
+async def failed(work: Awaitable[Any], kind: type[Exception]) -> Any:
+    with pytest.raises(kind) as raised:
+        await work
+    return raised.value
+
+
+def sizes(engine: FakeEngine) -> list[int]:
+    return [len(batch.jobs) for batch in engine.batches]
+
+
+# Batches.
+
+
+def test_jobs_alike_go_together_while_the_device_is_at_work() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[int]:
+        await asyncio.gather(*asked(dispatcher, *(job() for _ in range(6))))
+        return sizes(engine)
+
+    assert dispatching(scene, "sd") == [1, 5]
+
+
+def test_a_full_short_batch_is_staged_while_the_device_is_at_work() -> None:
+    """Else the device waits for bytes between two batches."""
+
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[list[int], list[bool]]:
+        answers = asked(dispatcher, *(job(seconds=0.01) for _ in range(7)))
+        await asyncio.sleep(0.001)
+        before = sizes(engine), [batch.started.done() for batch in engine.batches]
+        await asyncio.gather(*answers)
+        return before
+
+    assert dispatching(scene, "sd", max_batch=2) == ([1, 2], [True, False])
+
+
+def test_work_goes_to_the_engine_that_has_least() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[list[int], float]:
+        await asyncio.gather(*asked(dispatcher, *(job(seconds=1, side=1024) for _ in range(4))))
+        return [len(made.batches) for made in dispatcher.engines], now()
+
+    assert dispatching(scene, "sd", engines=2) == ([2, 2], pytest.approx(2))
+
+
+# Short work beside long work.
+
+
+def test_short_work_runs_between_the_steps_of_long_work() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[float]:
+        long = asked(dispatcher, job("video", side=4096, seconds=60))
+        await asyncio.sleep(10)
+        started = now()
+        waits = []
+        for _ in range(5):
+            await dispatcher.answer(job("sd", seconds=0.2))
+            waits.append(now() - started)
+            started = now()
+        await asyncio.gather(*long)
+        return waits
+
+    assert max(dispatching(scene, "video", "sd")) < 1
+
+
+def test_short_work_gets_no_more_than_its_share_beside_long_work() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> float:
+        """How many of the short ones are done by when the long one is."""
+        engine.takes = lambda batch: batch.seconds if batch.is_short else batch.seconds * 2  # half of it for others
+        long = asked(dispatcher, job("video", side=4096, seconds=20))
+        await asyncio.sleep(0)
+        shorts = asked(dispatcher, *(job("sd", seconds=0.5, side=1024) for _ in range(200)))
+        await asyncio.gather(*long)
+        done = sum(short.done() for short in shorts)
+        for short in shorts:
+            short.cancel()
+        return 0.5 * done
+
+    assert dispatching(scene, "video", "sd", batch_pixels=1) == pytest.approx(20, abs=5)
+
+
+def test_work_that_is_not_short_beside_the_long_one_waits_for_its_end() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[bool]:
+        answers = asked(dispatcher, job("video", side=4096, seconds=10), job("sd", side=2048, seconds=8))
+        await asyncio.gather(*answers)
+        return [batch.is_short for batch in engine.batches]
+
+    assert dispatching(scene, "video", "sd") == [False, False]
+
+
+# Loads.
+
+
+def test_every_request_to_a_model_that_does_not_load_is_refused_at_once() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[tuple[float, int | None, int]]:
+        engine.fails[Half("bad")] = ModelUnavailable("bad", "damaged", retry_after_s=60)
+        told = []
+        for _ in range(3):
+            started = now()
+            error = await failed(dispatcher.answer(job("bad")), ModelUnavailable)
+            told.append((now() - started, error.retry_after_s, engine.loads[Half("bad")]))
+            await asyncio.sleep(10)
+        assert dispatcher.waiting == 0
+        return told
+
+    assert dispatching(scene, "sd") == [(0, 60, 1), (0, 50, 1), (0, 40, 1)]
+
+
+def test_after_its_time_a_failed_load_is_tried_again() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> bool:
+        engine.fails[Half("bad")] = ModelUnavailable("bad", "damaged", retry_after_s=60)
+        await failed(dispatcher.answer(job("bad")), ModelUnavailable)
+        del engine.fails[Half("bad")]
+        await asyncio.sleep(61)
+        await dispatcher.answer(job("bad"))
+        return True
+
+    assert dispatching(scene, "sd")
+
+
+def test_all_who_wait_for_a_load_that_fails_are_told() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> int:
+        engine.load_s = 5
+        engine.fails[Half("bad")] = ModelUnavailable("bad", "damaged", retry_after_s=60)
+        answers = await asyncio.gather(*asked(dispatcher, *(job("bad") for _ in range(16))), return_exceptions=True)
+        assert {type(answer) for answer in answers} == {ModelUnavailable}
+        assert now() == 5
+        return engine.loads[Half("bad")]
+
+    assert dispatching(scene, "sd") == 1
+
+
+def test_one_direction_that_does_not_load_leaves_the_other() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> None:
+        engine.fails[Half("sd", Operation.ENCODE)] = ModelUnavailable("sd", "no encoder")
+        await failed(dispatcher.answer(job(operation=Operation.ENCODE)), ModelUnavailable)
+        await dispatcher.answer(job())
+
+    dispatching(scene)
+
+
+def test_a_device_that_cannot_load_a_model_leaves_it_to_another() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[int]:
+        engine.fails[Half("sd")] = ModelUnavailable("sd", "no memory")
+        await asyncio.gather(*asked(dispatcher, *(job(side=2048, seconds=1) for _ in range(3))))
+        return [made.loads[Half("sd")] for made in dispatcher.engines]
+
+    assert dispatching(scene, engines=2) == [1, 1]
+
+
+def test_a_load_never_blocks_the_device() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> float:
+        engine.load_s = 100
+        slow = asked(dispatcher, job("big"))
+        await asyncio.sleep(1)
+        await dispatcher.answer(job())
+        done = now()
+        await asyncio.gather(*slow)
+        return done
+
+    assert dispatching(scene, "sd") < 2
+
+
+def test_a_description_that_fails_is_a_failed_load_of_both_directions() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[bool]:
+        engine.fails[Half("bad")] = ModelUnavailable("bad", "no such folder")
+        await failed(dispatcher.describe("bad"), ModelUnavailable)
+        return [dispatcher.load_failure(Half("bad", operation)) is not None for operation in Operation]
+
+    assert dispatching(scene, "sd") == [True, True]
+
+
+# Workers that end.
+
+
+def test_what_a_dead_worker_had_not_started_is_done_by_the_next() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[int, list[int]]:
+        answers = asked(dispatcher, *(job(seconds=1) for _ in range(4)))
+        await asyncio.sleep(0.5)
+        engine.die()
+        await asyncio.sleep(3)
+        engine.come_back()
+        await asyncio.gather(*answers)
+        return len(answers), sizes(engine)
+
+    assert dispatching(scene, "sd") == (4, [1, 1, 3])
+
+
+def test_a_job_that_was_running_twice_as_its_worker_died_is_to_blame() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[int, list[bool]]:
+        poison = asked(dispatcher, job(seconds=1))
+        await asyncio.sleep(0)
+        others = asked(dispatcher, job(seconds=0.1), job(seconds=0.1))
+        for _ in range(2):
+            await asyncio.sleep(0.5)
+            engine.die()
+            engine.come_back()
+        await failed(poison[0], WorkerCrashed)
+        await asyncio.gather(*others)
+        return len(engine.batches), [batch.jobs[0].is_alone for batch in engine.batches[:2]]
+
+    assert dispatching(scene, "sd")[1] == [True, True]
+
+
+def test_work_without_progress_is_ended_and_slow_work_is_not() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[str]:
+        await dispatcher.answer(job(seconds=1000, within_s=5000))
+        assert engine.killed == []
+        engine.hangs = True
+        waiting = asked(dispatcher, job(seconds=1))
+        await asyncio.sleep(0)
+        await dispatcher.answer(job(side=512, seconds=1))
+        await asyncio.gather(*waiting)
+        return engine.killed
+
+    killed = dispatching(scene, "sd", hang_timeout_s=150)
+    assert len(killed) == 1
+    assert "no progress for 150 s" in killed[0]
+
+
+# Deadlines, and clients that leave.
+
+
+def test_a_job_whose_deadline_passes_in_the_queue_never_starts() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> int:
+        running = asked(dispatcher, job(seconds=0.9))
+        await asyncio.sleep(0)
+        late = asked(dispatcher, job(side=512, seconds=0.1, within_s=0.5))
+        await asyncio.gather(*running)
+        await failed(late[0], DeadlinePassed)
+        return len(engine.batches)
+
+    assert dispatching(scene, "sd") == 1
+
+
+def test_work_that_cannot_be_done_in_time_is_refused_at_once_with_the_estimate() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[str, float, int]:
+        error = await failed(dispatcher.answer(job(seconds=20, least_seconds=18, within_s=10)), DeadlinePassed)
+        return str(error), now(), len(engine.batches) + dispatcher.waiting
+
+    sentence, when, begun = dispatching(scene, "sd")
+    assert "takes about 18 s, its deadline is in 10 s" in sentence
+    assert (when, begun) == (0, 0)
+
+
+def test_what_comes_first_counts_in_the_estimate() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[str, int | None]:
+        first = asked(dispatcher, *(job(side=2048, seconds=8) for _ in range(3)))
+        await asyncio.sleep(0)
+        late = job(side=2048, seconds=2, least_seconds=2, within_s=10)
+        error = await failed(dispatcher.answer(late), DeadlinePassed)
+        for answer in first:
+            answer.cancel()
+        return str(error), error.retry_after_s
+
+    sentence, retry_after_s = dispatching(scene, "sd")
+    assert "about 24 s of other requests come first" in sentence
+    assert retry_after_s == 24
+
+
+def test_a_guess_refuses_nothing() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> None:
+        engine.takes = lambda batch: 0.1
+        await dispatcher.answer(job(seconds=20, least_seconds=0, within_s=10))
+
+    dispatching(scene, "sd")
+
+
+def test_a_client_that_leaves_the_queue_is_forgotten() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> int:
+        running, leaving = asked(dispatcher, job(seconds=1), job(side=512, seconds=1))
+        await asyncio.sleep(0.5)
+        leaving.cancel()
+        await running
+        await asyncio.sleep(5)
+        return len(engine.batches) + dispatcher.waiting
+
+    assert dispatching(scene, "sd") == 1
+
+
+# What is told.
+
+
+def test_the_wait_that_is_told_is_what_runs_and_what_waits_shared_by_the_engines() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> list[float]:
+        assert dispatcher.seconds_ahead == 0
+        answers = asked(dispatcher, *(job(side=2048, seconds=8) for _ in range(4)))
+        await asyncio.sleep(0)
+        told = [dispatcher.seconds_ahead]
+        await asyncio.sleep(4)
+        told.append(dispatcher.seconds_ahead)
+        for answer in answers:
+            answer.cancel()
+        return told
+
+    assert dispatching(scene, "sd") == [32, 28]
+    assert dispatching(scene, "sd", engines=2) == [16, 12]
+
+
+def test_waiting_and_running_are_counted() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[int, int]:
+        answers = asked(dispatcher, *(job(side=2048, seconds=8) for _ in range(4)))
+        await asyncio.sleep(1)
+        found = dispatcher.running, dispatcher.waiting
+        for answer in answers:
+            answer.cancel()
+        return found
+
+    assert dispatching(scene, "sd") == (1, 3)
+
+
+def test_an_engine_that_fails_answers_everybody() -> None:
+    class Broken(FakeEngine):
+        async def run(self, batch: Batch) -> None:
+            raise ZeroDivisionError
+
+    async def play() -> None:
+        dispatcher = Dispatcher([Broken("sd")], ServerOptions())
+        await dispatcher.start()
+        await failed(dispatcher.answer(job()), ZeroDivisionError)
+
+    virtual.run(play())

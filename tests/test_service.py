@@ -1,0 +1,164 @@
+"""The service over a fake engine, on a virtual clock: readiness, estimates, Retry-After, failed models, drains."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from server.dispatch import Dispatcher
+from server.errors import DeadlinePassed, ModelUnavailable, QueueFull, Unavailable
+from server.metrics import Metrics
+from server.service import Answer, Service, State
+from server.types import Half, Operation
+from tests import virtual
+from tests.fake_engine import FakeEngine, request, settings_for
+
+Scene = Callable[[Service, FakeEngine], Awaitable[Any]]
+
+
+def serving(scene: Scene, *models: str, **flags: object) -> Any:
+    async def play() -> Any:
+        settings = settings_for(*(models or ("sd",)), **flags)
+        engine = FakeEngine(*settings.models)
+        service = Service(settings, Dispatcher([engine], settings.options), Metrics())
+        await service.start()
+        try:
+            return await scene(service, engine)
+        finally:
+            await service.close()
+
+    return virtual.run(play())
+
+
+async def answer(service: Service, model: str = "sd", patience_s: float | None = None, side: int = 1024) -> Answer:
+    with service.admitted("a", patience_s) as admission:
+        async with service.in_time(admission):
+            with service.place(admission):
+                return await service.answer(request(model, side), admission)
+
+
+async def refused(work: Awaitable[Any], kind: type[Exception]) -> Any:
+    with pytest.raises(kind) as raised:
+        await work
+    return raised.value
+
+
+def test_it_is_ready_once_started() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> None:
+        service.check_can_serve()
+
+    serving(scene)
+
+
+def test_one_failed_model_leaves_the_server_ready_and_says_so() -> None:
+    """Also the default one: others are served, and an orchestrator that ended the server would take them along."""
+
+    async def scene(service: Service, engine: FakeEngine) -> None:
+        engine.held.clear()
+        engine.fails[Half("sd")] = ModelUnavailable("sd", "damaged")
+        await refused(answer(service), ModelUnavailable)
+        service.check_can_serve()
+        assert service.failed_models() == ["sd"]
+        assert service.model_state("sd") == "failed"
+        await answer(service, "flux")
+        engine.held.clear()
+        engine.fails[Half("flux")] = ModelUnavailable("flux", "damaged")
+        await refused(answer(service, "flux"), ModelUnavailable)
+        with pytest.raises(Unavailable, match="no model of this server loads"):
+            service.check_can_serve()
+        await asyncio.sleep(61)
+        service.check_can_serve()
+
+    serving(scene, "sd", "flux")
+
+
+def test_a_failed_model_is_refused_before_its_body_and_takes_no_place() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> None:
+        engine.held.clear()
+        engine.fails[Half("bad")] = ModelUnavailable("bad", "damaged")
+        await refused(answer(service, "bad"), ModelUnavailable)
+        await asyncio.sleep(20)
+        error = await refused(service.describe("bad"), ModelUnavailable)
+        assert error.retry_after_s == 40
+        await service.describe("bad", Operation.ENCODE)
+        errors = await asyncio.gather(*(answer(service, "bad") for _ in range(16)), return_exceptions=True)
+        assert {type(error) for error in errors} == {ModelUnavailable}
+        await answer(service, "sd")
+
+    serving(scene, "sd", "bad", max_queue=2)
+
+
+def test_retry_after_is_the_work_that_comes_first() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> int | None:
+        engine.takes = lambda batch: 30.0 * len(batch.jobs)
+        await answer(service)  # 30 s for a mebipixel, it is learned
+        waiting = [asyncio.ensure_future(answer(service)) for _ in range(2)]
+        await asyncio.sleep(0)
+        error = await refused(answer(service), QueueFull)
+        for each in waiting:
+            each.cancel()
+        return error.retry_after_s
+
+    assert serving(scene, max_queue=2, batch_pixels=1) == 60
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once_once_that_is_known() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> None:
+        engine.takes = lambda batch: 30.0
+        for _ in range(2):  # a single measurement may contain compilations
+            await refused(answer(service, patience_s=20), DeadlinePassed)
+            await asyncio.sleep(100)
+        for _ in range(2):
+            await answer(service)
+        started = asyncio.get_running_loop().time()
+        error = await refused(answer(service, patience_s=20), DeadlinePassed)
+        assert asyncio.get_running_loop().time() == started
+        assert "takes about 30 s" in str(error)
+        await answer(service, patience_s=40)
+        await asyncio.sleep(200)  # what is long ago refuses nothing
+        engine.takes = lambda batch: 1.0
+        await answer(service, patience_s=20)
+
+    serving(scene)
+
+
+def test_the_deadline_covers_the_work() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> float:
+        engine.takes = lambda batch: 1000.0
+        started = asyncio.get_running_loop().time()
+        await refused(answer(service, patience_s=7), DeadlinePassed)
+        return asyncio.get_running_loop().time() - started
+
+    assert serving(scene) == pytest.approx(7)
+
+
+def test_a_drain_waits_for_answers_that_are_sent() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> float:
+        async def send() -> None:
+            with service.answering():
+                await asyncio.sleep(5)
+
+        sending = asyncio.ensure_future(send())
+        await asyncio.sleep(0)
+        started = asyncio.get_running_loop().time()
+        await service.drain()
+        await sending
+        with pytest.raises(Unavailable, match="shutting down"), service.admitted("a"):
+            pass
+        assert service.state is State.DRAINING
+        return asyncio.get_running_loop().time() - started
+
+    assert serving(scene) == pytest.approx(5)
+
+
+def test_a_drain_ends_when_its_time_is_over() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> float:
+        with service.answering():
+            started = asyncio.get_running_loop().time()
+            await service.drain()
+            return asyncio.get_running_loop().time() - started
+
+    assert serving(scene, drain_timeout_s=12) == pytest.approx(12)
