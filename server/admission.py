@@ -3,7 +3,7 @@
 A request's bytes are counted from the first that arrives until its memory is free again: while the body arrives, what
 has come; once it is whole, the body and the largest answer; while the answer is sent, the answer. Bytes that wait for a
 client, because its body arrives or because it reads its answer, are those that a client can hold for nothing: one peer
-holds at most half of the limit so, and where room is wanted, the slowest body that arrives is given up first.
+holds at most half of the limit so, and where room is wanted, the body that arrives most slowly is given up.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Admissions:
     def make_room(self, admission: Admission, size_bytes: int) -> None:
         """Raise QueueFull unless this request may hold so many bytes. One request alone always may."""
         while self._held_beside(admission) and self._held_beside(admission) + size_bytes > self._most_bytes:
-            if not self._give_up_slowest(but=admission):
+            if not self._give_up_slowest(self._all - {admission}):
                 raise self._full()
 
     def keep_until(self, future: asyncio.Future[object], admission: Admission) -> None:
@@ -146,18 +146,19 @@ class Admissions:
 
     def check_share(self, admission: Admission, size_bytes: int) -> None:
         """Raise QueueFull unless what waits for this peer leaves half of the bytes to others."""
-        of_peer = [other for other in self._all if other.peer == admission.peer and other.waits_for_client]
-        held = sum(other.size_bytes for other in of_peer if other is not admission)
-        if held and held + size_bytes > PEER_SHARE * self._most_bytes:
-            raise self._refuse("your address has too many bytes on their way already")
+        of_peer = {other for other in self._all if other.peer == admission.peer and other.waits_for_client}
+        of_peer.discard(admission)
+        while (
+            held := sum(other.size_bytes for other in of_peer)
+        ) and held + size_bytes > PEER_SHARE * self._most_bytes:
+            if not self._give_up_slowest(of_peer):
+                raise self._refuse("your address has too many bytes on their way already")
 
-    def _give_up_slowest(self, but: Admission) -> bool:
+    def _give_up_slowest(self, admissions: set[Admission]) -> bool:
         """Give up the body that arrives most slowly, unless all began just now. Returns whether there was one."""
         now = asyncio.get_running_loop().time()
         slow = [
-            other
-            for other in self._all
-            if other is not but and other.is_arriving and not other.is_given_up and now - other.began > YOUNG_S
+            other for other in admissions if other.is_arriving and not other.is_given_up and now - other.began > YOUNG_S
         ]
         if not slow:
             return False

@@ -9,11 +9,8 @@ Knows no route. The deadline of a body that a route reads is the route's own, se
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import secrets
-import sys
-import termios
 from typing import Any
 
 import httptools
@@ -39,6 +36,7 @@ log = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 64
+OFFER = frozenset({b"upgrade", b"http2-settings"})  # the headers, and their names in Connection
 # Connections over the limit that are taken all the same, to answer those that turn out to be health probes.
 SPARE_CONNECTIONS = 32
 SPARE_HEAD_S = 2.0
@@ -85,14 +83,8 @@ class CountingTransport:
 
     @property
     def taken_bytes(self) -> int:
-        """How many bytes the client's machine has acknowledged; where that is not known, how many left this process."""
-        waiting = self._transport.get_write_buffer_size()
-        try:
-            found = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-            waiting += int.from_bytes(found, sys.byteorder)
-        except (OSError, ValueError, AttributeError):  # another system, or the socket is closed
-            pass
-        return self.written_bytes - waiting
+        """How many bytes have left this process."""
+        return self.written_bytes - self._transport.get_write_buffer_size()
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -105,6 +97,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
         super().connection_made(CountingTransport(transport))  # type: ignore[arg-type]  # likewise
         self.idle_since = self.loop.time()
+        self._head_of_offer = b""
         self._is_spare = False
         self._is_refused = False
         self._head_bytes = 0  # received since the last head or piece of a body
@@ -113,8 +106,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_since: float | None = None
         self._sending_since: float | None = None
         self._taken_before = 0  # bytes, when the sending began
-        self._taken = 0
-        self._progress_at = 0.0
         self._hang_up_at: float | None = None
         self._tick = self.loop.call_later(TICK_S, self._watch)
         if len(self.connections) > self.options.max_connections:
@@ -152,16 +143,16 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(_head_too_large())
 
     def _parse(self, data: bytes) -> None:
-        """As uvicorn's `data_received`, but goes on after a request whose Upgrade is ignored."""
+        """As uvicorn's `data_received`, but reads a request that offers another protocol as if it had not."""
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The parser has read that request to its end, and takes what follows for another protocol.
+            # The parser takes all after the head for the other protocol: begin again with a head without the offer.
+            head, self._head_of_offer = self._head_of_offer, b""
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            if rest := data[upgrade.args[0] :]:
-                self._parse(rest)
+            self._parse(head + data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self.send_400_response("")
 
@@ -174,7 +165,10 @@ class BoundedProtocol(HttpToolsProtocol):
         # What is raised here ends the parser; uvicorn then calls send_400_response.
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_BYTES:
             raise self._refuse(_head_too_large())
-        if self.parser.get_method() == b"CONNECT" or self._get_upgrade() == b"websocket":
+        if self.parser.should_upgrade() and self._is_offer():
+            self._head_of_offer = self._head_without_offer()
+            return
+        if self.parser.should_upgrade():
             raise self._refuse(
                 UpgradeRefused("this server speaks plain HTTP/1.1; send the request without Upgrade, and not CONNECT")
             )
@@ -183,7 +177,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             # uvicorn reads on after each answer, however many requests wait: a flood of them would fill the memory.
             raise self._refuse(MalformedRequest("too many requests at once on one connection; wait for their answers"))
-        super().on_headers_complete()  # a server may ignore other upgrades, RFC 9110 7.8: Java's client offers h2c
+        super().on_headers_complete()
         if self._is_spare:
             self.cycle.keep_alive = False
         self._head_bytes = self._body_bytes = 0
@@ -194,7 +188,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._body_bytes += len(body)
 
+    def _is_offer(self) -> bool:
+        """Whether the Upgrade may be ignored, as RFC 9110, 7.8 allows: Java's client offers h2c with every request."""
+        return self.parser.get_method() != b"CONNECT" and self._get_upgrade() not in (None, b"websocket")
+
+    def _head_without_offer(self) -> bytes:
+        """The head of this request, without what offers another protocol."""
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                kept = [token for token in value.split(b",") if token.strip().lower() not in OFFER]
+                lines += [b"connection:" + b",".join(kept)] if kept else []
+            elif name not in OFFER:
+                lines.append(name + b":" + value)
+        return b"\r\n".join([*lines, b"", b""])
+
     def on_message_complete(self) -> None:
+        if self._head_of_offer:
+            return
         super().on_message_complete()
         self._body_since = None
         if self.cycle.response_complete:  # answered before its body's end: uvicorn's keep-alive timer is gone by now
@@ -262,16 +273,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def _is_answer_unread(self, now: float) -> bool:
         """Also after a close(), which waits without end for the client to take what is in the buffer."""
         if not self.transport.get_write_buffer_size():
-            self._sending_since = None
+            self._sending_since, self._taken_before = None, self.transport.written_bytes
             return False
         taken = self.transport.taken_bytes
         if self._sending_since is None:
-            self._sending_since, self._taken_before, self._taken, self._progress_at = now, taken, taken, now
-        if taken > self._taken:
-            self._taken, self._progress_at = taken, now
-        grace_s = self.options.send_timeout_s
-        slowest_s = grace_s + (taken - self._taken_before) / SLOWEST_BYTES_PER_S
-        return now > self._progress_at + grace_s or now > self._sending_since + slowest_s
+            self._sending_since = now
+        allowed_s = self.options.send_timeout_s + (taken - self._taken_before) / SLOWEST_BYTES_PER_S
+        return now > self._sending_since + allowed_s
 
     def _is_body_too_slow_after_its_answer(self, now: float) -> bool:
         """A body that was refused unread, with 413 say, is read and dropped, so that its sender gets to the answer."""

@@ -88,8 +88,7 @@ class Work:
                     answer = await _unless_client_left(request, _answer(service, finish, admission))
             admission.send(answer.rendered.body.nbytes)
             _note_answer(request, answer)
-            # A connection that ends meanwhile would swallow the rest without a word.
-            await _unless_client_left(request, _respond(answer)(scope, receive, send))
+            await _send(request, _respond(answer), send)
 
 
 async def _answer(service: Service, finish: Finish, admission: Admission) -> Answer:
@@ -112,6 +111,31 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, T]) ->
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _send(request: Request, response: Response, send: Send) -> None:
+    """Send all of an answer. Raises ClientDisconnect when the connection ends before, which uvicorn does not tell."""
+    is_sent = False
+
+    async def write() -> None:
+        nonlocal is_sent
+        await response(request.scope, request.receive, send)
+        is_sent = True
+
+    async def ended() -> bool:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return not is_sent
+
+    writing, watching = asyncio.create_task(write()), asyncio.create_task(ended())
+    try:
+        await asyncio.wait((writing, watching), return_when=asyncio.FIRST_COMPLETED)
+        if watching.done() and watching.result():
+            raise ClientDisconnect
+        await writing
+    finally:
+        writing.cancel()
+        watching.cancel()
 
 
 def peer_of(request: Request) -> str:
@@ -313,7 +337,8 @@ async def health(request: Request) -> Response:
     """GET /health, /ping: readiness. 200 while at least one model can serve; those that did not load are listed."""
     service: Service = request.app.state.service
     service.check_can_serve()
-    return JSONResponse({"status": service.state, "failed_models": service.failed_models()})
+    failed = service.failed_models()
+    return JSONResponse({"status": service.state, **({"failed_models": failed} if failed else {})})
 
 
 async def live(request: Request) -> Response:

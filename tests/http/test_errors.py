@@ -44,9 +44,9 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
     for decoder in (ExactKLDecoder, ExactHunyuanVideoDecoder, StockDecoder):
 
-        def counted(self: Any, *arguments: Any, original: Any = decoder.decode) -> Any:
+        def counted(self: Any, *arguments: Any, original: Any = decoder.decode, **options: Any) -> Any:
             ran.append(self.name)
-            return original(self, *arguments)
+            return original(self, *arguments, **options)
 
         monkeypatch.setattr(decoder, "decode", counted)
     return ran
@@ -344,7 +344,7 @@ def test_loading_one_model_does_not_keep_another_from_decoding(
 def test_a_warm_up_that_fails_is_a_failed_start(
     serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no kernel for this device")
 
     monkeypatch.setattr(ExactKLDecoder, "decode", broken)
@@ -390,7 +390,7 @@ def test_a_request_that_a_shutdown_cancels_is_503(serve: Serve, vaes: dict[str, 
 
 
 def test_out_of_memory_is_413(serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(*_: Any) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
     monkeypatch.setattr(StockDecoder, "decode", out_of_memory)
