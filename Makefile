@@ -58,12 +58,15 @@ test-contract: $(INSTALLED) ## The contract's cases, with diffusers' own client,
 test-ray: $(INSTALLED) ## The contract, kills and scaling on a local Ray Serve with two CPU replicas
 	$(BIN)/python -m pytest tests/test_ray_serve.py $(ARGS)
 
+FAST := tests/http/test_wire.py tests/test_config.py tests/test_dockerfile.py tests/families tests/outputs \
+	tests/test_batching.py tests/test_dispatch.py tests/test_service.py tests/test_admission.py tests/test_walls.py
+
 check: $(INSTALLED) ## Lint, types, layers and the fast tests, in seconds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/http/test_wire.py tests/test_config.py tests/test_dockerfile.py tests/families tests/outputs
+	$(BIN)/python -m pytest $(FAST)
 
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .

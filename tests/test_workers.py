@@ -323,3 +323,94 @@ def test_the_least_recently_used_model_leaves_when_memory_is_short(start: Start)
         model["name"]: model["state"] for model in requests.get(served.url + "models", timeout=10).json()["models"]
     }
     assert states["half"] == "loaded"
+
+
+def give_up_after(served: Served, seconds: float, first: float, side: int = 8) -> None:
+    with pytest.raises(requests.ReadTimeout):
+        served.post(first, side=side, patience_s=seconds)
+
+
+def test_work_ends_with_its_client(start: Start) -> None:
+    served = start()
+    pid = served.engine.pid
+    give_up_after(served, 0.5, faults.STEPS)
+    served.until(lambda: served.metric("vae_inflight") == 0)
+    assert served.post(side=16).ok
+    assert served.engine.pid == pid
+    assert served.metric('vae_cancelled_total{stage="running"}') == 1
+
+
+def test_work_ends_with_its_deadline(start: Start) -> None:
+    served = start()
+    pid = served.engine.pid
+    assert served.post(faults.STEPS, headers={"X-Request-Timeout": "0.5"}).status_code == 504
+    assert served.post(side=16).ok
+    assert served.engine.pid == pid
+
+
+def test_work_that_makes_progress_is_never_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.process.BEAT_S", 0.1)  # as often it is asked for its progress
+    served = start(hang_timeout_s=1)
+    pid = served.engine.pid
+    with ThreadPoolExecutor(1) as clients:
+        slow = clients.submit(served.post, faults.STEPS)
+        time.sleep(3)
+        served.open_gate()
+        assert slow.result().ok
+    assert served.engine.pid == pid
+
+
+def test_a_small_request_runs_between_the_steps_of_a_long_one(start: Start) -> None:
+    served = start()
+    with ThreadPoolExecutor(1) as clients:
+        long = clients.submit(served.post, faults.STEPS)
+        served.until(lambda: served.metric("vae_inflight") == 1)
+        assert served.post(side=16).ok
+        assert served.post(side=16, model="half").ok, "another model is loaded and runs meanwhile"
+        assert not long.done()
+        served.open_gate()
+        assert long.result().ok
+
+
+def test_a_worker_that_does_not_respond_is_ended_and_the_log_says_why(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.engine.process.BEAT_S", 0.1)
+    served = start()
+    pid = served.engine.pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
+    assert served.post().ok
+    assert served.engine.pid != pid
+    assert any("ended: it did not respond for 1.5 s" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda served: os.kill(served.engine.pid, signal.SIGKILL), "another process killed it (signal 9)"),
+        (lambda served: os.kill(served.engine.pid, signal.SIGSEGV), "it crashed (Segmentation fault, signal 11)"),
+        (lambda served: served.post(faults.LOST_DEVICE_ONCE), "it exited with status 70"),
+        (lambda served: served.post(faults.HANG), "a request made no progress for 1 s"),
+    ],
+    ids=["killed", "crashed", "lost its device", "hung"],
+)
+def test_the_log_says_how_a_worker_ended(
+    start: Start, caplog: pytest.LogCaptureFixture, end: Callable[[Served], object], words: str
+) -> None:
+    served = start(hang_timeout_s=1)
+    end(served)
+    served.until(lambda: any(f"ended: {words}" in record.getMessage() for record in caplog.records))
+
+
+def test_a_kill_by_the_kernel_for_lack_of_memory_is_told_from_one_by_a_process(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    events = tmp_path / "memory.events"
+    events.write_text("low 0\noom 0\noom_kill 3\n")
+    monkeypatch.setattr("server.engine.process.OOM_KILLS", (events,))
+    served = start()
+    events.write_text("low 0\noom 1\noom_kill 4\n")
+    assert served.engine.pid
+    os.kill(served.engine.pid, signal.SIGKILL)
+    served.until(lambda: any("because memory ran out" in record.getMessage() for record in caplog.records))

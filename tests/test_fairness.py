@@ -1,0 +1,123 @@
+"""Work that nobody waits for ends, and small requests do not wait for large ones: measured on a real server."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.conftest import write_models_yaml
+from tests.figures import figure
+from tests.load import Ask, Connection, percentile, process, until
+from tests.vaes import LocalVae
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SIDE = 3072  # pixels, 56 % of what a model takes by default
+
+
+@pytest.fixture(scope="module")
+def config(vaes: dict[str, LocalVae], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = ("sd", "flux", "hunyuan")
+    models: dict[str, Any] = {name: {"repo": str(vaes[name].folder), "dtype": "float32"} for name in names}
+    models["flux"]["preload"] = models["sd"]["preload"] = models["hunyuan"]["preload"] = True
+    return write_models_yaml(tmp_path_factory.mktemp("fairness") / "models.yaml", models, "sd")
+
+
+def large_decode(connection: http.client.HTTPConnection, **headers: str) -> None:
+    ask = Ask.of((1, 16, SIDE // 8, SIDE // 8), model="flux", image_format="png")
+    connection.request("POST", ask.path, ask.body, headers)
+
+
+def large_encode(connection: http.client.HTTPConnection, **headers: str) -> None:
+    path = f"/flux/encode?shape=1,3,{SIDE},{SIDE}&dtype=uint8"
+    connection.request("POST", path, np.zeros((3, SIDE, SIDE), "uint8").tobytes(), headers)
+
+
+def seconds_until_idle(worker: psutil.Process, since: float) -> float:
+    """How long after `since` the worker went on computing."""
+    last_busy = since
+    while time.monotonic() < last_busy + 1:
+        before = sum(worker.cpu_times()[:2])
+        time.sleep(0.1)
+        if sum(worker.cpu_times()[:2]) - before > 0.02:
+            last_busy = time.monotonic()
+        assert last_busy < since + 120, "it never ended"
+    return last_busy - since
+
+
+def busiest(pid: int) -> psutil.Process:
+    """The process of a server that computes now."""
+    children = psutil.Process(pid).children(recursive=True)
+    before = {child: sum(child.cpu_times()[:2]) for child in children}
+    time.sleep(0.5)
+    return max(children, key=lambda child: sum(child.cpu_times()[:2]) - before[child])
+
+
+@pytest.mark.parametrize("begin", [large_decode, large_encode])
+def test_the_device_is_free_soon_after_a_client_left(
+    config: Path, begin: Callable[[http.client.HTTPConnection], None]
+) -> None:
+    with process(config, "--threads", "1") as (url, server), Connection(url) as other:
+        assert other.ask(Ask.of((1, 4, 8, 8))).status == 200
+        client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+        begin(client)
+        until(lambda: other.waiting() == 1)
+        worker = busiest(server.pid)
+        time.sleep(1)
+        client.close()
+        seconds = seconds_until_idle(worker, time.monotonic())
+        assert other.ask(Ask.of((1, 4, 8, 8))).status == 200
+    figure(f"the device is free after the client of a {SIDE}x{SIDE} {begin.__name__[6:]} left", f"{seconds:.1f} s")
+
+
+def test_the_device_is_free_soon_after_a_deadline(config: Path) -> None:
+    with process(config, "--threads", "1") as (url, server):
+        client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+        large_encode(client, **{"X-Request-Timeout": "3"})
+        time.sleep(1)
+        worker = busiest(server.pid)
+        assert client.getresponse().status == 504
+        client.close()
+        seconds = seconds_until_idle(worker, time.monotonic())
+    figure(f"the device is free after the deadline of a {SIDE}x{SIDE} encode", f"{seconds:.1f} s")
+
+
+def test_small_images_do_not_wait_for_a_long_video(config: Path) -> None:
+    video = Ask.of((1, 16, 65, 16, 16), model="hunyuan", output_type="mp4")  # 257 frames of 128x128
+    small = Ask.of((1, 4, 8, 8), image_format="png")
+    with process(config) as (url, _), Connection(url) as client:
+        expected = client.ask(small).body
+        alone = [client.ask(small).seconds for _ in range(50)]
+        told: list[Any] = []
+
+        def watch() -> None:
+            with suppress(OSError), Connection(url) as watcher:
+                told.append(watcher.ask(video))
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        until(lambda: client.waiting() == 1)
+        beside = []
+        while not told and len(beside) < 2000:
+            answer = client.ask(small)
+            assert answer.body == expected
+            beside.append(answer.seconds)
+            time.sleep(0.02)
+        watching.join()
+        assert told[0].status == 200
+        assert len(beside) > 3, "the video was done too soon to compare with"
+    figure(
+        "a small image beside a video of 257 frames",
+        f"p99 of {len(beside)} requests {percentile(beside, 99):.0f} ms, alone {percentile(alone, 99):.0f} ms; "
+        f"the video took {told[0].seconds:.1f} s",
+    )
