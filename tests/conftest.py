@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,8 +23,20 @@ from server.http.protocol import uvicorn_config
 from server.metrics import Metrics
 from server.service import Service
 from tests.vaes import LocalVae, build_all, write_entries
+from tests.waiting import PATIENCE_S, until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    """Make child processes start with default signals.
+
+    A shell's `make test &` ignores SIGINT and nohup ignores SIGHUP. Child processes inherit what is ignored, but not
+    what is handled, so these tests handle it and do nothing.
+    """
+    for ending in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(ending) is signal.SIG_IGN:
+            signal.signal(ending, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +66,13 @@ def running(settings: Settings, engine: Any = None, until_started: bool = True) 
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        assert not until_started or started.wait(60), "the server did not start"
+        if until_started:
+            until(lambda: started.is_set() or not thread.is_alive(), "the start of the server")
+            assert started.is_set(), "the server did not start"
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE_S)
         listener.close()
 
 

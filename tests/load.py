@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import psutil
 
 from tests.conftest import REPOSITORY
+from tests.waiting import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Connection:
     """One client that keeps its connection."""
 
     def __init__(self, url: str) -> None:
-        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_S)
 
     def __enter__(self) -> Connection:
         return self
@@ -120,9 +120,20 @@ def process(config: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[s
         assert first.startswith("ready: "), first + server.stderr.read()
         yield first.split()[1], server
     finally:
-        if server.poll() is None:
-            server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
+        end(server)
+
+
+def end(server: subprocess.Popen[str]) -> None:
+    """End it and read the rest of its log; kill it with all its descendants if it does not end."""
+    descendants = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+    server.terminate()
+    try:
+        server.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        for process in (server, *descendants):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
 
 
 def tree_bytes(pid: int) -> int:
@@ -134,12 +145,6 @@ def tree_bytes(pid: int) -> int:
 def percentile(seconds: Sequence[float], percent: float) -> float:
     """In milliseconds."""
     return float(np.percentile(seconds, percent)) * 1e3 if seconds else float("nan")
-
-
-def until(holds: Callable[[], bool], limit_s: float = 60) -> None:
-    stop = time.monotonic() + limit_s
-    while not holds():
-        assert time.monotonic() < stop, "it never came true"
 
 
 def error_of(told: Told) -> str:

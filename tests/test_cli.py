@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY, write_models_yaml
 from tests.vaes import LocalVae
+from tests.waiting import PATIENCE_S
 
 Vaes = dict[str, LocalVae]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "PYTHONWARNINGS": "error::FutureWarning"}
@@ -35,7 +36,7 @@ def run(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subpr
         env={**os.environ, **OFFLINE, "PYTHONPATH": str(REPOSITORY), **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -211,13 +212,13 @@ def test_serve_one_model_at_the_root_until_a_signal(models_yaml: Path, vaes: Vae
             assert line, told
         latents = vaes["flux"].latents(8, 8)
         query: dict[str, Any] = {"shape": [1, 16, 8, 8], "dtype": "float32"}
-        response = requests.post(url, params=query, data=latents.numpy().tobytes(), timeout=60)
+        response = requests.post(url, params=query, data=latents.numpy().tobytes(), timeout=300)
         assert Image.open(io.BytesIO(response.content)).size == (64, 64)
-        assert requests.post(url + "sd", params=query, timeout=60).status_code == 404
-        assert requests.get(url + "models", timeout=60).json()["models"][0]["state"] == "loaded"
+        assert requests.post(url + "sd", params=query, timeout=300).status_code == 404
+        assert requests.get(url + "models", timeout=300).json()["models"][0]["state"] == "loaded"
     finally:
         server.send_signal(signal.SIGTERM)
-        told += server.communicate(timeout=30)[1]
+        told += server.communicate(timeout=300)[1]
     assert f"ready: {url} decodes with 'flux'" in told
     assert "Traceback" not in told
     assert server.returncode == 0
@@ -242,7 +243,7 @@ def test_a_signal_during_the_start_ends_it(models_yaml: Path) -> None:
         while "uvicorn" not in server.stderr.readline():
             pass  # the flags are read and the heavy imports under way
         server.send_signal(ending)
-        told = server.communicate(timeout=30)[1]
+        told = server.communicate(timeout=300)[1]
         assert server.returncode == 0
         assert "Traceback" not in told
 

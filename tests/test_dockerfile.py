@@ -131,7 +131,7 @@ def is_healthy(port: int) -> bool:
     assert program == "python"
     proxies = {"http_proxy": "http://127.0.0.1:9/", "HTTP_PROXY": "http://127.0.0.1:9/"}
     environment = {"VAE_SERVER_PORT": str(port), **proxies}
-    ran = subprocess.run([sys.executable, *arguments], env=environment, stderr=subprocess.DEVNULL, timeout=30)
+    ran = subprocess.run([sys.executable, *arguments], env=environment, stderr=subprocess.DEVNULL, timeout=300)
     return ran.returncode == 0
 
 

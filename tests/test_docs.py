@@ -62,7 +62,7 @@ def address() -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=300)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: 
     command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
-        command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=100
+        command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
     for picture in re.findall(r"\w+\.(?:jpg|png)\b", text):

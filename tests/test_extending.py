@@ -30,7 +30,7 @@ Vaes = dict[str, LocalVae]
 def post(url: str, latents: torch.Tensor, **query: object) -> requests.Response:
     accept = {"Accept": str(query.pop("accept", "*/*"))}
     query |= {"shape": list(latents.shape), "dtype": "float32"}
-    return requests.post(url, params=query, data=latents.numpy().tobytes(), headers=accept, timeout=60)
+    return requests.post(url, params=query, data=latents.numpy().tobytes(), headers=accept, timeout=300)
 
 
 def test_a_new_model_is_one_entry(serve: Serve, vaes: Vaes) -> None:
@@ -57,7 +57,7 @@ def test_a_new_output_is_one_function_and_one_line(serve: Serve, vaes: Vaes) -> 
             answer = post(address, latents, **query)
             assert answer.headers["content-type"] == "image/webp"
             assert Image.open(io.BytesIO(answer.content)).format == "WEBP"
-        assert "image/webp" in requests.get(address + "models", timeout=10).json()["models"][0]["outputs"]
+        assert "image/webp" in requests.get(address + "models", timeout=300).json()["models"][0]["outputs"]
     finally:
         FORMATS.pop()
 

@@ -123,7 +123,7 @@ def test_requests_that_run_together_get_what_each_would_have_got_alone(address: 
 
     def ask(tensor: torch.Tensor) -> bytes:
         sent = {"shape": list(tensor.shape), "dtype": "float32", "output_type": "pt", **query, **sizes}
-        answer = requests.post(f"{address}{name}{path}", tensor.numpy().tobytes(), params=sent, timeout=60)
+        answer = requests.post(f"{address}{name}{path}", tensor.numpy().tobytes(), params=sent, timeout=300)
         assert answer.ok, answer.text
         return answer.content
 

@@ -28,13 +28,14 @@ from server.engine.process import ProcessEngine
 from server.metrics import Metrics
 from tests.conftest import running, write_models_yaml
 from tests.figures import figure
-from tests.load import Ask, Connection, Told, all_of, error_of, percentile, process, tree_bytes, until
+from tests.load import Ask, Connection, Told, all_of, error_of, percentile, process, tree_bytes
 from tests.vaes import LocalVae
+from tests.waiting import PATIENCE_S, until
 
 SCALE = float(os.environ.get("VAE_TEST_SCALE", "1"))
 GROWTH_BYTES = 20 << 20
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(int(600 + 600 * SCALE))]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(int(1800 + 600 * SCALE))]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_drain_answers_all_that_was_accepted(config: Path, drains: int) -> Non
                 until(lambda: b"503" in health(url) or server.poll() is not None)
             for client in clients:
                 client.join()
-            assert server.wait(30) == 0
+            assert server.wait(PATIENCE_S) == 0
             slowest = max(slowest, time.monotonic() - signalled)
             assert [answer.status for answer in told] == [200] * 20
             answered += len(told)
@@ -139,7 +140,7 @@ def tell(url: str, ask: Ask, told: list[Told]) -> None:
 
 def half_open_uploads(url: str, count: int) -> list[socket.socket]:
     address = urlsplit(url)
-    uploads = [socket.create_connection((address.hostname, address.port), 10) for _ in range(count)]
+    uploads = [socket.create_connection((address.hostname, address.port), 300) for _ in range(count)]
     for upload in uploads:
         upload.sendall(
             b"POST /?shape=1,4,8,8&dtype=float32 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1024\r\n\r\nhalf"
@@ -151,7 +152,7 @@ def health(url: str) -> bytes:
     """The status line, empty when nobody listens any more."""
     address = urlsplit(url)
     try:
-        with socket.create_connection((address.hostname, address.port), 5) as probe:
+        with socket.create_connection((address.hostname, address.port), PATIENCE_S) as probe:
             probe.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             return probe.recv(15)
     except OSError:
@@ -169,12 +170,12 @@ def test_a_second_signal_ends_at_once_and_leaves_no_process(config: Path) -> Non
             until(lambda: b"503" in health(url))
             signalled = time.monotonic()
             server.send_signal(signal.SIGTERM)
-            server.wait(10)
+            server.wait(PATIENCE_S)
         seconds = time.monotonic() - signalled
         assert server.stderr
         assert "Exception in ASGI application" not in server.stderr.read()
         client.join()
-        until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children), 10)
+        until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children))
     figure("a second SIGTERM", f"ended after {seconds:.1f} s, no process left")
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,16 +26,18 @@ from tests.conftest import REPOSITORY
 from tests.contract import CASES, Case
 from tests.http.test_errors import assert_refused
 from tests.vaes import LocalVae
+from tests.waiting import PATIENCE_S, until
 
 serve_schema = pytest.importorskip("ray.serve.schema", reason="needs deploy/ray-requirements.txt")
 from ray.serve.config import AutoscalingConfig  # noqa: E402  # once Ray is known to be there
 
 from deploy.ray_serve import Arguments  # noqa: E402  # likewise
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 SHIPPED = REPOSITORY / "deploy" / "ray_serve.yaml"
 PAGE = REPOSITORY / "deploy" / "ray.md"
+CONTAINED = REPOSITORY / "tests" / "contained.py"
 PICTURE = {"shape": "1,4,32,32", "dtype": "float16"}
 LATENTS = bytes(2 * 4 * 32 * 32)
 
@@ -67,14 +69,25 @@ class Cluster:
         os.kill(self.pids(deployment)[0], signal.SIGKILL)
 
     def wait_for(self, deployment: str, count: int) -> None:
-        wait_until(lambda: len(self.pids(deployment)) == count, f"{count} replicas of {deployment}", 60)
+        until(lambda: len(self.pids(deployment)) == count, f"{count} replicas of {deployment}")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.split("/")[2].split(":")
+        return host, int(port)
+
+    def head_of(self, side: int) -> bytes:
+        """The head of a decode of float16 latents of side x side."""
+        size = f"shape=1,4,{side},{side}&dtype=float16"
+        lines = f"POST /demo?{size} HTTP/1.1", "Host: localhost", f"Content-Length: {2 * 4 * side * side}"
+        return "\r\n".join([*lines, "", ""]).encode()
 
     def decode(self, model: str = "demo", **params: str) -> requests.Response:
-        return requests.post(self.url + model, LATENTS, params=PICTURE | params, timeout=90)
+        return requests.post(self.url + model, LATENTS, params=PICTURE | params, timeout=300)
 
     def metric(self, name: str) -> float:
         """Of all its labels."""
-        told = requests.get(self.url + "metrics", timeout=30).text
+        told = requests.get(self.url + "metrics", timeout=300).text
         return sum(
             float(line.rsplit(" ", 1)[1]) for line in told.splitlines() if line.split("{")[0].split(" ")[0] == name
         )
@@ -84,30 +97,24 @@ class Cluster:
             return Counter(answer.status_code for answer in clients.map(lambda _: self.decode(), range(count)))
 
 
-def wait_until(is_so: Callable[[], bool], what: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 @contextmanager
 def launched(folder: Path, port: int, *arguments: str | Path) -> Iterator[Cluster]:
     """A Ray of its own, with the variables that ray.md says to set."""
     told = dict(re.findall(r"^export (\w+)=(.+)$", PAGE.read_text(), re.MULTILINE))
     environment = {**os.environ, "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", **told}
-    command = [Path(sys.executable).with_name("serve"), "run", *arguments]
+    command = [sys.executable, CONTAINED, Path(sys.executable).with_name("serve"), "run", *arguments]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
-    running = Cluster(f"http://127.0.0.1:{port}/", process, folder / "log")
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+        )
     try:
-        yield running
-    finally:
-        everything = psutil.Process(process.pid).children(recursive=True)
+        yield Cluster(f"http://127.0.0.1:{port}/", process, folder / "log")
         process.send_signal(signal.SIGINT)
-        process.wait(60)
-        for left in psutil.wait_procs(everything, 20)[1]:
-            left.kill()
+        process.wait(PATIENCE_S)
+    finally:
+        assert process.stdin
+        process.stdin.close()  # a cluster that still runs, after a failure say, is ended with all its processes
+        process.wait()
 
 
 @contextmanager
@@ -150,12 +157,12 @@ def until_ready(running: Cluster) -> list[str]:
     def is_ready() -> bool:
         assert running.process.poll() is None, running.log.read_text()
         with suppress(requests.ConnectionError):
-            answer = requests.get(running.url + "health", timeout=30)
+            answer = requests.get(running.url + "health", timeout=300)
             seen.append(answer.json().get("error", "ready"))
             assert answer.status_code == (200 if seen[-1] == "ready" else 503)
         return "ready" in seen
 
-    wait_until(is_ready, "ready", 120)
+    until(is_ready, "ready")
     return seen
 
 
@@ -177,25 +184,25 @@ def test_every_case_of_the_contract(case: Case, pair: Cluster, vaes: Vaes) -> No
 
 
 def test_one_request_id_and_it_is_the_clients(pair: Cluster) -> None:
-    answer = requests.get(pair.url + "health", headers={"X-Request-Id": "mine-1"}, timeout=30)
+    answer = requests.get(pair.url + "health", headers={"X-Request-Id": "mine-1"}, timeout=300)
     assert answer.headers["x-request-id"] == "mine-1"
-    invented = requests.get(pair.url + "health", headers={"X-Request-Id": "<b>"}, timeout=30).headers["x-request-id"]
+    invented = requests.get(pair.url + "health", headers={"X-Request-Id": "<b>"}, timeout=300).headers["x-request-id"]
     assert len(invented) == 16
 
 
 def test_errors_are_the_servers_own(pair: Cluster) -> None:
-    assert_refused(requests.post(pair.url + "nobody", LATENTS, timeout=30), 404, "unknown_model", "known models")
-    assert_refused(requests.post(pair.url, LATENTS[:-1], params=PICTURE, timeout=30), 400, "wrong_length", "bytes")
-    assert_refused(requests.get(pair.url + "no/such", timeout=30), 404, "not_found", "route")
+    assert_refused(requests.post(pair.url + "nobody", LATENTS, timeout=300), 404, "unknown_model", "known models")
+    assert_refused(requests.post(pair.url, LATENTS[:-1], params=PICTURE, timeout=300), 400, "wrong_length", "bytes")
+    assert_refused(requests.get(pair.url + "no/such", timeout=300), 404, "not_found", "route")
 
 
 def test_each_replica_holds_its_models_and_tells(pair: Cluster) -> None:
     def demo() -> tuple[str, str | None]:
         pair.statuses(2, 2)  # replicas tell with their answers
-        listed = {model["name"]: model for model in requests.get(pair.url + "models", timeout=30).json()["models"]}
+        listed = {model["name"]: model for model in requests.get(pair.url + "models", timeout=300).json()["models"]}
         return listed["demo"]["state"], listed["demo"].get("device")
 
-    wait_until(lambda: demo() == ("loaded", "cpu, cpu"), "both replicas preload the demo", 30)
+    until(lambda: demo() == ("loaded", "cpu, cpu"), "both replicas preload the demo")
 
 
 @pytest.mark.parametrize("deployment", ["VAE", "Front"])
@@ -203,10 +210,10 @@ def test_nothing_is_lost_when_a_replica_is_killed_under_load(deployment: str, pa
     count = len(pair.pids(deployment))
     with ThreadPoolExecutor(1) as clients:
         answered = clients.submit(pair.statuses, 60, 8)
-        wait_until(lambda: pair.metric("vae_inflight") > 1, "both replicas are at work", 20)
+        until(lambda: pair.metric("vae_inflight") > 1, "both replicas are at work")
         pair.kill(deployment)
         assert not answered.done()
-        assert answered.result(90) == {200: 60}
+        assert answered.result(300) == {200: 60}
     if deployment == "VAE":
         assert "with a request in hand" in pair.log.read_text()
     pair.wait_for(deployment, count)
@@ -218,7 +225,7 @@ def test_a_decode_that_hangs_ends_two_replicas_and_nobody_elses_request(pair: Cl
         answer = clients.submit(requests.post, pair.url + "demo", bytes(2 * 4 * 256 * 256), params=slow, timeout=120)
         others: Counter[int] = Counter()
         before = pair.log.read_text().count(HUNG)
-        wait_until(lambda: pair.metric("vae_inflight") == 1, "the front hears that a replica began", HANG_S)
+        until(lambda: pair.metric("vae_inflight") == 1, "the front hears that a replica began")
         while not answer.done():
             others += pair.statuses(4, 4)
     assert pair.log.read_text().count(HUNG) == before + 2
@@ -230,14 +237,15 @@ def test_a_decode_that_hangs_ends_two_replicas_and_nobody_elses_request(pair: Cl
 
 def test_a_client_that_leaves_takes_its_request_along(pair: Cluster) -> None:
     before = pair.metric("vae_cancelled_total")
-    with pytest.raises(requests.ReadTimeout):
-        requests.post(pair.url + "demo", bytes(2 * 4 * 96 * 96), params=PICTURE | {"shape": "1,4,96,96"}, timeout=0.2)
-    wait_until(lambda: pair.metric("vae_cancelled_total") == before + 1, "the front heard of it", 10)
+    with socket.create_connection(pair.address) as client:
+        client.sendall(pair.head_of(160) + bytes(2 * 4 * 160 * 160))
+        until(lambda: pair.metric("vae_inflight") == 1, "it is in work")
+    until(lambda: pair.metric("vae_cancelled_total") == before + 1, "the front heard of it")
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_fault_of_the_servers(pair: Cluster) -> None:
     def answered(*codes: str) -> float:
-        told = requests.get(pair.url + "metrics", timeout=30).text.splitlines()
+        told = requests.get(pair.url + "metrics", timeout=300).text.splitlines()
         lines = [
             line
             for line in told
@@ -246,28 +254,26 @@ def test_a_client_that_leaves_while_it_sends_is_no_fault_of_the_servers(pair: Cl
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     faults, left = answered("500", "503"), answered("499")
-    host, port = pair.url.split("/")[2].split(":")
-    head = f"POST /demo?shape=1,4,64,64&dtype=float16 HTTP/1.1\r\nHost: {host}\r\nContent-Length: 32768\r\n\r\n"
     for _ in range(5):
-        with socket.create_connection((host, int(port))) as client:
-            client.sendall(head.encode() + bytes(1000))
+        with socket.create_connection(pair.address) as client:
+            client.sendall(pair.head_of(64) + bytes(1000))
             time.sleep(0.2)
-    wait_until(lambda: answered("499") == left + 5, "all five are counted", 20)
+    until(lambda: answered("499") == left + 5, "all five are counted")
     assert answered("500", "503") == faults
 
 
 def test_one_deadline_holds_over_a_fronts_end(pair: Cluster) -> None:
-    slow = PICTURE | {"shape": "1,4,160,160"}
-    began = time.monotonic()
+    asked = {"params": PICTURE | {"shape": "1,4,160,160"}, "headers": {"X-Request-Timeout": "3"}}
     with ThreadPoolExecutor(1) as clients:
-        headers = {"X-Request-Timeout": "3"}
-        answer = clients.submit(
-            requests.post, pair.url + "demo", bytes(2 * 4 * 160 * 160), params=slow, headers=headers, timeout=60
-        )
-        wait_until(lambda: pair.metric("vae_inflight") == 1, "it is in work", 3)
+        for _ in range(20):  # on a busy machine the deadline may pass before the front can be ended
+            answer = clients.submit(requests.post, pair.url + "demo", bytes(2 * 4 * 160 * 160), timeout=300, **asked)
+            until(lambda: pair.metric("vae_inflight") == 1 or answer.done(), "it is in work")  # noqa: B023
+            if not answer.done():
+                break
         pair.kill("Front")
-        assert_refused(answer.result(), 504, "deadline_passed", "not done")
-    assert time.monotonic() - began < 12
+        told = answer.result()
+    assert_refused(told, 504, "deadline_passed", "not done")
+    assert " 3 s" not in told.json()["error"], "the next front gave it the whole time again"
     until_ready(pair)
 
 
@@ -279,10 +285,10 @@ def test_replicas_that_do_not_start_are_told(tmp_path: Path) -> None:
 
         def said() -> str:
             with suppress(requests.ConnectionError):
-                return str(requests.get(running.url + "health", timeout=30).json()["error"])
+                return str(requests.get(running.url + "health", timeout=300).json()["error"])
             return ""
 
-        wait_until(lambda: "did not load" in said(), "the front has given up", 120)
+        until(lambda: "did not load" in said(), "the front has given up")
 
 
 @pytest.fixture(scope="module")
@@ -307,12 +313,12 @@ def scaling(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def test_a_replica_holds_no_more_models_than_it_may(scaling: Cluster) -> None:
     def asked(model: str) -> int:
         params = PICTURE | {"shape": "1,4,4,4"}
-        answer = requests.post(scaling.url + model, bytes(2 * 4 * 4 * 4), params=params, timeout=60)
+        answer = requests.post(scaling.url + model, bytes(2 * 4 * 4 * 4), params=params, timeout=300)
         assert answer.status_code in (200, 429), answer.text
         return answer.status_code
 
     def loaded() -> list[str]:
-        listed = requests.get(scaling.url + "models", timeout=30).json()["models"]
+        listed = requests.get(scaling.url + "models", timeout=300).json()["models"]
         return [model["name"] for model in listed if model["state"] == "loaded"]
 
     scaling.wait_for("VAE", 1)
@@ -334,14 +340,14 @@ def test_what_ray_has_no_room_for_is_told_to_come_again(scaling: Cluster) -> Non
 
 def test_queued_requests_bring_a_second_replica_and_it_leaves_with_them(scaling: Cluster) -> None:
     answered: Counter[int] = Counter()
-    deadline = time.monotonic() + 60
-    while len(scaling.pids("VAE")) < 2:
-        assert time.monotonic() < deadline, "no second replica came"
-        answered += scaling.statuses(8, 4)
+
+    def replicas_after(count: int, at_once: int) -> int:
+        answered.update(scaling.statuses(count, at_once))
+        return len(scaling.pids("VAE"))
+
+    until(lambda: replicas_after(8, 4) == 2, "a second replica")
     answered += scaling.statuses(16, 4)
-    while len(scaling.pids("VAE")) > 1:
-        assert time.monotonic() < deadline, "the second replica stayed"
-        answered += scaling.statuses(1, 1)
+    until(lambda: replicas_after(1, 1) == 1, "the second replica's end")
     assert set(answered) == {200}
 
 

@@ -25,6 +25,7 @@ from tests.conftest import running, write_models_yaml
 from tests.figures import figure
 from tests.http.test_errors import LEAKS
 from tests.vaes import LocalVae
+from tests.waiting import PATIENCE_S, until
 
 BINARY = {"Content-Type": "tensor/binary"}
 KILLS = int(20 * float(os.environ.get("VAE_TEST_SCALE", "1")))
@@ -37,7 +38,7 @@ class Served:
         self.url, self.folder, self.engine = url, folder, engine
 
     def post(
-        self, first: float = 0.5, side: int = 8, model: str = "", patience_s: float = 60, headers: Any = None
+        self, first: float = 0.5, side: int = 8, model: str = "", patience_s: float = PATIENCE_S, headers: Any = None
     ) -> requests.Response:
         latents = np.random.default_rng(side).normal(size=(1, 4, side, side)).astype("float32")
         latents[0, 0, 0, 0] = first
@@ -51,13 +52,11 @@ class Served:
         )
 
     def metric(self, name: str) -> float:
-        found = re.search(rf"^{re.escape(name)} (\S+)$", requests.get(self.url + "metrics", timeout=10).text, re.M)
+        found = re.search(rf"^{re.escape(name)} (\S+)$", requests.get(self.url + "metrics", timeout=300).text, re.M)
         return float(found[1]) if found else 0.0
 
     def until(self, holds: Callable[[], bool]) -> None:
-        stop = time.monotonic() + 60
-        while not holds():
-            assert time.monotonic() < stop, "it never came true"
+        until(holds, pause_s=0)
 
     def decodes(self) -> int:
         counted = self.folder / "decodes"
@@ -129,11 +128,11 @@ def test_both_directions_share_a_worker_and_come_back_after_its_death(start: Sta
 
     def encode() -> np.ndarray:
         sent = {"shape": pixels.shape, "dtype": "float32"}
-        answer = requests.post(served.url + "encode", pixels.tobytes(), params=sent, timeout=60)
+        answer = requests.post(served.url + "encode", pixels.tobytes(), params=sent, timeout=300)
         return np.frombuffer(answer.content, "float32").reshape(expected.shape)
 
     def holds() -> tuple[Any, Any]:
-        models = requests.get(served.url + "models", timeout=10).json()["models"]
+        models = requests.get(served.url + "models", timeout=300).json()["models"]
         model = next(model for model in models if model["name"] == "sd")
         return model.get("decoder"), model.get("encoder")
 
@@ -156,13 +155,13 @@ def test_while_no_worker_lives_new_requests_and_health_are_503(start: Start) -> 
     assert served.engine.pid
     os.kill(served.engine.pid, signal.SIGKILL)
     served.until(lambda: not served.engine.is_alive)
-    for refused in (served.post(), requests.get(served.url + "health", timeout=10)):
+    for refused in (served.post(), requests.get(served.url + "health", timeout=300)):
         assert refused.status_code == 503
         assert "restarting" in refused.json()["error"]
         assert refused.headers["retry-after"]
-    assert requests.get(served.url + "health/live", timeout=10).ok
+    assert requests.get(served.url + "health/live", timeout=300).ok
     served.engine._worker = "tests.faults"
-    served.until(lambda: requests.get(served.url + "health", timeout=10).ok)
+    served.until(lambda: requests.get(served.url + "health", timeout=300).ok)
     assert served.post().ok
 
 
@@ -320,7 +319,7 @@ def test_the_least_recently_used_model_leaves_when_memory_is_short(start: Start)
     assert served.post().ok
     assert served.post(model="half").ok
     states = {
-        model["name"]: model["state"] for model in requests.get(served.url + "models", timeout=10).json()["models"]
+        model["name"]: model["state"] for model in requests.get(served.url + "models", timeout=300).json()["models"]
     }
     assert states["half"] == "loaded"
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -40,6 +40,8 @@ OTHER_HALF = {
     Operation.ENCODE: ("decoder", "post_quant_conv"),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LFS_POINTER = b"version https://git-lfs"
+NAMES_SHOWN = 3
 SAFE_ONLY = "only safetensors weights are ever loaded, because a pickle file can run code"
 
 
@@ -61,11 +63,11 @@ class Source:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise self._fail(self._missing_config()) from None
+            raise self.failure(self._missing_config()) from None
         except (OSError, ValueError) as error:
-            raise self._fail(f"its {CONFIG} cannot be read ({error}); download or save the model again") from None
+            raise self.failure(f"its {CONFIG} cannot be read ({error}); download or save the model again") from None
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-            raise self._fail(f"its {CONFIG} names no _class_name; is this the folder of a diffusers VAE?")
+            raise self.failure(f"its {CONFIG} names no _class_name; is this the folder of a diffusers VAE?")
         return config
 
     def folder(self, *, is_local_only: bool = False) -> Path:
@@ -74,8 +76,8 @@ class Source:
         if not any(any(found.glob(pattern)) for pattern in WEIGHTS[:2]):
             names = [path.name for path in found.glob("*")] if self.local else self._hub_files(is_local_only)
             if is_local_only and not self.local and not any(name.endswith(PICKLES) for name in names):
-                raise self._fail(f"its weights are not downloaded; run `python -m server download {self.name}`")
-            raise self._fail(_no_weights(names))
+                raise self.failure(f"its weights are not downloaded; run `python -m server download {self.name}`")
+            raise self.failure(_no_weights(names))
         return found
 
     def is_here(self) -> bool:
@@ -107,7 +109,7 @@ class Source:
             found = hf_hub_download(self.entry.repo, file, revision=self.entry.revision, local_files_only=is_local_only)
             return Path(found)
         except Exception as error:  # huggingface_hub, requests and the file system raise alike here
-            raise self._fail(self._hub_sentence(error)) from error
+            raise self.failure(self._hub_sentence(error)) from error
 
     def _hub_snapshot(self, is_local_only: bool) -> Path:
         patterns = [self._in_repo(file) for file in (CONFIG, *WEIGHTS)]
@@ -119,7 +121,7 @@ class Source:
                 local_files_only=is_local_only,
             )
         except Exception as error:  # raises as many kinds as hf_hub_download
-            raise self._fail(self._hub_sentence(error)) from error
+            raise self.failure(self._hub_sentence(error)) from error
         return Path(snapshot) / (self.entry.subfolder or "")
 
     def _hub_files(self, is_local_only: bool) -> list[str]:
@@ -159,7 +161,8 @@ class Source:
             case _:
                 return f"the download failed ({type(error).__name__}); check the network and try again"
 
-    def _fail(self, sentence: str) -> ModelUnavailable:
+    def failure(self, sentence: str) -> ModelUnavailable:
+        """The error whose detail is this sentence, after the model's name and repository."""
         return ModelUnavailable(self.name, f"{self.name} ({self.label}): {sentence}")
 
 
@@ -317,29 +320,104 @@ def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact
 
 # diffusers patches torch's modules while it builds one without memory; two at once would leave them patched for good.
 BUILDING = threading.Lock()
+# What diffusers says of missing and unused tensors takes several lines and advises to train; `_check` says it in one.
+diffusers.utils.logging.set_verbosity_error()
 
 
-def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype) -> torch.nn.Module:
-    """The real diffusers module, on the CPU, in evaluation mode. Raises ModelUnavailable."""
+def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, operation: Operation) -> torch.nn.Module:
+    """Load the real diffusers module on the CPU, in evaluation mode, with the weights of one direction.
+
+    The modules of the other direction stay, without weights, because some VAEs count theirs. The weights are copies in
+    `dtype`: what happens to the file later changes nothing. Raises ModelUnavailable, also where a tensor of this
+    direction is missing, is not finite, or overflows `dtype`.
+    """
     folder = source.folder()
     model_class = getattr(diffusers, info.class_name)
     try:
+        _check_files(folder)
         with BUILDING:
-            vae: torch.nn.Module = model_class.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True
+            vae, found = model_class.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True, output_loading_info=True
             )
-        if any(parameter.is_meta for parameter in vae.parameters()):
-            raise ValueError("layers of this config.json are missing from the file")
-        # Not by torch_dtype: diffusers sets torch's default dtype for it, and another model may be decoding meanwhile.
-        return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)
+        let_go(vae, OTHER_HALF[operation])
+        _check(vae, frozenset(found["missing_keys"]), operation, source)
+        _convert(vae, dtype, source)
+        loaded: torch.nn.Module = vae.eval().requires_grad_(False)
+        return loaded
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         advice = "let this user read them" if isinstance(error, PermissionError) else "download the model again"
-        raise ModelUnavailable(
-            info.name, f"{info.name} ({source.label}): the weights do not load ({reason}); {advice}"
-        ) from error
+        raise source.failure(f"the weights do not load ({reason}); {advice}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raise SafetensorError or ValueError for a damaged safetensors file; diffusers would not say what is wrong."""
+    for path in sorted(path for pattern in WEIGHTS[:2] for path in folder.glob(pattern)):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise ValueError(f"{path.name} is a pointer of Git LFS; run `git lfs pull`") from None
+            raise SafetensorError(f"{path.name}: {error}") from None
+
+
+def let_go(vae: torch.nn.Module, parts: Sequence[str]) -> None:
+    """Free the weights of these modules."""
+    for part in parts:
+        module = getattr(vae, part, None)
+        if module is not None:
+            module.to("meta")
+
+
+def _tensors(vae: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the VAE with its name: parameters and buffers, which may be statistics of the latents."""
+    yield from vae.named_parameters()
+    yield from vae.named_buffers()
+
+
+def _check(vae: torch.nn.Module, missing_keys: frozenset[str], operation: Operation, source: Source) -> None:
+    """Raise ModelUnavailable unless all tensors of this direction were in the file, with finite values.
+
+    missing_keys: what diffusers did not find. Counters, such as a batch norm's, are not used and may be missing.
+    """
+    ours = [(name, tensor) for name, tensor in _tensors(vae) if name.split(".")[0] not in OTHER_HALF[operation]]
+    missing = [name for name, tensor in ours if name in missing_keys and tensor.is_floating_point()]
+    if missing:
+        sentence = f"the weights lack {_some(missing)}, which its {CONFIG} asks for; do both belong to the same model?"
+        raise source.failure(sentence)
+    bad = [name for name, tensor in ours if not torch.isfinite(tensor).all()]
+    if bad:
+        raise source.failure(f"the weights are NaN or infinite in {_some(bad)}; download or save the model again")
+
+
+def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
+    """Copy every tensor, in this dtype if it holds floats. Raises ModelUnavailable where finite values overflow.
+
+    Not by diffusers' torch_dtype, which sets torch's default dtype while another model may be decoding. `copy`, because
+    a float32 tensor would stay a mapping of its file: who writes to the file would change answers or end the process.
+    """
+    overflowing = []
+    for name, tensor in _tensors(vae):
+        if tensor.is_meta:
+            continue
+        tensor.data = tensor.data.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if not torch.isfinite(tensor).all():
+            overflowing.append(name)
+    if overflowing:
+        short = str(dtype).removeprefix("torch.")
+        raise source.failure(
+            f"the weights overflow {short} in {_some(overflowing)}; set dtype: bfloat16 or float32 in models.yaml"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, and how many there are."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
 
 
 def source_of(settings: Settings, name: str) -> Source:

@@ -24,9 +24,14 @@ class StockHalf:
         self.device, self.dtype = weight.device, weight.dtype
 
     def run(self, compute: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, check: Check) -> Coded:
-        """Compute the whole batch at once, or one after another where diffusers takes no batches."""
+        """Compute a batch `[B, …]`. check: called before each layer.
+
+        On a CPU images and videos are computed one by one: torch's kernels round differently with the size of the
+        batch, and a request's answer must not depend on the others. So are those of a family that takes no batches.
+        """
         batch = batch.to(self.device, self.dtype)
-        parts = [batch] if self.family.takes_batches else torch.split(batch, 1)
+        is_one_by_one = self.device.type == "cpu" or not self.family.takes_batches
+        parts = torch.split(batch, 1) if is_one_by_one else [batch]
         with checking(self.vae, check):
             outputs = [compute(part) for part in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -219,9 +219,8 @@ class SyncEngine:
         device, source = self._device(name), loader.source_of(self._settings, name)
         try:
             dtype = dtype or self._dtype(info, device, operation)
-            vae = loader.load_vae(info, source, dtype)
+            vae = loader.load_vae(info, source, dtype, operation)
             spec = family.refine(info.latents, vae)
-            let_go(vae, loader.OTHER_HALF[operation])
             weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
             self._make_room(weight_bytes)
             budget_mb = entry.memory_budget_mb or options.memory_budget_mb
@@ -269,14 +268,6 @@ class SyncEngine:
             return loader.choose_device(self._settings.models[name].device or self._settings.options.first_device)
         except ValueError as error:
             raise ModelUnavailable(name, f"{name}: {error}") from None
-
-
-def let_go(vae: torch.nn.Module, parts: Sequence[str]) -> None:
-    """Free these modules' weights; the modules stay, for some VAEs count theirs."""
-    for part in parts:
-        module = getattr(vae, part, None)
-        if module is not None:
-            module.to("meta")
 
 
 def move(vae: torch.nn.Module, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,10 @@ import yaml
 from tests.deploy.test_monitoring import COMPOSE, DASHBOARD
 from tests.load import Ask, all_of, process
 from tests.vaes import LocalVae, write_entries
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(240),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: make prometheus"),
 ]
 QUICK = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"}
@@ -40,7 +40,7 @@ class Scraped:
     server: int
 
     def get(self, path: str, **params: str) -> Any:
-        told = requests.get(f"{self.prometheus}/api/v1/{path}", params=params, timeout=10).json()
+        told = requests.get(f"{self.prometheus}/api/v1/{path}", params=params, timeout=300).json()
         assert told["status"] == "success", told
         return told["data"]
 
@@ -53,13 +53,6 @@ def is_worker(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return len(process.parents()) > 1 and not process.children() and "forkserver" in " ".join(process.cmdline())
     return False
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 80
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +76,7 @@ def scraped(vaes: dict[str, LocalVae], tmp_path_factory: pytest.TempPathFactory)
             yield found
         finally:
             running.terminate()
-            running.wait(20)
+            running.wait(PATIENCE_S)
 
 
 def quick_config(folder: Path, url: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy as copy_module
@@ -13,6 +14,7 @@ import httpx
 import pytest
 import torch
 from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
 
 from server.config import ModelEntry, load_settings
 from server.engine import loader
@@ -22,8 +24,9 @@ from server.engine.loader import Source, choose_dtype, read_info, whole_config
 from server.engine.sync import SyncEngine
 from server.errors import ModelUnavailable
 from server.families import FAMILIES
-from server.types import Layout
+from server.types import Layout, Operation
 from tests.conftest import write_models_yaml
+from tests.pipelines import vaes as vaes_of_families
 from tests.vaes import LocalVae
 
 CPU = torch.device("cpu")
@@ -47,14 +50,18 @@ def copy(vaes: dict[str, LocalVae], tmp_path: Path) -> Path:
     return Path(shutil.copytree(vaes["sd"].folder, tmp_path / "copy"))
 
 
-def load(found: Source) -> torch.nn.Module:
-    return loader.load_vae(read_info(found), found, torch.float32)
+def load(found: Source, dtype: torch.dtype = torch.float32, operation: Operation = Operation.DECODE) -> torch.nn.Module:
+    return loader.load_vae(read_info(found), found, dtype, operation)
 
 
-def test_a_local_folder_loads_the_same_weights(vaes: dict[str, LocalVae]) -> None:
-    loaded = load(source(vaes["sd"].folder)).state_dict()
+@pytest.mark.parametrize("operation", Operation)
+def test_a_local_folder_loads_the_same_weights_of_one_direction(
+    vaes: dict[str, LocalVae], operation: Operation
+) -> None:
+    loaded = load(source(vaes["sd"].folder), operation=operation).state_dict()
     for key, value in vaes["sd"].module.state_dict().items():
-        assert torch.equal(loaded[key], value), key
+        is_other = key.split(".")[0] in loader.OTHER_HALF[operation]
+        assert loaded[key].is_meta if is_other else torch.equal(loaded[key], value), key
 
 
 def test_a_subfolder_is_found(copy: Path) -> None:
@@ -152,7 +159,9 @@ def test_a_family_that_is_unknown_or_does_not_fit(copy: Path) -> None:
 def test_damaged_weights(copy: Path) -> None:
     weights = copy / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "the weights do not load" in detail(lambda: load(source(copy)))
+    assert "the weights do not load (diffusion_pytorch_model.safetensors: " in detail(lambda: load(source(copy)))
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 334643276\n")
+    assert "is a pointer of Git LFS; run `git lfs pull`" in detail(lambda: load(source(copy)))
 
 
 def test_weights_of_another_shape(copy: Path) -> None:
@@ -162,7 +171,97 @@ def test_weights_of_another_shape(copy: Path) -> None:
 
 def test_weights_that_lack_a_layer(copy: Path) -> None:
     change(copy, layers_per_block=2)
-    assert "the weights do not load" in detail(lambda: load(source(copy)))
+    said = detail(lambda: load(source(copy)))
+    assert re.search(r"the weights lack decoder\.\S+, decoder\.\S+, decoder\.\S+ and \d+ more, which its config", said)
+
+
+def test_weights_that_lack_statistics_of_the_latents(tmp_path: Path) -> None:
+    """diffusers would take its own, mean 0 and deviation 1, and say nothing."""
+    vaes_of_families.flux2().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.pop("bn.running_mean"))
+    assert "the weights lack bn.running_mean" in detail(lambda: load(source(tmp_path)))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    change(weights)
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("operation", Operation)
+def test_a_file_of_one_direction_serves_that_direction(copy: Path, operation: Operation) -> None:
+    others = loader.OTHER_HALF[operation]
+
+    def remove_the_other(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.split(".")[0] in others]:
+            del weights[name]
+
+    change_weights(copy, remove_the_other)
+    assert load(source(copy), operation=operation)
+    (other,) = set(Operation) - {operation}
+    assert "the weights lack" in detail(lambda: load(source(copy), operation=other))
+
+
+BAD = [
+    "decoder.conv_in.weight",
+    "decoder.conv_out.bias",
+    "decoder.mid_block.resnets.0.conv1.bias",
+    "post_quant_conv.bias",
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_are_not_finite_fail_to_load_in_their_direction(
+    copy: Path, dtype: torch.dtype, value: float
+) -> None:
+    change_weights(copy, lambda weights: [weights[name].view(-1)[:1].fill_(value) for name in BAD])
+    said = detail(lambda: load(source(copy), dtype))
+    assert re.search(r"the weights are NaN or infinite in \S+, \S+, \S+ and 1 more; download or save", said)
+    assert set(re.findall(r"(?:decoder|post_quant_conv)\.[\w.]+\w", said)) < set(BAD)
+    assert load(source(copy), dtype, Operation.ENCODE)
+
+
+def test_statistics_that_are_not_finite_fail_to_load_in_both_directions(tmp_path: Path) -> None:
+    vaes_of_families.flux2().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights["bn.running_var"][3:4].fill_(torch.nan))
+    for operation in Operation:
+        assert "infinite in bn.running_var;" in detail(lambda: load(source(tmp_path), operation=operation))  # noqa: B023
+
+
+def test_weights_that_overflow_half_precision_fail_to_load_in_it(copy: Path) -> None:
+    change_weights(copy, lambda weights: weights["decoder.conv_in.weight"].view(-1)[:1].fill_(1e6))
+    said = detail(lambda: load(source(copy), torch.float16))
+    assert "the weights overflow float16 in decoder.conv_in.weight; set dtype: bfloat16 or float32" in said
+    for dtype in (torch.bfloat16, torch.float32):
+        assert load(source(copy), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("decoder", ["auto", "diffusers"])
+def test_what_happens_to_the_file_after_the_load_changes_nothing(copy: Path, dtype: str, decoder: str) -> None:
+    models = {"m": {"repo": str(copy), "dtype": dtype, "decoder": decoder}}
+    engine = SyncEngine(load_settings(config=write_models_yaml(copy / "models.yaml", models, "m")))
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    latents, pixels = torch.randn(1, 4, 8, 8), torch.rand(1, 3, 16, 16)
+    decode, encode = engine.load("m").decoder.decode, engine.load("m", Operation.ENCODE).encoder.encode
+    before = decode(latents, Layout.SAMPLE), encode(pixels)
+    assert str(weights) not in Path("/proc/self/maps").read_text()
+
+    with weights.open("r+b") as file:  # the same file, unlike write_bytes' new one
+        file.write(bytes(weights.stat().st_size))
+    after = decode(latents, Layout.SAMPLE), encode(pixels)
+    with weights.open("r+b") as file:
+        file.truncate(10)
+    decode(latents, Layout.SAMPLE)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_a_failed_load_is_one_line_of_log(copy: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    change(copy, layers_per_block=2)
+    detail(lambda: load(source(copy)))
+    assert caplog.text == ""
+    assert capfd.readouterr().err == "", "diffusers has a handler of its own"
 
 
 def change(folder: Path, **keys: Any) -> None:

@@ -60,7 +60,7 @@ def request_and_runner(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[tu
 def outcome_of(made: runner.Runner, request: VAERequest) -> Done | Exception | None:
     listener = Listener()
     made.submit([request], listener)
-    assert listener.ended.wait(60)
+    assert listener.ended.wait(300)
     return listener.outcome
 
 
@@ -86,7 +86,7 @@ def test_frames_are_encoded_while_later_ones_are_decoded(
 
     def waits_for_the_first(self: Any, frames: Any) -> None:
         if len(written) == 5:
-            assert first_taken.wait(30), "no frame was taken while others were still to be decoded"
+            assert first_taken.wait(300), "no frame was taken while others were still to be decoded"
         written.append(True)
         write(self, frames)
 

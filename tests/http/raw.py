@@ -24,7 +24,7 @@ class RawAnswer:
 
 
 class Connection:
-    def __init__(self, url: str, timeout_s: float = 20, receive_buffer: int | None = None) -> None:
+    def __init__(self, url: str, timeout_s: float = 300, receive_buffer: int | None = None) -> None:
         self.socket = socket.socket()
         self.socket.settimeout(timeout_s)
         if receive_buffer:

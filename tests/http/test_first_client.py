@@ -23,7 +23,7 @@ def first_remote_decode(endpoint: str, tensor: torch.Tensor, **given: Any) -> re
         params=parameters,
         json={"inputs": base64.b64encode(tensor.numpy().tobytes()).decode("utf-8")},
         headers={"Content-Type": "tensor/base64", "Accept": accept},
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -61,7 +61,7 @@ def test_parameters_may_come_in_the_body(url: str, vaes: dict[str, LocalVae]) ->
     accept = {"Accept": "application/json"}
     answers = []
     for query in ({}, {"scaling_factor": "0.25"}):
-        content = requests.post(url + "predict", params=query, json=body, headers=accept, timeout=60).json()
+        content = requests.post(url + "predict", params=query, json=body, headers=accept, timeout=300).json()
         assert content["parameters"] == {"shape": [1, 3, 64, 64], "dtype": "float32"}
         answers.append(np.frombuffer(base64.b64decode(content["inputs"]), "float32").reshape(1, 3, 64, 64))
     for answer, factor in zip(answers, (0.5, 0.25), strict=True):

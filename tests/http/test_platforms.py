@@ -33,16 +33,16 @@ def body(vae: LocalVae, **parameters: Any) -> dict[str, Any]:
 
 def test_vertex_finds_its_routes_beside_ours(vertex: str, vaes: dict[str, LocalVae]) -> None:
     sent, key = body(vaes["sd"], image_format="png"), {"X-API-Key": "secret"}
-    pictures = [requests.post(vertex + path, json=sent, headers=key, timeout=30).content for path in (PREDICT, "/")]
+    pictures = [requests.post(vertex + path, json=sent, headers=key, timeout=300).content for path in (PREDICT, "/")]
     assert pictures[0].startswith(b"\x89PNG")
     assert pictures[0] == pictures[1]
 
 
 def test_only_the_probe_of_a_named_route_needs_no_key(vertex: str, vaes: dict[str, LocalVae]) -> None:
     for path in (HEALTH, f"{HEALTH}/", "/ping"):
-        assert requests.get(vertex + path, timeout=10).json() == {"status": "ready"}
-        assert_refused(requests.post(vertex + path, json={}, timeout=10), 401, "unauthorized", "a key is required")
-    assert_refused(requests.post(vertex + PREDICT, json=body(vaes["sd"]), timeout=10), 401, "unauthorized", "a key")
+        assert requests.get(vertex + path, timeout=300).json() == {"status": "ready"}
+        assert_refused(requests.post(vertex + path, json={}, timeout=300), 401, "unauthorized", "a key is required")
+    assert_refused(requests.post(vertex + PREDICT, json=body(vaes["sd"]), timeout=300), 401, "unauthorized", "a key")
 
 
 def test_a_probe_of_a_named_route_may_come_by_address(vertex: str) -> None:
@@ -55,24 +55,24 @@ def test_the_root_may_be_the_health_route_and_still_wants_a_key_to_decode(
 ) -> None:
     monkeypatch.setenv("VAE_SERVER_API_KEY", "secret")
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, health_route="/")
-    assert requests.get(address, timeout=10).json() == {"status": "ready"}
-    assert_refused(requests.post(address, json=body(vaes["sd"]), timeout=10), 401, "unauthorized", "a key is required")
+    assert requests.get(address, timeout=300).json() == {"status": "ready"}
+    assert_refused(requests.post(address, json=body(vaes["sd"]), timeout=300), 401, "unauthorized", "a key is required")
 
 
 def test_sagemaker_names_the_model_in_the_body(url: str, vaes: dict[str, LocalVae]) -> None:
     for name in ("sd", "sdxl"):
         sent = body(vaes[name], model=name, output_type="pt")
-        tensors = [requests.post(url + path, json=sent, timeout=30).content for path in ("invocations", name)]
+        tensors = [requests.post(url + path, json=sent, timeout=300).content for path in ("invocations", name)]
         assert len(tensors[0]) == 3 * 64 * 64 * 4
         assert tensors[0] == tensors[1]
 
 
 def test_what_sagemaker_sends_wrongly_is_told_in_json(url: str) -> None:
-    answer = requests.post(url + "invocations", data=b"abc", headers={"Content-Type": "application/json"}, timeout=10)
+    answer = requests.post(url + "invocations", data=b"abc", headers={"Content-Type": "application/json"}, timeout=300)
     assert_refused(answer, 400, "bad_request", "the body is not JSON")
-    assert_refused(requests.get(url + "invocations", timeout=10), 405, "method_not_allowed", "")
+    assert_refused(requests.get(url + "invocations", timeout=300), 405, "method_not_allowed", "")
 
 
 def test_ping_is_503_until_a_model_can_serve(serve: Serve, vaes: dict[str, LocalVae]) -> None:
     address = serve({"lost": {"repo": "./lost", "preload": True}})
-    assert_refused(requests.get(address + "ping", timeout=10), 503, "unavailable", "")
+    assert_refused(requests.get(address + "ping", timeout=300), 503, "unavailable", "")

@@ -378,7 +378,7 @@ def test_a_broken_body_stops_its_request(brief: str, caplog: pytest.LogCaptureFi
         client.send(head("POST", f"/?{QUERY}", CHUNKED) + b"10\r\n" + b"x" * 16 + b"\r\n")
         client.send(b"nonsense\r\n")
         assert_refused_and_closed(client, 400, "malformed_request", "not an HTTP/1.1 request")
-    while "inf_queue_size 0.0\n" not in requests.get(brief + "metrics", timeout=10).text:
+    while "inf_queue_size 0.0\n" not in requests.get(brief + "metrics", timeout=300).text:
         pass
     logged = [record.__dict__.get("status") for record in caplog.records if record.name == "server.http.frame"]
     assert 499 in logged, "its client is gone, as far as the request can tell"

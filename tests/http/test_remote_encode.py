@@ -79,7 +79,7 @@ def test_the_models_own_statistics_scale_what_a_decode_unscales(url: str, vaes: 
     """Encoding with do_scaling and decoding with do_scaling is the VAE's own round trip."""
     image, body = picture(64, 96), io.BytesIO()
     image.save(body, "PNG")
-    answer = requests.post(f"{url}{name}/encode", body.getvalue(), params={"do_scaling": True}, timeout=30)
+    answer = requests.post(f"{url}{name}/encode", body.getvalue(), params={"do_scaling": True}, timeout=300)
     latents = torch.frombuffer(bytearray(answer.content), dtype=torch.float32)
     latents = latents.reshape(json.loads(answer.headers["shape"]))
     sample = decode_quietly(url + name, latents, output_type="pt", return_type="pt")
@@ -115,7 +115,7 @@ def test_the_bytes_say_what_they_are(url: str, vaes: Vaes, kind: str, content_ty
     file = io.BytesIO()
     picture(64, 64).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
     headers = {} if content_type is None else {"Content-Type": content_type.replace("right", f"image/{kind.lower()}")}
-    answer = requests.post(url + "encode", file.getvalue(), headers=headers, timeout=30)
+    answer = requests.post(url + "encode", file.getvalue(), headers=headers, timeout=300)
     expected = mode_of(vaes["sd"], preprocessed(Image.open(file).convert("RGB")))
     close(torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(expected.shape), expected)
 
@@ -124,7 +124,7 @@ def test_the_bytes_say_what_they_are(url: str, vaes: Vaes, kind: str, content_ty
 def test_every_usual_mode_becomes_rgb(url: str, vaes: Vaes, mode: str) -> None:
     file = io.BytesIO()
     picture(64, 64, mode).save(file, "JPEG" if mode == "CMYK" else "PNG")
-    answer = requests.post(url + "encode", file.getvalue(), timeout=30)
+    answer = requests.post(url + "encode", file.getvalue(), timeout=300)
     expected = mode_of(vaes["sd"], preprocessed(Image.open(file).convert("RGB")))
     close(torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(expected.shape), expected)
 
@@ -142,7 +142,7 @@ def test_json_with_base64_goes_both_ways(url: str, vaes: Vaes) -> None:
         },
     ]
     for body in bodies:
-        answer = requests.post(url + "sd/encode", json=body, headers={"Accept": "application/json"}, timeout=30).json()
+        answer = requests.post(url + "sd/encode", json=body, headers={"Accept": "application/json"}, timeout=300).json()
         found = np.frombuffer(base64.b64decode(answer["inputs"]), answer["parameters"]["dtype"])
         close(torch.tensor(found).reshape(answer["parameters"]["shape"]), expected)
 
@@ -153,10 +153,10 @@ def test_a_sample_of_the_posterior_is_diffusers_own_with_that_seed(url: str, vae
         posterior = vaes["sd"].module.encode(pixels).latent_dist
     params: dict[str, Any] = {"shape": [1, 3, 64, 64], "dtype": "float32", "sample": True}
     for seed in (0, 7):
-        answer = requests.post(url + "encode", pixels.numpy().tobytes(), params=params | {"seed": seed}, timeout=30)
+        answer = requests.post(url + "encode", pixels.numpy().tobytes(), params=params | {"seed": seed}, timeout=300)
         expected = posterior.sample(torch.Generator().manual_seed(seed))
         close(torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(expected.shape), expected)
-    unseeded = requests.post(url + "encode", pixels.numpy().tobytes(), params=params, timeout=30)
+    unseeded = requests.post(url + "encode", pixels.numpy().tobytes(), params=params, timeout=300)
     assert_refused(unseeded, 400, "bad_request", "needs a seed")
 
 
@@ -188,7 +188,7 @@ def test_a_clip_encodes_from_an_mp4(url: str, vaes: Vaes) -> None:
     frames = clip(9, 36, 50)
     raw = RawTensor(frames.shape, "uint8", memoryview(frames.tobytes()))
     mp4 = bytes(render_mp4(raw, RenderOptions(fps=24, quality=9, media_type="video/mp4")).body)
-    answer = requests.post(url + "hunyuan/encode", mp4, timeout=30)
+    answer = requests.post(url + "hunyuan/encode", mp4, timeout=300)
     found = torch.frombuffer(bytearray(answer.content), dtype=torch.float32)
     exactly = ["-vf", "scale=flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"]
     command = [
@@ -235,10 +235,10 @@ def test_what_is_seen_of_an_encode(serve: Serve, vaes: Vaes) -> None:
     address = serve({"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32"}})
     file = io.BytesIO()
     picture(64, 64).save(file, "PNG")
-    answer = requests.post(address + "encode", file.getvalue(), timeout=30)
+    answer = requests.post(address + "encode", file.getvalue(), timeout=300)
     assert [part.split(";")[0] for part in answer.headers["Server-Timing"].split(", ")] == ["queue", "encode", "render"]
-    listed = requests.get(address + "models", timeout=10).json()["models"][0]
+    listed = requests.get(address + "models", timeout=300).json()["models"][0]
     assert (listed["decoder"], listed["state"]) == (None, "loaded"), "only the encoder's weights are there"
-    metrics = requests.get(address + "metrics", timeout=10).text
+    metrics = requests.get(address + "metrics", timeout=300).text
     assert 'vae_encode_seconds_count{model="sd"} 1.0' in metrics
     assert 'vae_input_pixels_total{model="sd"} 4096.0' in metrics

@@ -44,6 +44,6 @@ def test_the_server_answers_as_described(url: str, path: str, method: str, mode:
     @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(operation.as_strategy(generation_mode=mode))
     def ask(case: schemathesis.Case) -> None:
-        case.validate_response(case.call(timeout=10), checks=checks)
+        case.validate_response(case.call(timeout=300), checks=checks)
 
     ask()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLAllegro,
@@ -181,6 +182,13 @@ def allegro() -> Any:
     vae = seeded(AutoencoderKLAllegro, **small)
     vae.enable_tiling()
     return vae
+
+
+def asymmetric() -> Any:
+    """A class that no family knows: 2 times smaller, a scaling factor."""
+    channels = {"down_block_out_channels": (8, 16), "up_block_out_channels": (8, 16), "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return seeded(AsymmetricAutoencoderKL, **channels, **blocks, scaling_factor=0.5)
 
 
 def brightened(vae: Any, last: Any, gain: float = 4, bias: float = 0) -> Any:

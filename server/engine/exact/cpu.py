@@ -21,8 +21,12 @@ SLOW_REORDER = 5
 
 
 def preferred_cpu_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and slower than float32."""
-    if _has_onednn() and (_has("amx_tile") or _has("avx512_bf16")):
+    """Return bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and slower than float32.
+
+    oneDNN is asked too: ONEDNN_MAX_CPU_ISA can keep it from instructions that the CPU has.
+    """
+    is_in_hardware = _has("amx_tile") or _has("avx512_bf16")
+    if is_in_hardware and _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return torch.float32
 

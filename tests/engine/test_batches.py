@@ -1,0 +1,103 @@
+"""On a CPU, images and videos that run together get the bytes that each would have got alone: every family, both ways."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.decoders import build_decoder
+from server.engine.encoders import build_encoder
+from server.families import FAMILIES, Family, family_of_class, plain_family
+from server.types import LatentSpec, Layout
+from tests.pipelines import vaes
+
+VAES: dict[str, Callable[[], Any]] = {
+    "kl": vaes.kl,
+    "kl16": vaes.kl16,
+    "tiny": vaes.tiny,
+    "flux2": vaes.flux2,
+    "qwen-image": vaes.qwen_image,
+    "qwen-image-2.1": vaes.qwen_image_21,
+    "hunyuan-image": vaes.hunyuan_image,
+    "dc": vaes.dc,
+    "wan": vaes.wan,
+    "wan-2.2-5b": vaes.wan_22,
+    "ltx": vaes.ltx,
+    "ltx-timestep": lambda: vaes.ltx(timestep_conditioning=True),
+    "ltx2": vaes.ltx2,
+    "cogvideox": vaes.cogvideox,
+    "mochi": vaes.mochi,
+    "hunyuan-video": vaes.hunyuan_video,
+    "hunyuan-video-1.5": vaes.hunyuan_video_15,
+    "cosmos": vaes.cosmos,
+    "stable-video": vaes.temporal,
+    "easy-animate": vaes.magvit,
+    "allegro": vaes.allegro,
+    "of-no-family": vaes.asymmetric,
+}
+FEW = (2, 3)
+LATENT_SIZES = {
+    **dict.fromkeys(("hunyuan-image", "dc", "ltx", "ltx-timestep", "ltx2"), FEW),
+    "allegro": (16, 16),  # its tile
+}
+LATENT_FRAMES = {"allegro": 6}
+FRAMES = {"allegro": 24}
+ARGUMENTS = {"ltx-timestep": {"timestep": 0.05}, "stable-video": {"decode_chunk_size": 2}}
+CASES = [
+    pytest.param(name, choice, together, id=f"{name}-{choice}-{together}")
+    for name in VAES
+    for choice in ("auto", "diffusers")
+    for together in (2, 3)
+]
+
+
+@cache
+def made(name: str) -> tuple[Any, Family, LatentSpec]:
+    vae = VAES[name]().eval().requires_grad_(False)
+    family = family_of_class(type(vae).__name__) or plain_family(vae.config)
+    return vae, family, family.refine(family.describe(vae.config), vae)
+
+
+def random(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def assert_alike(together: Tensor, alone: list[Tensor]) -> None:
+    assert len({tuple(one.flatten()[:8].tolist()) for one in alone}) == len(alone), "the inputs are different"
+    assert torch.equal(together, torch.cat(alone))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("name", "choice", "together"), CASES)
+def test_decodes_that_run_together(name: str, choice: str, together: int) -> None:
+    vae, family, spec = made(name)
+    decoder, _ = build_decoder(copy.deepcopy(vae), family, choice, "none", None)
+    frames = (LATENT_FRAMES.get(name, 3),) if spec.kind == "video" else ()
+    latents = random((together, spec.channels, *frames, *LATENT_SIZES.get(name, (5, 4))))
+
+    def decode(latents: Tensor) -> Tensor:
+        return decoder.decode(latents, Layout.SAMPLE, **ARGUMENTS.get(name, {}))
+
+    assert_alike(decode(latents), [decode(one) for one in latents.split(1)])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("name", "choice", "together"), CASES)
+def test_encodes_that_run_together(name: str, choice: str, together: int) -> None:
+    vae, family, spec = made(name)
+    encoder, _ = build_encoder(copy.deepcopy(vae), family, choice, "none", None)
+    frames = (FRAMES.get(name, 9),) if spec.kind == "video" else ()
+    height, width = (side * spec.vae_scale_factor for side in LATENT_SIZES.get(name, (5, 4)))
+    pixels = random((together, spec.image_channels, *frames, height, width)).clamp(-1, 1)
+    assert_alike(encoder.encode(pixels), [encoder.encode(one) for one in pixels.split(1)])
+
+
+def test_every_family_is_here() -> None:
+    """But for FLUX.1's, which is the VAE of `kl`, and for videos of no family, which run as images of no family."""
+    assert {made(name)[1].name for name in VAES} | {"flux", "plain_video"} == set(FAMILIES)
