@@ -70,7 +70,7 @@ class ModelEntry(_Strict):
     family: str | None = None
     dtype: Dtype | None = None
     device: str | None = Field(None, pattern=DEVICE)
-    decoder: Literal["auto", "diffusers"] = "auto"
+    decoder: Literal["auto", "diffusers", "plain"] = "auto"
     tiling: Literal["none", "diffusers"] = "none"
     memory_budget_mb: int | None = Field(None, ge=1)
     preload: bool = False

@@ -51,14 +51,14 @@ def build_decoder(
 ) -> tuple[Decoder, str | None]:
     """The decoder, and why it is diffusers' own where it is.
 
-    choice: `auto`, or `diffusers` for the stock path bit for bit. An exact decoder takes the VAE's weights over.
+    choice: `auto`; `diffusers` and `plain`: the stock path, bit for bit. An exact decoder takes the VAE's weights over.
     tiling: `diffusers` for the library's own tiles and their blending, which are not exact.
     memory_budget_bytes: bounds an exact decoder's activations; None: what is free at each decode.
     """
     if tiling == "diffusers":
         vae.enable_tiling()
         return StockDecoder(vae, family), "models.yaml asks for diffusers' tiles"
-    if choice == "diffusers":
+    if choice != "auto":
         return StockDecoder(vae, family), "models.yaml asks for diffusers' own decoder"
     reasons = [exact.unsupported_reason(vae) for exact in EXACT]
     for exact, reason in zip(EXACT, reasons, strict=True):

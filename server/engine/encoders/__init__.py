@@ -37,13 +37,13 @@ def build_encoder(
 ) -> tuple[Encoder, str | None]:
     """The encoder, and why it is diffusers' own where it is. An exact one takes the weights of `vae.encoder` over.
 
-    choice: `auto`, or `diffusers` for the stock path bit for bit. tiling: `diffusers` for the library's own tiles.
+    choice: `auto`; `diffusers` and `plain`: the stock path, bit for bit. tiling: `diffusers` for its own tiles.
     memory_budget_bytes: bounds the activations; None: what is free at each encode.
     """
     if tiling == "diffusers":
         vae.enable_tiling()
         return StockEncoder(vae, family), "models.yaml asks for diffusers' tiles"
-    if choice == "diffusers":
+    if choice != "auto":
         return StockEncoder(vae, family), "models.yaml asks for diffusers' own encoder"
     reason = ExactKLEncoder.unsupported_reason(vae)
     if reason is not None:
