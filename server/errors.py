@@ -2,7 +2,8 @@
 
     ServerError 500 internal
     ├── BadRequest 400 bad_request
-    │   ├── WrongLength wrong_length · WrongShape wrong_shape · NonFiniteInput nonfinite_input
+    │   ├── WrongLength wrong_length · WrongShape wrong_shape
+    │   ├── NonFiniteInput nonfinite_input · FreedMemory freed_memory
     │   ├── MalformedRequest malformed_request · UpgradeRefused upgrade_refused
     ├── Unauthorized 401 · NotFound 404 (UnknownModel unknown_model) · MethodNotAllowed 405
     ├── NotAcceptable 406 · RequestTooSlow 408 · TooLarge 413 (TooLargeForDevice) · UnsupportedBody 415
@@ -58,6 +59,12 @@ class NonFiniteInput(BadRequest):
     """NaN or Inf in the latents."""
 
     code = "nonfinite_input"
+
+
+class FreedMemory(BadRequest):
+    """The client sent memory that it had freed: a few values are not the tensor's."""
+
+    code = "freed_memory"
 
 
 class MalformedRequest(BadRequest):
