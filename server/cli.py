@@ -210,13 +210,14 @@ def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled
     from server.files import output_of, read_latents
 
     flags = {name: given.pop(name) for name in ("config", "device")}
-    tensor = read_latents(latents, key)
+    found = read_latents(latents, key)
+    tensor = found.tensor
     accept, output_type = output_of(out)
     parameters = {
         **{name: value for name, value in given.items() if value is not None},
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
-        "do_scaling": scaled,
+        "do_scaling": scaled and not found.is_unscaled,
         "output_type": output_type,
     }
     data = bytes(tensor.data)

@@ -16,11 +16,13 @@ def as_json(error: ServerError, request_id: str, sentence: str | None = None) ->
     headers = {"X-Request-Id": request_id}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = 'Bearer, Basic realm="vae"'
     if error.status == 408:
         headers["Connection"] = "close"  # the rest of the request may still come
-    return JSONResponse(body, error.status, headers)
+    response = JSONResponse(body, error.status, headers)
+    if error.status == 401:  # a line each: of one line with both, Chromium reads the first alone and never asks
+        for challenge in ("Bearer", 'Basic realm="vae", charset="UTF-8"'):
+            response.headers.append("WWW-Authenticate", challenge)
+    return response
 
 
 def failure(request: Request, error: ServerError, sentence: str | None = None) -> JSONResponse:

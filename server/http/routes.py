@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -83,54 +83,84 @@ async def _unless_client_left(request: Request, work: Coroutine[Any, Any, Answer
 
 
 async def _read_latents(request: Request, service: Service, admission: Admission) -> Finish:
-    """POST / and its like, /{model}: headers and query first, so that what they rule out is refused before the body."""
-    options = service.settings.options
-    defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
+    """POST / and its like, /{model}: a decode, unless only an encode makes sense of what was sent."""
+    return await _read(request, service, admission, Operation.DECODE)
+
+
+async def _read_pixels(request: Request, service: Service, admission: Admission) -> Finish:
+    """POST /encode, /{model}/encode."""
+    return await _read(request, service, admission, Operation.ENCODE)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A request once its model is known. body: None for a tensor whose bytes are still to be read."""
+
+    request: Request
+    service: Service
+    admission: Admission
+    parameters: wire.Parameters
+    accept: str
+    info: ModelInfo
+    body: wire.Bytes | None
+
+
+async def _read(request: Request, service: Service, admission: Admission, operation: Operation) -> Finish:
+    """Headers and query first, so that what they rule out is refused before the body is read.
+
+    A body without `shape` is a file: its bytes say what it is.
+    """
+    is_encode, query = operation is Operation.ENCODE, request.query_params.multi_items()
     accept = ",".join(request.headers.getlist("accept"))
-    query = request.query_params.multi_items()
-    others = service.infos.values()
-    if sent := await _json(request, service, admission, may_be_file=False):
-        latents, in_body = sent
-        parameters = wire.Parameters(query, in_body)
-        prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
-        admission.reserve(prepared.bytes_held)
-        return _done(prepared.with_data(latents))
-    parameters = wire.Parameters(query)
-    prepared = wire.prepare(parameters, accept, await _model(request, service, parameters), defaults, others)
-    return _done(prepared.with_data(await _tensor(request, service, admission, prepared)))
+    is_tensor = wire.Parameters(query).has("shape")
+    in_json = await _json(request, service, admission, may_be_file=is_encode or not is_tensor)
+    body: wire.Bytes | None
+    body, in_body = in_json or (None, None)
+    parameters = wire.Parameters(query, in_body)
+    info = await _model(request, service, parameters)
+    if not parameters.has("shape"):
+        if is_encode:
+            wire.check_encode(parameters, accept, info)
+        file = in_json[0] if in_json else await _file(request, service, admission)
+        parameters, body = wire.opened(parameters, file)
+    sent = Sent(request, service, admission, parameters, accept, info, body)
+    if not is_encode and not wire.is_for_encoding(parameters, info, body):
+        return await _decode(sent)
+    return await _encode_tensor(sent) if parameters.has("shape") else _encode_file(sent)
 
 
-def _done(job: VAERequest) -> Finish:
+async def _decode(sent: Sent) -> Finish:
+    options = sent.service.settings.options
+    if not sent.parameters.has("shape"):  # nor a file that is read: then its type may be the mistake
+        wire.is_json_body(sent.request.headers.get("content-type"), None)
+    defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
+    prepared = wire.prepare(sent.parameters, sent.accept, sent.info, defaults, sent.service.infos.values())
+    return await _whole_tensor(sent, prepared)
+
+
+async def _encode_tensor(sent: Sent) -> Finish:
+    return await _whole_tensor(sent, wire.prepare_pixels(sent.parameters, sent.accept, sent.info))
+
+
+async def _whole_tensor(sent: Sent, prepared: wire.Prepared | wire.PreparedPixels) -> Finish:
+    """Read what is still to be read."""
+    body = sent.body
+    if body is None:
+        body = await _tensor(sent.request, sent.service, sent.admission, prepared)
+    else:
+        sent.admission.reserve(prepared.bytes_held)
+    job = prepared.with_data(body)
+
     async def finish() -> VAERequest:
         return job
 
     return finish
 
 
-async def _read_pixels(request: Request, service: Service, admission: Admission) -> Finish:
-    """POST /encode, /{model}/encode: a tensor when its shape was sent, else the bytes say what they are."""
-    options = service.settings.options
-    accept = ",".join(request.headers.getlist("accept"))
-    query = request.query_params.multi_items()
-    data: bytes | bytearray | None = None
-    if sent := await _json(request, service, admission, may_be_file=True):
-        data, in_body = sent
-        parameters = wire.Parameters(query, in_body)
-    else:
-        parameters = wire.Parameters(query)
-    info = await _model(request, service, parameters)
-    if parameters.has("shape"):
-        prepared = wire.prepare_pixels(parameters, accept, info)
-        if data is None:
-            data = await _tensor(request, service, admission, prepared)
-        admission.reserve(prepared.bytes_held)
-        return _done(prepared.with_data(data))
+def _encode_file(sent: Sent) -> Finish:
+    parameters, accept, info, admission, file = sent.parameters, sent.accept, sent.info, sent.admission, sent.body
+    assert isinstance(file, bytes | bytearray)
     wire.check_encode(parameters, accept, info)
-    if data is None:
-        limit = options.max_body_mb << 20
-        admission.reserve(_declared(request) or limit)
-        data = await _whole(request, limit, options.body_timeout_s)
-    file = data
 
     async def finish() -> VAERequest:
         loop = asyncio.get_running_loop()
@@ -141,10 +171,18 @@ async def _read_pixels(request: Request, service: Service, admission: Admission)
     return finish
 
 
+async def _file(request: Request, service: Service, admission: Admission) -> bytearray:
+    """A body that says itself what it is."""
+    options = service.settings.options
+    limit = options.max_body_mb << 20
+    admission.reserve(_declared(request) or limit)
+    return await _whole(request, limit, options.body_timeout_s)
+
+
 async def _json(
     request: Request, service: Service, admission: Admission, *, may_be_file: bool
-) -> tuple[bytes, Mapping[str, Any]] | None:
-    """The bytes and the parameters of a JSON body, None for another one."""
+) -> tuple[bytes | bytearray, Mapping[str, Any]] | None:
+    """Return the bytes and the parameters of a JSON body, None for another one."""
     options, headers = service.settings.options, request.headers
     limit = options.max_body_mb << 20
     _check_declared(headers.get("content-length"), limit)
