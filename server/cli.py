@@ -50,7 +50,7 @@ class OneSentence(click.Group):
         except ModelUnavailable as error:
             fail(error.detail, 1)
         except ServerError as error:
-            fail(str(error), 1)
+            fail(error.told(to_operator=True), 1)
 
 
 def fail(sentence: str, status: int) -> NoReturn:

@@ -13,7 +13,7 @@ from functools import partial
 
 from server.config import Settings
 from server.dispatch import Devices, Job
-from server.errors import ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
+from server.errors import Broken, ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
 from server.metrics import Metrics
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, Rendered, VAERequest
 
@@ -164,7 +164,7 @@ class Service:
             case State.DRAINING:
                 raise Unavailable("the server is shutting down and takes no new requests; try again later")
             case State.FAILED:
-                raise Unavailable("a model that this server needs did not load; its log says why, tell its operator")
+                raise Broken("a model that this server needs did not load")
         if not self._devices.is_alive:
             raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
 
@@ -172,7 +172,7 @@ class Service:
         """Raises Unavailable unless requests are taken and there is a model that has not failed to load."""
         self.check_ready()
         if all(self.model_state(name) == "failed" for name in self.settings.models):
-            raise Unavailable("no model of this server loads; its log says why, tell its operator")
+            raise Broken("no model of this server loads")
 
     def check_bytes(self, size_bytes: int) -> None:
         """Raises QueueFull when so much more would be too much; one request alone is never."""
@@ -196,8 +196,7 @@ class Service:
                 yield admission
         except TimeoutError:
             raise DeadlinePassed(
-                f"not done after {timeout_s:g} s, the deadline of a request; "
-                "send fewer or smaller latents, or try later"
+                f"not done after {timeout_s:g} s, the deadline of a request; send less at once, or try later"
             ) from None
         finally:
             self._admissions.discard(admission)

@@ -131,7 +131,9 @@ class Parameters:
                 "whole .safetensors file; a PNG, JPEG, WebP or MP4 file is encoded, here and at /encode"
             )
         if len(sent) > MAX_DIMENSIONS:
-            raise BadRequest(f"shape has {len(sent)} dimensions; latents have at most {MAX_DIMENSIONS}")
+            raise BadRequest(
+                f"shape has {len(sent)} dimensions; tensors have at most {MAX_DIMENSIONS}: is there an axis too many?"
+            )
         wrong = next((text for text in sent if not INTEGER.fullmatch(text) or int(text) == 0), None)
         if wrong is not None:
             raise BadRequest(f"shape must hold whole numbers from 1 to 999999, not {_quoted(wrong)}")
@@ -153,7 +155,7 @@ class Parameters:
     def scaling(self) -> Scaling:
         factor = self.number("scaling_factor", -1e6, 1e6)
         if factor is not None and abs(factor) < 1e-6:
-            raise BadRequest(f"scaling_factor must not be zero or nearly so, not {factor:g}: latents are divided by it")
+            raise BadRequest(f"scaling_factor must not be zero or nearly so, not {factor:g}: latents are scaled by it")
         return Scaling(factor, self.number("shift_factor", -1e6, 1e6), self.flag("do_scaling"))
 
     def pixel_size(self) -> tuple[int, int] | None:
