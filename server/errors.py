@@ -19,13 +19,14 @@ a path, an address or a traceback; `ModelUnavailable.detail` and ConfigError may
 from __future__ import annotations
 
 OUR_FAULT = "the server failed on this request"
-LOG = "read its log, which says why"
+WHY_IN_LOG = "its log says why"
 
 
 class ServerError(Exception):
     """A request that ends without its answer. `str(error)` is the sentence the client reads.
 
     operator_task: what only the server's operator can do about it, as an infinitive. before_task: what joins it on.
+    in_log: what the server's log says more.
     """
 
     status = 500
@@ -33,6 +34,7 @@ class ServerError(Exception):
     retry_after_s: int | None = None
     operator_task: str | None = None
     before_task = "; "
+    in_log: str | None = None
 
     def __init__(self, *words: object, operator_task: str | None = None) -> None:
         super().__init__(*words)
@@ -40,13 +42,15 @@ class ServerError(Exception):
             self.operator_task = operator_task
 
     def told(self, *, to_operator: bool) -> str:
-        """Return the sentence: for the operator with the task itself, for anyone else with whom to ask for it."""
-        sentence, task = super().__str__(), self.operator_task
+        """Return the sentence: with what to do for the operator, with whom to ask or tell for anyone else."""
+        sentence, in_log = super().__str__(), self.in_log
         if not sentence:
-            sentence, task = OUR_FAULT, "read its log, which has the reason under this request_id"
-        if task is None:
+            sentence, in_log = OUR_FAULT, "its log has the reason under this request_id"
+        if in_log is not None:
+            return f"{sentence}; {in_log}" + ("" if to_operator else ", tell its operator")
+        if self.operator_task is None:
             return sentence
-        return sentence + self.before_task + ("" if to_operator else "ask its operator to ") + task
+        return sentence + self.before_task + ("" if to_operator else "ask its operator to ") + self.operator_task
 
     def __str__(self) -> str:
         return self.told(to_operator=False)
@@ -213,7 +217,7 @@ class Unavailable(ServerError):
 class Broken(Unavailable):
     """Nothing can be served until the operator does something."""
 
-    operator_task = LOG
+    in_log = WHY_IN_LOG
 
 
 class ModelUnavailable(Broken):
@@ -232,7 +236,7 @@ class WorkerCrashed(ServerError):
     """The process that ran the request ended, twice."""
 
     code = "worker_crashed"
-    operator_task = LOG
+    in_log = WHY_IN_LOG
 
 
 class TooManyConnections(Unavailable):

@@ -392,15 +392,15 @@ def test_a_request_past_its_deadline_is_504(serve: Serve, vaes: dict[str, LocalV
 @pytest.mark.parametrize(
     ("flags", "models", "limits"),
     [
-        ({}, "loaded on this server; read its log", "smaller image, or raise max_pixels in models.yaml"),
+        ({}, "loaded on this server; its log says why$", "smaller image, or raise max_pixels in models.yaml"),
         (
             {"allowed_hosts": "*"},
-            "loaded on this server; ask its operator to read its log",
+            "loaded on this server; its log says why, tell its operator",
             "smaller image, or ask its operator to raise max_pixels in models.yaml",
         ),
         (
             {"host": "0.0.0.0"},
-            "loaded on this server; ask its operator to read its log",
+            "loaded on this server; its log says why, tell its operator",
             "smaller image, or ask its operator to raise max_pixels in models.yaml",
         ),
     ],
