@@ -61,7 +61,7 @@ class EndpointHandler:
         return {**encoded, "parameters": {"content_type": chosen.media_types[0]}}
 
 
-def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes:
+def _bytes(inputs: Any, parameters: dict[str, Any]) -> bytes | bytearray:
     """The tensor's bytes; a torch tensor also fills `shape` and `dtype`."""
     if isinstance(inputs, str):
         return read_base64(inputs)

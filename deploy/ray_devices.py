@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from server.dispatch import MAX_DEATHS, MAX_TRIES, Job
 from server.engine.messages import Failure
-from server.errors import ConfigError, ModelUnavailable, QueueFull, ServerError, Unavailable, WorkerCrashed
+from server.errors import Broken, ConfigError, ModelUnavailable, QueueFull, ServerError, WorkerCrashed
 from server.load_failures import LoadFailures
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
 
@@ -171,7 +171,7 @@ class RayDevices:
                 log.warning("a replica ended: %s", type(error).__name__)
             except BackPressureError as error:
                 raise self._queue_full(error) from None
-        raise Unavailable("the replicas of this server end again and again; its log says why, tell its operator")
+        raise Broken("the replicas of this server end again and again")
 
     async def _replies(self, replicas: DeploymentHandle[Any], *arguments: Any) -> AsyncIterator[Reply]:
         """Raises what of Ray's a retry may help, and Unavailable."""
@@ -186,7 +186,7 @@ class RayDevices:
             responses.cancel()  # type: ignore[no-untyped-call]  # Ray's
             raise
         except DeploymentUnavailableError:
-            raise Unavailable("the replicas of this server do not start; its log says why, tell its operator") from None
+            raise Broken("the replicas of this server do not start") from None
 
     def _note(self, reply: Reply) -> None:
         self._held[reply.replica] = reply.held
@@ -200,7 +200,7 @@ class RayDevices:
         job.deaths += job.started is not None
         job.is_alone, job.started = job.deaths > 0, None
         if job.deaths >= MAX_DEATHS or job.tries >= MAX_TRIES:
-            raise WorkerCrashed("the replica that decoded this ended again; the server's log says why") from None
+            raise WorkerCrashed("the replica that ran this request ended again") from None
 
     def _queue_full(self, error: BackPressureError) -> QueueFull:
         wait_s = max(1, math.ceil(self.seconds_ahead))

@@ -149,7 +149,7 @@ class Trial:
             check(wrote is is_open, f"{path} is {'writable' if is_open else 'not'}")
 
     def _check_decode(self, url: str) -> None:
-        latents = read_latents(SAMPLE, None)
+        latents = read_latents(SAMPLE, None).tensor
         scaling_factor = json.loads((SAMPLE.parent.parent / "config.json").read_text())["scaling_factor"]
         parameters = {"shape": latents.shape, "dtype": latents.dtype, "scaling_factor": scaling_factor}
         headers = {"Content-Type": "tensor/binary", "Accept": "image/jpeg"}

@@ -50,7 +50,7 @@ class OneSentence(click.Group):
         except ModelUnavailable as error:
             fail(error.detail, 1)
         except ServerError as error:
-            fail(str(error), 1)
+            fail(error.told(to_operator=True), 1)
 
 
 def fail(sentence: str, status: int) -> NoReturn:
@@ -210,13 +210,14 @@ def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled
     from server.files import output_of, read_latents
 
     flags = {name: given.pop(name) for name in ("config", "device")}
-    tensor = read_latents(latents, key)
+    found = read_latents(latents, key)
+    tensor = found.tensor
     accept, output_type = output_of(out)
     parameters = {
         **{name: value for name, value in given.items() if value is not None},
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
-        "do_scaling": scaled,
+        "do_scaling": scaled and not found.is_unscaled,
         "output_type": output_type,
     }
     data = bytes(tensor.data)

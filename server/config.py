@@ -40,12 +40,16 @@ Pixels = Annotated[int, Field(ge=64)]
 DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|cuda:\d+))*$"
 ROUTE = r"^/[A-Za-z0-9._~:/-]*$"
+ORIGIN = r"(null|[a-z][a-z0-9+.-]*://[^\s,/?#@]+)"
+ORIGINS = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
 PATTERNS = {
     DEVICE: "auto, cpu, mps, cuda or cuda:N",
     DEVICES: "auto, cpu, mps, cuda or cuda:N, or several of cpu and cuda:N with commas",
     ROUTE: "a path that starts with /",
+    ORIGINS: "origins as browsers send them, such as https://app.example, with commas between them, or *",
 }
 Route = Annotated[str, Field(pattern=ROUTE), AfterValidator(lambda path: path.rstrip("/") or "/")]
+Origins = Annotated[str, Field(pattern=ORIGINS)]
 KeyPath = tuple[str | int, ...]
 
 
@@ -70,7 +74,7 @@ class ModelEntry(_Strict):
     family: str | None = None
     dtype: Dtype | None = None
     device: str | None = Field(None, pattern=DEVICE)
-    decoder: Literal["auto", "diffusers"] = "auto"
+    decoder: Literal["auto", "diffusers", "plain"] = "auto"
     tiling: Literal["none", "diffusers"] = "none"
     memory_budget_mb: int | None = Field(None, ge=1)
     preload: bool = False
@@ -194,6 +198,11 @@ class ServerOptions(BaseSettings):
         None,
         description="Host names and addresses to answer for, with commas between them, or *; "
         "default: on a loopback address loopback names alone, else any",
+    )
+    cors_origins: Origins | None = Field(
+        None,
+        description="origins of web pages that may use the server, with commas between them, such as "
+        "https://app.example:8443, or *; default: pages of the server itself",
     )
     head_timeout_s: float = Field(10, gt=0, description="most time for a request's line and headers, in seconds")
     body_timeout_s: float = Field(
@@ -411,7 +420,8 @@ def _lines(node: yaml.Node | None, source: Path, path: KeyPath = ()) -> dict[Key
 
 
 def _sentence(error: ValidationError, source: Path, lines: Mapping[KeyPath, int]) -> str:
-    first = error.errors()[0]
+    # A key that is misspelt is often the one that is missing.
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     place = tuple(first["loc"])
     line = next((lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
     where = f"{source}:{line}: {_dotted(place) or 'the file'}"

@@ -22,16 +22,25 @@ class Direct:
         options = settings.options
         self._defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
 
-    def parse(self, model: str, parameters: Mapping[str, Any], data: bytes, accept: str) -> VAERequest:
-        """parameters: as the query of a request would hold them. data: the tensor's bytes."""
-        prepared = wire.prepare(wire.Parameters([], parameters), accept, self._describe(model), self._defaults)
-        return prepared.with_data(data)
+    def parse(self, model: str, parameters: Mapping[str, Any], data: bytes | bytearray, accept: str) -> VAERequest:
+        """Return the request that a decode address would make of it: an encode where only that makes sense.
 
-    def parse_pixels(self, model: str, parameters: Mapping[str, Any], data: bytes, accept: str) -> VAERequest:
+        parameters: as the query of a request would hold them. data: a tensor's bytes, or a whole file.
+        """
+        sent, body = _opened(wire.Parameters([], parameters), data)
+        info = self._describe(model)
+        if wire.is_for_encoding(sent, info, body):
+            return self.parse_pixels(model, parameters, data, accept)
+        return wire.prepare(sent, accept, info, self._defaults).with_data(body)
+
+    def parse_pixels(
+        self, model: str, parameters: Mapping[str, Any], data: bytes | bytearray, accept: str
+    ) -> VAERequest:
         """data: a picture's or a clip's file, or with `shape` and `dtype` a tensor's bytes."""
-        sent, info = wire.Parameters([], parameters), self._describe(model)
+        sent, body = _opened(wire.Parameters([], parameters), data)
+        info = self._describe(model)
         if sent.has("shape"):
-            return wire.prepare_pixels(sent, accept, info).with_data(data)
+            return wire.prepare_pixels(sent, accept, info).with_data(body)
         return wire.read_pixels(sent, accept, info, data, wire.header_of(info, data))
 
     def run(self, request: VAERequest) -> Computed:
@@ -48,3 +57,7 @@ class Direct:
         if known is None or known.is_assumed:
             self._infos[model] = self.engine.describe(model)
         return self._infos[model]
+
+
+def _opened(parameters: wire.Parameters, data: bytes | bytearray) -> tuple[wire.Parameters, wire.Bytes]:
+    return (parameters, data) if parameters.has("shape") else wire.opened(parameters, data)

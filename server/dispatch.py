@@ -525,7 +525,7 @@ class Dispatcher:
         if job.deaths < MAX_DEATHS and job.tries < MAX_TRIES:
             return True
         self.queue.remove(job)
-        job.failed(WorkerCrashed("the worker that ran this request ended again; the server's log says why"))
+        job.failed(WorkerCrashed("the worker that ran this request ended again"))
         return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

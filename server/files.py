@@ -1,34 +1,107 @@
-"""Latents in a .safetensors file, and pictures by their file name: what `decode` and `encode` read and write."""
+"""Tensors in .safetensors files, and images by their file name: what clients send whole, `decode` and `encode` read."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, deserialize
+import msgspec
 
 from server.errors import ConfigError
 from server.outputs import FORMATS
 from server.types import RawTensor
 
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "U8": "uint8"}
+LENGTH_BYTES = 8
+MOST_HEADER_BYTES = 1 << 20  # ComfyUI writes its whole workflow there
+COMFYUI_MARKER, COMFYUI_TENSOR = "latent_format_version_0", "latent_tensor"
 
 
-def read_latents(path: Path, key: str | None) -> RawTensor:
-    """key: the tensor's name, None for `latents` or the only one. Raises ConfigError."""
+class FileError(ValueError):
+    """A file without the tensor that was asked for. Its text goes on where the file's name ends."""
+
+
+class NoSuchTensor(FileError):
+    """Its tensors have other names."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """One tensor of a file.
+
+    is_unscaled: the latents are as `vae.decode` takes them, because the file is a .latent of ComfyUI.
+    """
+
+    tensor: RawTensor
+    is_unscaled: bool
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def is_safetensors(data: bytes | bytearray | memoryview) -> bool:
+    """Whether the bytes begin as such a file does: with the length of a header, and the header's JSON."""
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    return 2 <= length <= MOST_HEADER_BYTES and bytes(data[LENGTH_BYTES : LENGTH_BYTES + 1]) == b"{"
+
+
+def read_tensor(data: bytes | bytearray, key: str | None = None) -> TensorFile:
+    """Return a safetensors file's tensor, its bytes not copied.
+
+    key: the tensor's name; None for ComfyUI's in a .latent, else for `latents` or the only one. Raises FileError.
+    """
+    entries, body = _parts(data)
+    is_comfyui = COMFYUI_MARKER in entries
+    only = next(iter(entries)) if len(entries) == 1 else "latents"
+    name = key or (COMFYUI_TENSOR if is_comfyui else "latents" if "latents" in entries else only)
+    if name not in entries:
+        raise NoSuchTensor(f"has no tensor {name[:40]!a}; it has {_listed(entries)}")
     try:
-        tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]  # safetensors ships no types for it
+        entry = msgspec.json.decode(entries[name], type=_Entry)
+    except (msgspec.MsgspecError, RecursionError):
+        raise FileError("has a header that is not a safetensors header") from None
+    if entry.dtype not in DTYPES:
+        raise FileError(f"has {name[:40]!a} as {entry.dtype[:10]!a}; send float16, bfloat16 or float32")
+    shape, (start, stop), dtype = entry.shape, entry.data_offsets, DTYPES[entry.dtype]
+    if min(shape, default=1) < 0 or not 0 <= start <= stop or RawTensor.bytes_needed(shape, dtype) != stop - start:
+        raise FileError("has a header whose shape and offsets disagree; write it again with safetensors")
+    if stop > len(body):
+        raise FileError(f"is cut short: {name[:40]!a} ends at byte {stop}, and there are {len(body)}; send all of it")
+    return TensorFile(RawTensor(shape, dtype, body[start:stop]), is_comfyui and name == COMFYUI_TENSOR)
+
+
+def _parts(data: bytes | bytearray) -> tuple[dict[str, msgspec.Raw], memoryview]:
+    """The header's entries, not parsed, and what comes after it. Raises FileError."""
+    if not is_safetensors(data):
+        raise FileError("is not a safetensors file; write one with safetensors.torch.save_file")
+    end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    try:
+        entries = msgspec.json.decode(data[LENGTH_BYTES:end], type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, RecursionError):
+        raise FileError("has a header that is not a safetensors header") from None
+    entries.pop("__metadata__", None)
+    return entries, memoryview(data)[end:]
+
+
+def _listed(entries: dict[str, msgspec.Raw]) -> str:
+    shown = ", ".join(f"{name[:40]!a}" for name in list(entries)[:5])
+    return shown + (" …" if len(entries) > 5 else "") or "none"
+
+
+def read_latents(path: Path, key: str | None) -> TensorFile:
+    """Return a file's latents. key: the tensor's name, None as for `read_tensor`. Raises ConfigError."""
+    try:
+        return read_tensor(path.read_bytes(), key)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except SafetensorError:
-        raise ConfigError(f"{path}: not a safetensors file; write one with safetensors.torch.save_file") from None
-    name = key or ("latents" if "latents" in tensors or len(tensors) != 1 else next(iter(tensors)))
-    if name not in tensors:
-        raise ConfigError(f"{path}: no tensor '{name}'; choose with --key one of {', '.join(tensors) or 'none'}")
-    found = tensors[name]
-    if found["dtype"] not in DTYPES:
-        raise ConfigError(f"{path}: '{name}' is {found['dtype']}; latents are float16, bfloat16 or float32")
-    return RawTensor(tuple(found["shape"]), DTYPES[found["dtype"]], memoryview(found["data"]))
+    except NoSuchTensor as error:
+        raise ConfigError(f"{path} {error}; choose one of them with --key") from None
+    except FileError as error:
+        raise ConfigError(f"{path} {error}") from None
 
 
 def write_latents(latents: RawTensor) -> bytes:

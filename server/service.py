@@ -15,7 +15,7 @@ from typing import Any
 from server.admission import Admission, Admissions
 from server.config import Settings
 from server.dispatch import Devices, Job
-from server.errors import ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
+from server.errors import Broken, ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
 from server.estimates import Estimates
 from server.metrics import Metrics
 from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, Rendered, VAERequest
@@ -125,17 +125,18 @@ class Service:
             raise UnknownModel(f"no such model here; known models: {known}")
         return name
 
-    async def describe(self, name: str, operation: Operation = Operation.DECODE) -> ModelInfo:
-        """Return what is known of a model before it is loaded.
-
-        Raises ModelUnavailable, also when this direction of it failed to load and is not tried again yet.
-        """
-        if failure := self._devices.load_failure(Half(name, operation)):
-            raise failure
+    async def describe(self, name: str) -> ModelInfo:
+        """Return what is known of a model before it is loaded. Raises ModelUnavailable."""
         known = self.infos.get(name)
         if known is None or known.is_assumed:
+            self.check_loads(name, Operation.DECODE)  # a description that failed counts for both directions
             self.infos[name] = await self._devices.describe(name)
         return self.infos[name]
+
+    def check_loads(self, name: str, operation: Operation) -> None:
+        """Raise ModelUnavailable when this direction of a model failed to load and is not tried again yet."""
+        if failure := self._devices.load_failure(Half(name, operation)):
+            raise failure
 
     def loaded(self, name: str) -> list[LoadedInfo]:
         """On each device that holds it."""
@@ -155,7 +156,7 @@ class Service:
             case State.DRAINING:
                 raise Unavailable("the server is shutting down and takes no new requests; try again later")
             case State.FAILED:
-                raise Unavailable("a model that this server needs did not load; its log says why")
+                raise Broken("a model that this server needs did not load")
         if not self._devices.is_alive:
             raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
 
@@ -167,7 +168,7 @@ class Service:
         """Raise Unavailable unless requests are taken and there is a model that has not failed to load."""
         self.check_ready()
         if len(self.failed_models()) == len(self.settings.models):
-            raise Unavailable("no model of this server loads; its log says why")
+            raise Broken("no model of this server loads")
 
     @contextmanager
     def admitted(self, peer: str, patience_s: float | None = None) -> Iterator[Admission]:

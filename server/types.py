@@ -189,7 +189,8 @@ class VAEJob:
     """What an engine needs to decode or encode.
 
     tensor: latents, or pixels, uint8 or float in [-1, 1]. order: the pixels' axes, a letter of BCFHW each. seed: of a
-    sample of the posterior; None is its mode.
+    sample of the posterior; None is its mode. output_dtype: of a float answer; None is float16 for samples that were
+    computed in half precision, and otherwise the dtype that they were computed in.
     """
 
     model: str
@@ -200,6 +201,7 @@ class VAEJob:
     operation: Operation = Operation.DECODE
     order: str = ""
     seed: int | None = None
+    output_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,6 +150,20 @@ def test_decode_in_process(models_yaml: Path, vaes: Vaes, latents_file: Path, tm
     assert np.abs(np.asarray(Image.open(out)).astype(int) - expected_pixels(vaes, 1)).max() <= 1
 
 
+def test_a_comfyui_latent_is_decoded_unscaled(vaes: dict[str, LocalVae], tmp_path: Path) -> None:
+    """Whatever --scaled says: the file says it itself."""
+    latents = vaes["sd"].latents(8, 8)
+    save_file({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}, tmp_path / "z.latent")
+    save_file({"latents": latents}, tmp_path / "z.safetensors")
+    (tmp_path / "models.yaml").write_text(f"models: {{sd: {{repo: '{vaes['sd'].folder}', dtype: float32}}}}")
+    made = []
+    for source, *flags in (("z.latent",), ("z.latent", "--scaled"), ("z.safetensors", "--unscaled")):
+        out = tmp_path / "out.png"
+        assert run("decode", tmp_path / source, out, "--config", tmp_path, *flags).returncode == 0
+        made.append(out.read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
 def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     assert run("decode", latents_file, out, "--server", url).returncode == 0
@@ -163,7 +177,9 @@ def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: 
     assert_one_sentence(run("decode", latents_file, out, "--server", "127.0.0.1:9"), "write http://127.0.0.1:9", 2)
     assert_one_sentence(run("decode", latents_file, tmp_path / "out.gif"), "end the name in .jpg, .jpeg, .png, .mp4", 2)
     assert_one_sentence(
-        run("decode", latents_file, out, "--key", "x"), "no tensor 'x'; choose with --key one of video", 2
+        run("decode", latents_file, out, "--key", "x"),
+        "has no tensor 'x'; it has 'video'; choose one of them with --key",
+        2,
     )
 
 

@@ -32,6 +32,7 @@ BROKEN = {
     "no models": ("default: a", r": models: this key is required"),
     "no entries": ("models: {}", r":1: models: .*at least 1"),
     "an unknown top key": (GOOD + "modles: {}", r":4: modles: unknown key, did you mean 'models'"),
+    "a key that is misspelt, and so missing": ("models:\n  a:\n    rebo: o/n", r":3: models.a.rebo: unknown key, did you mean 'repo'"),
     "an unknown key": ("models:\n  a: {repo: o/n}\n  b:\n    repo: o/n\n    preloaded: true", r":5: models.b.preloaded: unknown key, did you mean 'preload'\?; known: repo, subfolder"),
     "an unknown limit": ("models:\n  a:\n    repo: o/n\n    limits: {max_pixel: 1}", r":4: models.a.limits.max_pixel: .*'max_pixels'"),
     "no repo": ("models: {a: {preload: true}}", r":1: models.a.repo: this key is required"),

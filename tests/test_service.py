@@ -81,9 +81,10 @@ def test_a_failed_model_is_refused_before_its_body_and_takes_no_place() -> None:
         engine.fails[Half("bad")] = ModelUnavailable("bad", "damaged")
         await refused(answer(service, "bad"), ModelUnavailable)
         await asyncio.sleep(20)
-        error = await refused(service.describe("bad"), ModelUnavailable)
-        assert error.retry_after_s == 40
-        await service.describe("bad", Operation.ENCODE)
+        with pytest.raises(ModelUnavailable) as told:
+            service.check_loads("bad", Operation.DECODE)
+        assert told.value.retry_after_s == 40
+        service.check_loads("bad", Operation.ENCODE)
         errors = await asyncio.gather(*(answer(service, "bad") for _ in range(16)), return_exceptions=True)
         assert {type(error) for error in errors} == {ModelUnavailable}
         await answer(service, "sd")

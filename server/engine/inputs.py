@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from server.engine.freed_memory import ADVICE, looks_freed
 from server.engine.model import LoadedModel
 from server.engine.tensors import NAMES, to_device
-from server.errors import BadRequest, NonFiniteInput
+from server.errors import BadRequest, FreedMemory, NonFiniteInput
 from server.types import Operation, VAEJob
 
 LARGEST_PIXEL = 2.0  # of floats in [-1, 1], with what resampling adds; more is another range
@@ -19,23 +20,48 @@ def prepared(model: LoadedModel, job: VAEJob) -> torch.Tensor | BadRequest:
 
 
 def _latents(model: LoadedModel, job: VAEJob) -> torch.Tensor | BadRequest:
-    latents = to_device(job.tensor, model.device)
-    latents = model.family.prepare(latents, model.spec, job.geometry, job.scaling).to(model.dtype)
-    if bool(torch.isfinite(latents).all()):
+    sent = to_device(job.tensor, model.device)
+    latents = model.family.prepare(sent, model.spec, job.geometry, job.scaling).to(model.dtype)
+    if is_finite(sent) and looks_freed(job.tensor, sent):
+        return _freed("latents")
+    if is_finite(latents):
         return latents
     bad = int((~torch.isfinite(latents)).sum())
     return NonFiniteInput(
         f"{bad} of {latents.numel()} latent values are NaN or infinite after unscaling to {NAMES[model.dtype]}; "
-        "send finite latents, and check scaling_factor and dtype"
+        f"send finite latents, and check scaling_factor and dtype{_hint('latents', sent)}"
     )
 
 
+def is_finite(values: torch.Tensor) -> bool:
+    """Return whether no value is NaN or infinite."""
+    return bool(torch.isfinite(values).all())
+
+
+def _freed(name: str) -> FreedMemory:
+    return FreedMemory(f"a few values of the {name} come from memory that the client had freed; {_advice(name)}")
+
+
+def _hint(name: str, sent: torch.Tensor) -> str:
+    """Freed memory is one cause of a few values that are NaN or infinite."""
+    bad = int((~torch.isfinite(sent)).sum())
+    return f"; {_advice(name)}" if 0 < bad <= sent.numel() / 2 else ""
+
+
+def _advice(name: str) -> str:
+    return ADVICE.format(name=name)
+
+
 def _pixels(model: LoadedModel, job: VAEJob) -> torch.Tensor | BadRequest:
-    pixels = ordered(to_device(job.tensor, model.device), job.order, model.spec.kind == "video")
+    sent = to_device(job.tensor, model.device)
+    pixels = ordered(sent, job.order, model.spec.kind == "video")
     if job.tensor.dtype == "uint8":
         pixels = pixels / 255 * 2 - 1  # as `VaeImageProcessor.preprocess`, to the bit
-    elif not bool(torch.isfinite(pixels).all()):
-        return NonFiniteInput("some pixels are NaN or infinite; send finite values in [-1, 1]")
+    elif not is_finite(pixels):
+        hint = _hint("image", sent)
+        return NonFiniteInput(f"some pixels are NaN or infinite; send finite values in [-1, 1]{hint}")
+    elif looks_freed(job.tensor, sent):
+        return _freed("image")
     elif (largest := float(pixels.abs().max())) > LARGEST_PIXEL:
         return BadRequest(f"float pixels are in [-1, 1], these reach {largest:g}; send uint8, or x / 127.5 - 1")
     if pixels.shape[1] < model.spec.image_channels:  # opaque

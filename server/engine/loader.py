@@ -198,8 +198,9 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         spec: LatentSpec = family.describe(whole_config(class_name, config))
         check_spec(spec)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        reason = str(error) if type(error) is ValueError else repr(error)
         raise ModelUnavailable(
-            name, f"{name} ({source.label}): its {CONFIG} is not one of {class_name}: {error!r}"
+            name, f"{name} ({source.label}): its {CONFIG} is not one of {class_name}: {reason}"
         ) from None
     return ModelInfo(
         name=name,
@@ -264,15 +265,19 @@ def check_spec(spec: LatentSpec) -> None:
 
 def is_vae_class(class_name: str) -> bool:
     """Whether this diffusers has it: an older one lacks the newer VAEs."""
-    vae_class = getattr(diffusers, class_name, None)
-    return hasattr(vae_class, "decode") and hasattr(vae_class, "from_pretrained")
+    found = getattr(diffusers, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+        return False  # also the stand-ins of classes whose packages are missing, which raise when they are looked at
+    return hasattr(found, "decode") and hasattr(found, "from_pretrained")
 
 
 def _family(name: str, entry: ModelEntry, class_name: str, config: Mapping[str, Any]) -> Family:
-    implied = family_of_class(class_name)
-    if implied is None:
+    if entry.decoder == "plain":
         implied = plain_family(whole_config(class_name, config))
-        log.warning("%s: no family knows %s; it is decoded plainly, by its config's statistics", name, class_name)
+    elif (found := family_of_class(class_name)) is not None:
+        implied = found
+    else:
+        raise ModelUnavailable(name, f"{name}: {_unknown_class(class_name)}")
     if entry.family is None:
         return implied
     chosen = FAMILIES.get(entry.family)
@@ -281,6 +286,15 @@ def _family(name: str, entry: ModelEntry, class_name: str, config: Mapping[str, 
     if class_name not in chosen.class_names and chosen is not implied:
         raise ModelUnavailable(name, f"{name}: family '{entry.family}' does not fit a {class_name}; leave family out")
     return chosen
+
+
+def _unknown_class(class_name: str) -> str:
+    known = sorted(class_name for family in FAMILIES.values() for class_name in family.class_names)
+    return (
+        f"the VAE class {class_name} is not one whose range, scaling and noise this server knows, so its pixels could "
+        f"be wrong; known classes: {', '.join(known)}. To serve it all the same, with diffusers' own decode and the "
+        "statistics of its config.json, write `decoder: plain` into its entry of models.yaml"
+    )
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -12,7 +12,8 @@ from server.engine.coder import Check, Coded, Emit, Stopped, go_on
 from server.engine.encoders.posterior import latents_of
 from server.engine.inputs import prepared
 from server.engine.model import LoadedModel
-from server.engine.tensors import to_host
+from server.engine.postprocess import in_dtype
+from server.engine.tensors import NAMES, to_host
 from server.errors import ServerError, TooLargeForDevice
 from server.types import Computed, Operation, RawTensor, VAEJob
 
@@ -109,9 +110,10 @@ def _encode(
 
 def _answer(model: LoadedModel, output: torch.Tensor, job: VAEJob) -> RawTensor:
     if job.operation is Operation.DECODE:
-        return to_host(output)
+        return to_host(in_dtype(output, job.output_dtype))
     latents = latents_of(output, job.seed) if model.spec.has_posterior else output
-    return to_host(model.family.finish(latents.float(), model.spec, job.scaling).to(model.dtype))
+    scaled = model.family.finish(latents.float(), model.spec, job.scaling)
+    return to_host(in_dtype(scaled, job.output_dtype or NAMES[model.dtype]))
 
 
 def _within_memory(

@@ -34,7 +34,7 @@ def family_of_class(class_name: str) -> Family | None:
 
 
 def plain_family(config: Mapping[str, Any]) -> Family:
-    """For a class of diffusers that no family claims."""
+    """The family of `decoder: plain`, for any class of diffusers."""
     return FAMILIES["plain_video" if is_video(config) else "plain"]
 
 

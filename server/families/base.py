@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from server.errors import Impossible, TooLarge, WrongChannels
+from server.errors import Impossible, TooLarge, WrongChannels, WrongShape
 from server.types import Geometry, Kind, LatentSpec, Limits, Scaling
 
 if TYPE_CHECKING:
@@ -178,20 +178,48 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
     if height * width > limits.max_pixels:
         raise TooLarge(
             f"{height}x{width} is {height * width} pixels, '{model}' takes at most {limits.max_pixels}; "
-            "send a smaller picture or raise max_pixels in models.yaml"
+            "send a smaller image",
+            operator_task="raise max_pixels in models.yaml",
         )
     if geometry.num_frames > limits.max_frames:
         raise TooLarge(
-            f"{geometry.num_frames} frames, '{model}' takes at most {limits.max_frames}; "
-            "send a shorter clip or raise max_frames in models.yaml"
+            f"{geometry.num_frames} frames, '{model}' takes at most {limits.max_frames}; send a shorter video",
+            operator_task="raise max_frames in models.yaml",
         )
     if geometry.batch > limits.max_batch:
         raise TooLarge(
-            f"a batch of {geometry.batch}, '{model}' takes at most {limits.max_batch} at once; "
-            "send fewer latents per request or raise max_batch in models.yaml"
+            f"a batch of {geometry.batch}, '{model}' takes at most {limits.max_batch} at once; send fewer per request",
+            operator_task="raise max_batch in models.yaml",
         )
     if 0 in geometry.latent_shape:
         raise Impossible(f"latents {times(geometry.latent_shape)} are empty; every dimension must be at least 1")
+
+
+def channels_last(spec: LatentSpec, shape: tuple[int, ...], axes: str) -> WrongShape | None:
+    """Return the error of latents with their channels last, None where they cannot be.
+
+    axes: those to send, a letter each.
+    """
+    if shape[-1] != spec.channels or spec.channels in shape[:-1]:
+        return None
+    sent = axes.replace("C", "") + "C"
+    order = ", ".join(str(sent.index(axis)) for axis in axes)
+    expected = ", ".join(axes).replace("C", str(spec.channels))
+    return WrongShape(
+        f"latents of shape {times(shape)} look channels-last; send [{expected}], "
+        f"in torch latents.permute({order}).contiguous()"
+    )
+
+
+def axis_too_many(shape: tuple[int, ...], axes: int, channels: int) -> str | None:
+    """Return the shape that is meant when one axis of 1 is too many, None where none is.
+
+    axes: of the shape that is meant, channels: of its second axis.
+    """
+    if len(shape) != axes + 1:
+        return None
+    without = [shape[:axis] + shape[axis + 1 :] for axis, size in enumerate(shape) if size == 1]
+    return next((times(each) for each in without if each[1] == channels), None)
 
 
 def wrong_channels(spec: LatentSpec, found: int, expected_shape: str) -> WrongChannels:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from server.errors import BadRequest, WrongChannels, WrongShape
-from server.families.base import Family, Sent, on_grid, times, wrong_channels
+from server.families.base import Family, Sent, axis_too_many, channels_last, on_grid, times, wrong_channels
 from server.types import Geometry, LatentSpec
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class KL(Family):
             return self._unpacked(spec, shape)
         if len(shape) == 3:
             return self._three_axes(spec, shape, sent)
+        if meant := axis_too_many(shape, 4, spec.channels):
+            raise WrongShape(f"shape {times(shape)} has {len(shape)} dimensions, one too many; send shape {meant}")
         raise WrongShape(
             f"shape {times(shape)} has {len(shape)} dimensions; this model takes latents [B, {spec.channels}, H, W], "
             f"one latent [{spec.channels}, H, W], or packed latents [B, S, {spec.patch_size**2 * spec.channels}]"
@@ -69,7 +71,7 @@ class KL(Family):
 
     def _unpacked(self, spec: LatentSpec, shape: tuple[int, ...]) -> Geometry:
         if shape[1] != spec.channels:
-            raise wrong_channels(spec, shape[1], f"[B, {spec.channels}, H, W]")
+            raise channels_last(spec, shape, "BCHW") or wrong_channels(spec, shape[1], f"[B, {spec.channels}, H, W]")
         height, width = (n * spec.vae_scale_factor for n in shape[2:])
         return Geometry(shape, is_packed=False, num_frames=1, height=height, width=width)
 
@@ -93,6 +95,8 @@ class KL(Family):
                 raise _unfitting_tokens(spec, tokens, size)
         if is_one_latent:
             return self._unpacked(spec, (1, *shape))
+        if error := channels_last(spec, shape, "CHW"):
+            raise error
         raise WrongChannels(
             f"shape {times(shape)} is neither one latent [{spec.channels}, H, W] nor packed latents "
             f"[B, S, {spec.patch_size**2 * spec.channels}] of this model"

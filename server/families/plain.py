@@ -1,4 +1,8 @@
-"""A VAE class of diffusers that no family claims: its own decode and encode, with its config's statistics."""
+"""Any VAE class of diffusers, on request (`decoder: plain`): its own decode and encode, with its config's statistics.
+
+Nothing is known of such a class but what its config says. The answer is right if, as with most VAEs, its latents are
+scaled by `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std`, and its pixels are RGB in [-1, 1].
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,13 @@ def ratios(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def with_channels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises KeyError."""
-    return {**config, "latent_channels": config[next((key for key in CHANNELS if key in config), CHANNELS[0])]}
+    """The config with `latent_channels`, whatever the class calls them. Raises ValueError."""
+    found = next((config[key] for key in CHANNELS if config.get(key)), None)
+    if found is None:
+        raise ValueError(
+            f"`decoder: plain` needs the number of latent channels, and its config has none of {', '.join(CHANNELS)}"
+        )
+    return {**config, "latent_channels": found}
 
 
 def parameters_of(encoded: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from server.errors import Impossible, WrongChannels, WrongShape
-from server.families.base import Family, Sent, on_grid, times, wrong_channels
+from server.families.base import Family, Sent, channels_last, on_grid, times, wrong_channels
 from server.types import Geometry, LatentSpec, Scaling
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Video(Family):
             return self.sized(spec, shape[0], 1, *shape[2:], axes="BCHW")
         clip = shape if len(shape) == 5 else (1, *shape)
         axes = next((axes for axes in self.layouts if clip[axes.index("C")] == spec.channels), None)
+        if axes is None and (error := channels_last(spec, shape, "BCFHW"[5 - len(shape) :])):
+            raise error
         if axes is None and len(shape) == 4:
             raise WrongChannels(f"shape {times(shape)} is not one clip of this model; send video latents [{usual}]")
         if axes is None:

@@ -15,6 +15,7 @@ from server.http.auth import RequireKey
 from server.http.failures import on_http_exception, on_server_error
 from server.http.frame import Frame
 from server.http.hosts import CheckHost
+from server.http.origins import CheckOrigin, ExposeAnswers
 from server.http.routes import BodyThreads, all_routes
 from server.http.tracing import tracing
 from server.service import Service, State
@@ -39,8 +40,10 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
         routes=all_routes(service.settings.options),
         middleware=[
             *tracing(),
+            Middleware(ExposeAnswers, options=service.settings.options),
             Middleware(Frame),
             Middleware(CheckHost, options=service.settings.options),
+            Middleware(CheckOrigin, options=service.settings.options),
             Middleware(RequireKey, keys=service.settings.api_keys, options=service.settings.options),
         ],
         exception_handlers={ServerError: on_server_error, HTTPException: on_http_exception},

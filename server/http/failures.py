@@ -8,27 +8,38 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
 from server.errors import MethodNotAllowed, NotFound, ServerError
+from server.http.names import is_local
+
+NO_ROUTE = (
+    "no such route; POST / or /{model} decodes, POST /encode or /{model}/encode encodes, GET /models lists the models"
+)
 
 
-def as_json(error: ServerError, request_id: str, sentence: str | None = None) -> JSONResponse:
-    """The response of an error; `sentence` replaces the error's own text."""
-    body = {"error": sentence or str(error), "code": error.code, "request_id": request_id}
+def as_json(error: ServerError, request_id: str, *, to_operator: bool = False) -> JSONResponse:
+    """The response of an error. to_operator: whoever reads it runs the server."""
+    body = {"error": error.told(to_operator=to_operator), "code": error.code, "request_id": request_id}
     headers = {"X-Request-Id": request_id}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = 'Bearer, Basic realm="vae"'
     if error.status == 408:
         headers["Connection"] = "close"  # the rest of the request may still come
-    return JSONResponse(body, error.status, headers)
+    response = JSONResponse(body, error.status, headers)
+    if error.status == 401:  # a line each: of one line with both, Chromium reads the first alone and never asks
+        for challenge in ("Bearer", 'Basic realm="vae", charset="UTF-8"'):
+            response.headers.append("WWW-Authenticate", challenge)
+    return response
 
 
-def failure(request: Request, error: ServerError, sentence: str | None = None) -> JSONResponse:
-    """The same for a request that reached the application."""
+def failure(request: Request, error: ServerError) -> JSONResponse:
+    """The same for a request that reached the application.
+
+    A server that listens on this machine, for its own names, answers the person who runs it.
+    """
+    service = request.app.state.service
     request.state.code = error.code
-    model = getattr(request.state, "model", "none")
-    request.app.state.service.metrics.rejected.labels(error.code, model).inc()
-    return as_json(error, request.state.request_id, sentence)
+    service.metrics.rejected.labels(error.code, getattr(request.state, "model", "none")).inc()
+    options = service.settings.options
+    return as_json(error, request.state.request_id, to_operator=is_local(options) and options.allowed_hosts is None)
 
 
 async def on_server_error(request: Request, error: Exception) -> Response:
@@ -58,7 +69,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         response.headers["Allow"] = allowed
         return response
     if error.status_code in (404, 405):
-        return failure(request, NotFound("no such route; POST / or /{model} decodes, GET /models lists models"))
+        return failure(request, NotFound(NO_ROUTE))
     other = ServerError(str(error.detail))
     other.status, other.code = error.status_code, f"http_{error.status_code}"
     return failure(request, other)

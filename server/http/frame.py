@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import OUR_FAULT, ServerError, Unavailable
+from server.errors import ServerError, Unavailable
 from server.http.failures import failure
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Frame:
         except Exception:  # the border of a request: whatever went wrong inside, its client gets an answer
             log.exception("failed", extra={"request_id": request_id})
             if status == CLIENT_LEFT:
-                await failure(Request(scope), ServerError(), OUR_FAULT)(scope, receive, send_framed)
+                await failure(Request(scope), ServerError())(scope, receive, send_framed)
         finally:
             _account(scope, status, time.perf_counter() - started)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 
 from starlette.datastructures import Headers
@@ -13,6 +12,7 @@ from server.config import ServerOptions
 from server.errors import BadRequest, ServerError, WrongHost
 from server.http.auth import is_probe
 from server.http.failures import failure
+from server.http.names import is_address, is_local, is_loopback, plain
 
 HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?", re.ASCII)
 
@@ -23,8 +23,8 @@ class CheckHost:
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self.app = app
         self._options = options
-        self._allowed = {_plain(name) for name in (options.allowed_hosts or "").split(",") if name.strip()}
-        if options.allowed_hosts is None and not _is_loopback(_plain(options.host)):
+        self._allowed = {plain(name) for name in (options.allowed_hosts or "").split(",") if name.strip()}
+        if options.allowed_hosts is None and not is_local(options):
             self._allowed = {"*"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,28 +41,12 @@ class CheckHost:
         found = HOST.fullmatch(sent[0].strip()) if len(sent) == 1 else None
         if found is None:
             return BadRequest("send exactly one Host header, with the name or address of this server")
-        name = _plain(found["name"])
-        if self._answers_for(name) or (is_probe(scope, self._options) and _is_address(name)):
+        name = plain(found["name"])
+        if self._answers_for(name) or (is_probe(scope, self._options) and is_address(name)):
             return None
-        return WrongHost("this server does not answer for that Host; its operator adds it with --allowed-hosts")
+        return WrongHost("this server does not answer for that Host")
 
     def _answers_for(self, name: str) -> bool:
         if not self._allowed:
-            return _is_loopback(name)
+            return is_loopback(name)
         return "*" in self._allowed or name in self._allowed
-
-
-def _plain(name: str) -> str:
-    return name.strip().strip("[]").rstrip(".").lower()
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_loopback(name: str) -> bool:
-    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)

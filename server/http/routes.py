@@ -8,7 +8,8 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -161,70 +162,113 @@ def _note_answer(request: Request, answer: Answer) -> None:
 
 
 async def _read_latents(request: Request, service: Service, admission: Admission) -> Finish:
-    """POST / and its like, /{model}: headers and query first, so that what they rule out is refused before the body."""
-    options = service.settings.options
-    defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
+    """POST / and its like, /{model}: a decode, unless only an encode makes sense of what was sent."""
+    return await _read(request, service, admission, Operation.DECODE)
+
+
+async def _read_pixels(request: Request, service: Service, admission: Admission) -> Finish:
+    """POST /encode, /{model}/encode."""
+    return await _read(request, service, admission, Operation.ENCODE)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A request once its model is known. body: None for a tensor whose bytes are still to be read."""
+
+    request: Request
+    service: Service
+    admission: Admission
+    parameters: wire.Parameters
+    accept: str
+    info: ModelInfo
+    body: wire.Bytes | None
+
+
+async def _read(request: Request, service: Service, admission: Admission, operation: Operation) -> Finish:
+    """Headers and query first, so that what they rule out is refused before the body is read.
+
+    A body without `shape` is a file: its bytes say what it is.
+    """
+    is_encode, query = operation is Operation.ENCODE, request.query_params.multi_items()
     accept = ",".join(request.headers.getlist("accept"))
-    query = request.query_params.multi_items()
-    others = service.infos.values()
-    if sent := await _json(request, service, admission, may_be_file=False):
-        latents, in_body = sent
-        parameters = wire.Parameters(query, in_body)
-        info = await _model(request, service, parameters, Operation.DECODE)
-        prepared = wire.prepare(parameters, accept, info, defaults, others)
-        admission.reserve(prepared.bytes_held)
-        return _done(prepared.with_data(latents))
-    parameters = wire.Parameters(query)
-    info = await _model(request, service, parameters, Operation.DECODE)
-    prepared = wire.prepare(parameters, accept, info, defaults, others)
-    return _done(prepared.with_data(await _tensor(request, service, admission, prepared)))
+    is_tensor = wire.Parameters(query).has("shape")
+    in_json = await _json(request, service, admission, may_be_file=is_encode or not is_tensor)
+    body: wire.Bytes | None
+    body, in_body = in_json or (None, None)
+    parameters = wire.Parameters(query, in_body)
+    info = await _model(request, service, parameters)
+    if not parameters.has("shape"):
+        if is_encode:
+            service.check_loads(info.name, operation)
+            wire.check_encode(parameters, accept, info)
+        file = in_json[0] if in_json else await _file(request, service, admission)
+        parameters, body = wire.opened(parameters, file)
+    sent = Sent(request, service, admission, parameters, accept, info, body)
+    if not is_encode and not wire.is_for_encoding(parameters, info, body):
+        return await _decode(sent)
+    return await _encode_tensor(sent) if parameters.has("shape") else _encode_file(sent)
 
 
-def _done(job: VAERequest) -> Finish:
+async def _decode(sent: Sent) -> Finish:
+    sent.service.check_loads(sent.info.name, Operation.DECODE)
+    options = sent.service.settings.options
+    if not sent.parameters.has("shape"):  # nor a file that is read: then its type may be the mistake
+        wire.is_json_body(sent.request.headers.get("content-type"), None)
+    defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
+    prepared = wire.prepare(sent.parameters, sent.accept, sent.info, defaults, sent.service.infos.values())
+    return await _whole_tensor(sent, prepared)
+
+
+async def _encode_tensor(sent: Sent) -> Finish:
+    sent.service.check_loads(sent.info.name, Operation.ENCODE)
+    return await _whole_tensor(sent, wire.prepare_pixels(sent.parameters, sent.accept, sent.info))
+
+
+async def _whole_tensor(sent: Sent, prepared: wire.Prepared | wire.PreparedPixels) -> Finish:
+    """Read what is still to be read."""
+    body = sent.body
+    if body is None:
+        body = await _tensor(sent.request, sent.service, sent.admission, prepared)
+    else:
+        sent.admission.reserve(prepared.bytes_held)
+    job = prepared.with_data(body)
+
     async def finish() -> VAERequest:
         return job
 
     return finish
 
 
-async def _read_pixels(request: Request, service: Service, admission: Admission) -> Finish:
-    """POST /encode, /{model}/encode: a tensor when its shape was sent, else the bytes say what they are."""
-    options = service.settings.options
-    accept = ",".join(request.headers.getlist("accept"))
-    query = request.query_params.multi_items()
-    data: bytes | bytearray | None = None
-    if sent := await _json(request, service, admission, may_be_file=True):
-        data, in_body = sent
-        parameters = wire.Parameters(query, in_body)
-    else:
-        parameters = wire.Parameters(query)
-    info = await _model(request, service, parameters, Operation.ENCODE)
-    if parameters.has("shape"):
-        prepared = wire.prepare_pixels(parameters, accept, info)
-        if data is None:
-            data = await _tensor(request, service, admission, prepared)
-        admission.reserve(prepared.bytes_held)
-        return _done(prepared.with_data(data))
+def _encode_file(sent: Sent) -> Finish:
+    parameters, accept, info, file = sent.parameters, sent.accept, sent.info, sent.body
+    assert isinstance(file, bytes | bytearray)
+    sent.service.check_loads(info.name, Operation.ENCODE)
     wire.check_encode(parameters, accept, info)
-    if data is None:
-        service.check_room(_declared(request) or 0)
-        data = await _whole(request, admission, options.max_body_mb << 20, options.body_timeout_s)
-        admission.reserve(len(data))
-    file, bodies = data, request.app.state.body_threads
-    threads: Threads = bodies.videos if media_type_of(file) == VIDEO_TYPE else bodies.images
+    bodies: BodyThreads = sent.request.app.state.body_threads
+    threads = bodies.videos if media_type_of(file) == VIDEO_TYPE else bodies.images
+    on_thread = partial(threads.run, sent.service, sent.admission)
 
     async def finish() -> VAERequest:
-        header = await threads.run(service, admission, wire.header_of, info, file)
-        admission.reserve(wire.file_bytes_held(header, file))
-        return await threads.run(service, admission, wire.read_pixels, parameters, accept, info, file, header)
+        header = await on_thread(wire.header_of, info, file)
+        sent.admission.reserve(wire.file_bytes_held(header, file))
+        return await on_thread(wire.read_pixels, parameters, accept, info, file, header)
 
     return finish
 
 
+async def _file(request: Request, service: Service, admission: Admission) -> bytearray:
+    """Receive a body that says itself what it is."""
+    options = service.settings.options
+    service.check_room(_declared(request) or 0)
+    body = await _whole(request, admission, options.max_body_mb << 20, options.body_timeout_s)
+    admission.reserve(len(body))
+    return body
+
+
 async def _json(
     request: Request, service: Service, admission: Admission, *, may_be_file: bool
-) -> tuple[bytes, Mapping[str, Any]] | None:
-    """The bytes and the parameters of a JSON body, None for another one."""
+) -> tuple[bytes | bytearray, Mapping[str, Any]] | None:
+    """Return the bytes and the parameters of a JSON body, None for another one."""
     options, headers = service.settings.options, request.headers
     limit = options.max_body_mb << 20
     _check_declared(headers.get("content-length"), limit)
@@ -252,11 +296,11 @@ async def _tensor(
     return body
 
 
-async def _model(request: Request, service: Service, parameters: wire.Parameters, operation: Operation) -> ModelInfo:
+async def _model(request: Request, service: Service, parameters: wire.Parameters) -> ModelInfo:
     """The path names the model, else the query, else it is the default."""
     name = service.resolve(request.path_params.get("model") or parameters.text("model"))
     request.state.model = name
-    return await service.describe(name, operation)
+    return await service.describe(name)
 
 
 def _declared(request: Request) -> int | None:

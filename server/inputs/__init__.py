@@ -22,7 +22,7 @@ class Header:
     width: int
 
 
-def media_type_of(data: bytes | bytearray) -> str | None:
+def media_type_of(data: bytes | bytearray | memoryview) -> str | None:
     """`image/png`, `image/jpeg`, `image/webp`, `video/mp4`, or None."""
     head = bytes(data[:12])
     if head.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import TooLarge, WrongShape
+from server.errors import TooLarge, WrongChannels, WrongShape
 from server.families import FAMILIES, check_limits
 from server.http.wire import Parameters
 from server.types import Limits
@@ -75,3 +77,22 @@ def test_limits_are_inclusive() -> None:
     check_limits(geometry, Limits(max_pixels=64 * 64, max_batch=2), "m")
     with pytest.raises(TooLarge, match="64x64 is 4096 pixels, 'm' takes at most 4095"):
         check_limits(geometry, Limits(max_pixels=4095), "m")
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "shape", "words"),
+    [
+        ("wan", {"z_dim": 16, "temperal_downsample": [True, True, False]}, (1, 3, 8, 8, 16), r"send \[B, 16, F, H, W\], in torch latents.permute\(0, 4, 1, 2, 3\)"),
+        ("wan", {"z_dim": 16, "temperal_downsample": [True, True, False]}, (3, 8, 8, 16), r"send \[16, F, H, W\], in torch latents.permute\(3, 0, 1, 2\)"),
+        ("stable_video", {"latent_channels": 4, "block_out_channels": [8] * 4}, (1, 3, 8, 8, 4), r"send \[B, 4, F, H, W\]"),
+        ("kl", {"latent_channels": 4, "block_out_channels": [8] * 4}, (1, 64, 64, 4), r"send \[B, 4, H, W\]"),
+        ("dc", {"latent_channels": 32, "encoder_block_out_channels": [8] * 6}, (8, 8, 32), r"send \[32, H, W\]"),
+    ],
+)  # fmt: skip
+def test_channels_last_latents_are_described_as_such(
+    family: str, config: dict[str, Any], shape: Any, words: str
+) -> None:
+    spec = FAMILIES[family].describe(config)
+    with pytest.raises(WrongShape, match=words) as caught:
+        FAMILIES[family].geometry(spec, shape, Parameters([]))
+    assert not isinstance(caught.value, WrongChannels), "or other models would be named that take such a shape"

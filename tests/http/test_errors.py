@@ -23,7 +23,7 @@ from server.engine.decoders.stock import StockDecoder
 from server.engine.exact import ExactHunyuanVideoDecoder, ExactKLDecoder
 from server.engine.local import LocalEngine
 from server.types import ModelInfo, Operation
-from tests.conftest import Serve
+from tests.conftest import REPOSITORY, Serve
 from tests.vaes import LocalVae
 
 LEAKS = re.compile(r"0x[0-9a-f]{6,}|Traceback|/home|/usr|/tmp|site-packages|File \"")
@@ -81,7 +81,9 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "rank 2": ({"params": with_params(shape=[16, 16])}, 400, "wrong_shape", "2 dimensions"),
     "rank 5": ({"params": with_params(shape=[1, 4, 1, 8, 8])}, 400, "wrong_shape", "5 dimensions"),
     "rank 6": ({"params": with_params(shape=[1, 1, 4, 1, 8, 8])}, 400, "bad_request", "at most 5"),
-    "rank 4 with wrong channels": ({"params": with_params(shape=[1, 3, 8, 8])}, 400, "wrong_shape", "have 3 channels"),
+    "rank 4 with wrong channels": (
+        {"params": with_params(shape=[1, 5, 8, 8])}, 400, "wrong_shape", "have 5 channels.*decoded at POST / .*encoded there and at POST /encode",
+    ),
     "a zero dimension": ({"params": with_params(shape=[1, 4, 0, 8])}, 400, "bad_request", "whole numbers from 1"),
     "a negative dimension": ({"params": with_params(shape=[1, 4, -8, 8])}, 400, "bad_request", "not '-8'"),
     "a fractional dimension": ({"params": with_params(shape=[1, 4, 8.5, 8])}, 400, "bad_request", "not '8.5'"),
@@ -101,7 +103,24 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "a size that is no number": (
         {"params": with_params(shape=[1, 16, 16], height="tall", width=64)}, 400, "bad_request", "height must be a whole",
     ),
-    "neither packed nor one latent": ({"params": with_params(shape=[8, 8, 4])}, 400, "wrong_shape", "neither one latent"),
+    "neither packed nor one latent": ({"params": with_params(shape=[8, 8, 5])}, 400, "wrong_shape", "neither one latent"),
+    "channels last": (
+        {"params": with_params(shape=[1, 8, 8, 4])}, 400, "wrong_shape",
+        r"latents of shape 1x8x8x4 look channels-last; send \[B, 4, H, W\], in torch latents.permute\(0, 3, 1, 2\).contiguous\(\)",
+    ),
+    "channels last without a batch": (
+        {"params": with_params(shape=[8, 8, 4])}, 400, "wrong_shape",
+        r"8x8x4 look channels-last; send \[4, H, W\], in torch latents.permute\(2, 0, 1\)",
+    ),
+    "an axis too many": (
+        {"params": with_params(shape=[1, 1, 4, 8, 8])}, 400, "wrong_shape", "has 5 dimensions, one too many; send shape 1x4x8x8",
+    ),
+    "an axis of one frame too many": (
+        {"params": with_params(shape=[1, 4, 1, 8, 8])}, 400, "wrong_shape", "one too many; send shape 1x4x8x8",
+    ),
+    "an axis too many for anything": (
+        {"params": with_params(shape=[1, 1, 1, 4, 8, 8])}, 400, "bad_request", "at most 5: is there an axis too many",
+    ),
     "NaN": ({"data": NAN}, 400, "nonfinite_input", "256 of 256 latent values are NaN"),
     "one Inf": ({"data": INF}, 400, "nonfinite_input", "1 of 256"),
     "scaling_factor zero": ({"params": with_params(scaling_factor=0)}, 400, "bad_request", "must not be zero"),
@@ -368,6 +387,36 @@ def test_a_request_past_its_deadline_is_504(serve: Serve, vaes: dict[str, LocalV
         assert_refused(post(address), 504, "deadline_passed", "not done after 0.2 s")
     finally:
         opened.set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "models", "limits"),
+    [
+        ({}, "loaded on this server; its log says why$", "smaller image, or raise max_pixels in models.yaml"),
+        (
+            {"allowed_hosts": "*"},
+            "loaded on this server; its log says why, tell its operator",
+            "smaller image, or ask its operator to raise max_pixels in models.yaml",
+        ),
+        (
+            {"host": "0.0.0.0"},
+            "loaded on this server; its log says why, tell its operator",
+            "smaller image, or ask its operator to raise max_pixels in models.yaml",
+        ),
+    ],
+)
+def test_who_reads_on_loopback_is_the_operator(
+    serve: Serve, vaes: dict[str, LocalVae], flags: dict[str, Any], models: str, limits: str
+) -> None:
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}, "lost": {"repo": "./nowhere"}}, **flags)
+    assert_refused(post(address, path="lost"), 503, "model_unavailable", models)
+    assert_refused(post(address, with_params(shape=[1, 4, 999, 999])), 413, "too_large", limits)
+
+
+def test_sentences_leave_it_to_the_reader_who_the_operator_is() -> None:
+    """What the operator must do is an error's `operator_task`; only errors.py says whom to ask for it."""
+    sources = {path.name: path.read_text() for path in (REPOSITORY / "server").rglob("*.py")}
+    assert [name for name, source in sources.items() if re.search("(tell|ask) its operator", source)] == ["errors.py"]
 
 
 def test_a_bug_is_500_with_a_fixed_sentence(serve: Serve, vaes: dict[str, LocalVae]) -> None:

@@ -86,6 +86,7 @@ def test_the_default_goes_by_the_address_that_is_bound(
 
 
 def test_a_page_of_another_origin_is_granted_nothing(url: str) -> None:
+    """See test_origins.py for what it is told."""
     asks = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     asks |= {"Access-Control-Request-Headers": "content-type", "Access-Control-Request-Private-Network": "true"}
     for method, path in [("OPTIONS", ""), ("OPTIONS", "sd"), ("GET", "models"), ("POST", ""), ("GET", "health")]:

@@ -139,12 +139,46 @@ def test_half_precision_latents_are_read_as_what_they_are(url: str, vaes: Vaes, 
     torch.testing.assert_close(sample, vaes["sd"].decode(latents.float() / 0.7 + 0.2), atol=1e-4, rtol=0)
 
 
-def test_a_bfloat16_model_answers_in_bfloat16(url: str, vaes: Vaes) -> None:
+def test_a_bfloat16_model_answers_in_float16(url: str, vaes: Vaes) -> None:
+    """Which NumPy has, and which holds a sample's bfloat16 values exactly."""
     latents = vaes["sd"].latents(8, 8)
     sample = remote_decode(url + "sd-bf16", latents, **SENT_FACTORS, output_type="pt", return_type="pt")
     unit = remote_decode(url + "sd-bf16", latents, **SENT_FACTORS, processor=VaeImageProcessor(), return_type="pt")
-    assert (sample.dtype, unit.dtype) == (torch.bfloat16, torch.float16)
+    assert (sample.dtype, unit.dtype) == (torch.float16, torch.float16)
     torch.testing.assert_close(sample.float(), vaes["sd"].decode(latents / 0.7 + 0.2), atol=0.1, rtol=0.1)
+    exact = remote_decode(
+        url + "sd-bf16?output_dtype=bfloat16", latents, **SENT_FACTORS, output_type="pt", return_type="pt"
+    )
+    assert exact.dtype == torch.bfloat16
+    assert ((exact == sample.to(torch.bfloat16)) | (exact.abs() < 2**-14)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("model", ["sd", "sd-bf16"])
+@pytest.mark.parametrize("output_type", ["pt", "pil"])
+def test_output_dtype_chooses_the_dtype_of_a_float_answer(
+    url: str, vaes: Vaes, output_type: str, model: str, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    given: dict[str, Any] = {
+        **SENT_FACTORS,
+        "output_type": output_type,
+        "return_type": "pt",
+        "processor": VaeImageProcessor(),
+    }
+    latents = vaes["sd"].latents(8, 8)
+    answer = remote_decode(f"{url}{model}?output_dtype={name}", latents, **given)
+    assert answer.dtype == dtype
+    usual = remote_decode(url + model, latents, **given)
+    torch.testing.assert_close(answer.float(), usual.float(), atol=1e-2, rtol=1e-2)
+
+
+def test_output_dtype_leaves_pixels_alone_and_is_checked(url: str, vaes: Vaes) -> None:
+    latents, given = vaes["sd"].latents(8, 8), {**SENT_FACTORS, "output_type": "pt", "return_type": "pt"}
+    pixels = remote_decode(url + "?output_dtype=float16", latents, **given, partial_postprocess=True)
+    assert pixels.dtype == torch.uint8
+    with pytest.raises(RuntimeError, match="output_dtype of the answer must be one of float16, bfloat16, float32"):
+        remote_decode(url + "?output_dtype=uint8", latents, **given)
 
 
 def test_a_model_that_must_upcast_runs_in_float32(url: str, vaes: Vaes) -> None:

@@ -38,6 +38,28 @@ def test_a_shape_may_be_one_text(spelling: str) -> None:
     assert prepare(("shape", spelling)).shape == (1, 4, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("shape[]", "1"), ("shape[]", "4"), ("shape[]", "8"), ("shape[]", "8")],
+        [("shape[0]", "1"), ("shape[1]", "4"), ("shape[2]", "8"), ("shape[3]", "8")],
+        [("shape[3]", "8"), ("shape[1]", "4"), ("shape[2]", "8"), ("shape[0]", "1")],
+        [("shape[]", "1,4,8,8")],
+    ],
+)
+def test_a_shape_may_have_the_brackets_of_javascript_libraries(pairs: list[tuple[str, str]]) -> None:
+    assert wire.Parameters(pairs).shape() == (1, 4, 8, 8)
+    assert wire.Parameters(pairs).has("shape")
+
+
+@pytest.mark.parametrize(
+    "keys", [["shape[0]", "shape[2]"], ["shape[0]", "shape[0]"], ["shape[]", "shape[0]"], ["shape[1]"]]
+)
+def test_brackets_with_gaps_are_refused(keys: list[str]) -> None:
+    with pytest.raises(BadRequest, match=r"shape\[0\], shape\[1\] … must each be sent once, without gaps"):
+        wire.Parameters([(key, "1") for key in keys])
+
+
 @pytest.mark.parametrize("word", ["True", "true", "TRUE", "1"])
 def test_a_flag_is_true_in_any_case(word: str) -> None:
     assert prepare(("do_scaling", word)).scaling == Scaling(from_model=True)
@@ -81,6 +103,18 @@ ACCEPTED = [
     (KL, "pil", "image/jpeg;q=0.5, image/png", "png", "image/png", Layout.PIXELS),
     (KL, "pil", "image/jpeg;q=0, image/png;q=0.1", "png", "image/png", Layout.PIXELS),
     (KL, "pil", "image/jpeg;q=0, */*", "png", "image/png", Layout.PIXELS),
+    (KL, "pil", "application/json, text/plain, */*", "jpg", "image/jpeg", Layout.PIXELS),  # axios
+    (KL, "pil", "application/json, */*", "jpg", "image/jpeg", Layout.PIXELS),
+    (KL, "pil", "*/*, application/json", "jpg", "image/jpeg", Layout.PIXELS),
+    (KL, "pil", "application/json, image/png", "png", "image/png", Layout.PIXELS),
+    (KL, "pil", "application/json, */*;q=0.5", "base64", "application/json", Layout.UNIT),  # HTTPie with --json
+    (KL, "pil", "application/json, text/html", "base64", "application/json", Layout.UNIT),
+    (KL, "pil", "*/*, image/png", "jpg", "image/jpeg", Layout.PIXELS),
+    (KL, "pil", "image/png, */*", "png", "image/png", Layout.PIXELS),
+    (KL, "pil", "tensor/binary, image/jpeg", "binary", "tensor/binary", Layout.UNIT),
+    (KL, "pt", "application/json, text/plain, */*", "binary", "tensor/binary", Layout.SAMPLE),
+    (VIDEO, "mp4", "application/json, text/plain, */*", "mp4", "video/mp4", Layout.PIXELS),
+    (VIDEO, "mp4", "text/plain, */*", "mp4", "text/plain", Layout.PIXELS),
     (KL, "pil", "tensor/binary", "binary", "tensor/binary", Layout.UNIT),
     (KL, "pil", "tensor/base64", "base64", "tensor/base64", Layout.UNIT),
     (KL, "pt", "tensor/binary", "binary", "tensor/binary", Layout.SAMPLE),
@@ -145,6 +179,10 @@ WORDS = st.one_of(
 KEYS = st.sampled_from(
     [
         "shape",
+        "shape[]",
+        "shape[0]",
+        "shape[1]",
+        "output_dtype",
         "dtype",
         "scaling_factor",
         "shift_factor",

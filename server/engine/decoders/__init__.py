@@ -26,13 +26,13 @@ EXACT: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder], ...] = (Exac
 def build_decoder(vae: Any, family: Family, choice: str, tiling: str) -> tuple[Decoder, str | None]:
     """The decoder, and why it is diffusers' own where it is.
 
-    choice: `auto`, or `diffusers` for the stock path bit for bit. An exact decoder takes the VAE's weights over.
+    choice: `auto`; `diffusers` and `plain`: the stock path, bit for bit. An exact decoder takes the VAE's weights over.
     tiling: `diffusers` for the library's own tiles and their blending, which are not exact.
     """
     if tiling == "diffusers":
         vae.enable_tiling()
         return StockDecoder(vae, family), "models.yaml asks for diffusers' tiles"
-    if choice == "diffusers":
+    if choice != "auto":
         return StockDecoder(vae, family), "models.yaml asks for diffusers' own decoder"
     reasons = [exact.unsupported_reason(vae) for exact in EXACT]
     for exact, reason in zip(EXACT, reasons, strict=True):

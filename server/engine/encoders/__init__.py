@@ -13,12 +13,12 @@ from server.families import Family
 def build_encoder(vae: Any, family: Family, choice: str, tiling: str) -> tuple[Encoder, str | None]:
     """The encoder, and why it is diffusers' own where it is. An exact one takes the weights of `vae.encoder` over.
 
-    choice: `auto`, or `diffusers` for the stock path bit for bit. tiling: `diffusers` for the library's own tiles.
+    choice: `auto`; `diffusers` and `plain`: the stock path, bit for bit. tiling: `diffusers` for its own tiles.
     """
     if tiling == "diffusers":
         vae.enable_tiling()
         return StockEncoder(vae, family), "models.yaml asks for diffusers' tiles"
-    if choice == "diffusers":
+    if choice != "auto":
         return StockEncoder(vae, family), "models.yaml asks for diffusers' own encoder"
     reason = ExactKLEncoder.unsupported_reason(vae)
     if reason is not None:

@@ -10,10 +10,12 @@ from server.http.wire.encode import (
     prepare_pixels,
     read_pixels,
 )
+from server.http.wire.files import Bytes, is_for_encoding, opened
 from server.http.wire.formats import choose_format
 from server.http.wire.parameters import Parameters, patience_s
 
 __all__ = [
+    "Bytes",
     "Parameters",
     "Prepared",
     "PreparedPixels",
@@ -22,7 +24,9 @@ __all__ = [
     "choose_format",
     "file_bytes_held",
     "header_of",
+    "is_for_encoding",
     "is_json_body",
+    "opened",
     "patience_s",
     "prepare",
     "prepare_pixels",

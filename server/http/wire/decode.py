@@ -27,6 +27,8 @@ from server.types import (
     VAERequest,
 )
 
+BOTH_ROUTES = "latents are decoded at POST / or /{model}, images encoded there and at POST /encode or /{model}/encode"
+
 # A pixel's, of three channels: raw samples and denormalized ones may be float32.
 OUTPUT_BYTES = {Layout.SAMPLE: 12, Layout.UNIT: 12, Layout.PIXELS: 3}
 
@@ -53,6 +55,7 @@ class Prepared:
     geometry: Geometry
     scaling: Scaling
     layout: Layout
+    output_dtype: str | None
     format: str
     render: RenderOptions
 
@@ -69,11 +72,11 @@ class Prepared:
         """Raises WrongLength."""
         check_length(self.shape, self.dtype, found, LATENT_DTYPES)
 
-    def with_data(self, data: bytes | bytearray) -> VAERequest:
+    def with_data(self, data: bytes | bytearray | memoryview) -> VAERequest:
         """Raises WrongLength."""
         self.check_length(len(data))
         tensor = RawTensor(self.shape, self.dtype, memoryview(data))
-        job = VAEJob(self.model, tensor, self.geometry, self.scaling, self.layout)
+        job = VAEJob(self.model, tensor, self.geometry, self.scaling, self.layout, output_dtype=self.output_dtype)
         return VAERequest(job, self.format, self.render)
 
 
@@ -101,6 +104,7 @@ def prepare(
         geometry=geometry,
         scaling=scaling,
         layout=layout,
+        output_dtype=parameters.output_dtype(),
         format=chosen.names[0],
         render=RenderOptions(
             fps=parameters.number("fps", 0.1, 240) or defaults.fps,
@@ -116,9 +120,9 @@ def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, o
         return FAMILIES[info.latents.family].geometry(info.latents, shape, parameters)
     except WrongChannels as error:
         fitting = [other.name for other in others if _fits(parameters, shape, other)]
-        if not fitting:
-            raise
-        raise WrongChannels(f"{error}; of this server's models {', '.join(fitting)} would take them") from None
+        if fitting:
+            raise WrongChannels(f"{error}; of this server's models {', '.join(fitting)} would take them") from None
+        raise WrongChannels(f"{error}; {BOTH_ROUTES}") from None
 
 
 def _fits(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo) -> bool:

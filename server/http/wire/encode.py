@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from server.errors import BadRequest, Impossible, TooLarge, UnsupportedBody, WrongShape
@@ -48,6 +49,7 @@ class PreparedPixels:
     geometry: Geometry
     scaling: Scaling
     seed: int | None
+    output_dtype: str | None
     format: str
     media_type: str
 
@@ -81,6 +83,7 @@ class PreparedPixels:
             operation=Operation.ENCODE,
             order=self.order,
             seed=self.seed,
+            output_dtype=self.output_dtype,
         )
         return VAERequest(job, self.format, RenderOptions(fps=1, quality=None, media_type=self.media_type))
 
@@ -109,17 +112,34 @@ def _prepared(
     check_limits(geometry, info.limits, info.name)
     seed = _seed(parameters, info.latents)
     return PreparedPixels(
-        info.name, shape, dtype, order, geometry, parameters.scaling(), seed, chosen.names[0], media_type
+        model=info.name,
+        shape=shape,
+        dtype=dtype,
+        order=order,
+        geometry=geometry,
+        scaling=parameters.scaling(),
+        seed=seed,
+        output_dtype=parameters.output_dtype(),
+        format=chosen.names[0],
+        media_type=media_type,
     )
 
 
+def pixel_order(shape: tuple[int, ...], spec: LatentSpec, colours: Collection[int]) -> str | None:
+    """Return which axes these are, a letter each: the one of so many `colours` is C. None when there is none."""
+    possible = ORDERS[spec.kind].get(len(shape), ())
+    return next((order for order in possible if shape[order.index("C")] in colours), None)
+
+
 def _order(shape: tuple[int, ...], spec: LatentSpec) -> str:
-    """Which axes these are: the one of three is the colours. Raises WrongShape."""
-    possible, colours = ORDERS[spec.kind].get(len(shape), ()), {RGB, spec.image_channels}
-    found = next((order for order in possible if shape[order.index("C")] in colours), None)
+    """Raises WrongShape."""
+    found = pixel_order(shape, spec, {RGB, spec.image_channels})
     if found is None:
         what = "[B, 3, H, W]" if spec.kind == "image" else "[B, 3, F, H, W] or [F, 3, H, W]"
-        raise WrongShape(f"shape {times(shape)} is not pixels of this model; send {what}, RGB")
+        raise WrongShape(
+            f"shape {times(shape)} is not pixels of this model; send {what}, RGB; "
+            "latents are decoded at POST / or /{model}"
+        )
     return found
 
 
@@ -139,6 +159,7 @@ def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
     """What can be said of a file before its body is read. Raises BadRequest, NotAcceptable, Impossible."""
     choose_format(parameters, "pt", accept, info.latents.kind)
     parameters.scaling()
+    parameters.output_dtype()
     _seed(parameters, info.latents)
 
 

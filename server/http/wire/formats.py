@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from server.errors import NotAcceptable
 from server.http.wire.parameters import DECIMAL, Parameters
 from server.outputs import FORMATS, Format
@@ -17,7 +19,7 @@ def choose_format(parameters: Parameters, output_type: str, accept: str, kind: K
         first = parameters.word("image_format", names) or names[0]
         usual.sort(key=lambda entry: first not in entry.names)
     preferences, refused = _preferences(accept)
-    for wanted in preferences:
+    for wanted in chain.from_iterable(map(_usual_first, preferences)):
         for entry in (*usual, *named):
             for media_type in entry.media_types:
                 if media_type in refused:
@@ -39,8 +41,22 @@ def _no_format(output_type: str, kind: Kind, possible: list[Format]) -> str:
     return f"no representation of output_type={output_type} that Accept asks for; send one of {types}"
 
 
-def _preferences(accept: str) -> tuple[list[str], set[str]]:
-    """The media types of an `Accept` header, the most wanted first, and those refused with q=0; `q` alone is read."""
+def _usual_first(equals: list[str]) -> list[str]:
+    """Media types of equal preference, with what HTTP libraries always ask for last.
+
+    axios sends `application/json, text/plain, */*` with every request, and means what `*/*` gives.
+    """
+    if "application/json" not in equals:
+        return equals
+    libraries = [wanted for wanted in ("text/plain", "application/json") if wanted in equals]
+    return [wanted for wanted in equals if wanted not in libraries] + libraries
+
+
+def _preferences(accept: str) -> tuple[list[list[str]], set[str]]:
+    """Return the media types of an `Accept` header, and those refused with q=0; of their parameters only `q` is read.
+
+    Types of equal preference are in one list, in their order; the lists are in the order of preference.
+    """
     ranked: list[tuple[float, str]] = []
     for part in (accept.strip() or "*/*").split(","):
         media_type, *rest = (piece.strip().lower() for piece in part.split(";"))
@@ -48,5 +64,6 @@ def _preferences(accept: str) -> tuple[list[str], set[str]]:
         quality = float(weight) if DECIMAL.fullmatch(weight) else 0.0
         if media_type:
             ranked.append((quality, media_type))
-    wanted = [media_type for quality, media_type in sorted(ranked, key=lambda pair: -pair[0]) if quality > 0]
+    levels = sorted({quality for quality, _ in ranked if quality > 0}, reverse=True)
+    wanted = [[media_type for quality, media_type in ranked if quality == level] for level in levels]
     return wanted, {media_type for quality, media_type in ranked if quality <= 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 from typing import Any
 
@@ -23,7 +23,7 @@ KNOWN = frozenset(
             "fps",
             "quality",
         ),
-        *("sample", "seed"),
+        *("sample", "seed", "output_dtype"),
     )
 )
 NOT_SENT = frozenset({"", "none", "null"})
@@ -34,6 +34,8 @@ LONG = re.compile(r"[0-9]{1,20}", re.ASCII)
 INTEGER = re.compile(r"[0-9]{1,6}", re.ASCII)
 DECIMAL = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?", re.ASCII)
 
+SHAPE_KEY = re.compile(r"shape\[([0-9]?)\]", re.ASCII)  # `shape[]=1&shape[]=4`, `shape[0]=1&shape[1]=4`
+
 Pairs = Iterable[tuple[str, str]]
 
 
@@ -43,11 +45,29 @@ class Parameters:
     def __init__(self, query: Pairs, body: Mapping[str, Any] | None = None) -> None:
         """query: repeated keys allowed. body: a JSON body's `parameters`, used where the query is silent."""
         self._values: dict[str, list[str]] = {}
-        for key, value in query:
+        for key, value in _with_plain_shape(query):
             self._values.setdefault(key, []).append(value)
         for key, value in (body or {}).items():
             if key in KNOWN:
                 self._values.setdefault(key, _as_texts(key, value))
+
+    def of_tensor(self, shape: tuple[int, ...], dtype: str, *, is_unscaled: bool) -> Parameters:
+        """Return these with the shape and the dtype that a file says, and without `do_scaling` where it is unscaled.
+
+        Raises BadRequest where another dtype was sent, or factors for latents that are unscaled.
+        """
+        sent = self.text("dtype")
+        if sent is not None and sent.lower().removeprefix("torch.") != dtype:
+            raise BadRequest(f"dtype={_quoted(sent)} was sent, the file's tensor is {dtype}; leave dtype out")
+        found = Parameters(())
+        found._values = {**self._values, "shape": list(map(str, shape)), "dtype": [dtype]}
+        if is_unscaled:
+            if self.has("scaling_factor") or self.has("shift_factor"):
+                raise BadRequest(
+                    "a .latent file of ComfyUI is already unscaled; leave scaling_factor and shift_factor out"
+                )
+            found._values.pop("do_scaling", None)
+        return found
 
     def text(self, key: str) -> str | None:
         """One value, None when it was not sent. A scalar sent twice with different values is an error."""
@@ -107,28 +127,35 @@ class Parameters:
         sent = [text.strip() for text in sent]
         if not any(sent):
             raise BadRequest(
-                "shape is missing: send the tensor's dimensions, for example shape=1&shape=4&shape=64&shape=64"
+                "shape is missing: send the tensor's dimensions, for example shape=1&shape=4&shape=64&shape=64, or a "
+                "whole .safetensors file; a PNG, JPEG, WebP or MP4 file is encoded, here and at /encode"
             )
         if len(sent) > MAX_DIMENSIONS:
-            raise BadRequest(f"shape has {len(sent)} dimensions; latents have at most {MAX_DIMENSIONS}")
+            raise BadRequest(
+                f"shape has {len(sent)} dimensions; tensors have at most {MAX_DIMENSIONS}: is there an axis too many?"
+            )
         wrong = next((text for text in sent if not INTEGER.fullmatch(text) or int(text) == 0), None)
         if wrong is not None:
             raise BadRequest(f"shape must hold whole numbers from 1 to 999999, not {_quoted(wrong)}")
         return tuple(map(int, sent))
 
-    def dtype(self, known: tuple[str, ...] = LATENT_DTYPES, of: str = "latents") -> str:
-        text = self.text("dtype")
+    def dtype(self, known: tuple[str, ...] = LATENT_DTYPES, of: str = "latents", key: str = "dtype") -> str:
+        text = self.text(key)
         if text is None:
-            raise BadRequest(f"dtype is missing: send one of {', '.join(known)}")
+            raise BadRequest(f"{key} is missing: send one of {', '.join(known)}")
         name = text.lower().removeprefix("torch.")
         if name not in known:
-            raise BadRequest(f"dtype of {of} must be one of {', '.join(known)}, not {_quoted(text)}")
+            raise BadRequest(f"{key} of {of} must be one of {', '.join(known)}, not {_quoted(text)}")
         return name
+
+    def output_dtype(self) -> str | None:
+        """Return the dtype of a float answer, None when it was not sent."""
+        return self.dtype(of="the answer", key="output_dtype") if self.has("output_dtype") else None
 
     def scaling(self) -> Scaling:
         factor = self.number("scaling_factor", -1e6, 1e6)
         if factor is not None and abs(factor) < 1e-6:
-            raise BadRequest(f"scaling_factor must not be zero or nearly so, not {factor:g}: latents are divided by it")
+            raise BadRequest(f"scaling_factor must not be zero or nearly so, not {factor:g}: latents are scaled by it")
         return Scaling(factor, self.number("shift_factor", -1e6, 1e6), self.flag("do_scaling"))
 
     def pixel_size(self) -> tuple[int, int] | None:
@@ -137,11 +164,31 @@ class Parameters:
         return (height, width) if height and width else None
 
 
+def _with_plain_shape(query: Pairs) -> Iterator[tuple[str, str]]:
+    """The query with `shape[]` and `shape[0]`, as axios and qs write lists, as `shape`. Raises BadRequest."""
+    spelt: dict[str, list[str]] = {}
+    for key, value in query:
+        found = SHAPE_KEY.fullmatch(key)
+        if found is None:
+            yield key, value
+        else:
+            spelt.setdefault(found[1], []).append(value)
+    places = sorted(spelt)
+    if not places or places == [""]:
+        yield from (("shape", value) for value in spelt.get("", ()))
+        return
+    if places != [str(n) for n in range(len(places))] or any(len(values) > 1 for values in spelt.values()):
+        raise BadRequest("shape[0], shape[1] … must each be sent once, without gaps; or send shape=1&shape=4…")
+    yield from (("shape", spelt[place][0]) for place in places)
+
+
 def _as_texts(key: str, value: Any) -> list[str]:
     """A JSON value as the query would spell it."""
     match value:
         case None:
             return []
+        case list() if len(value) > MAX_DIMENSIONS:
+            raise BadRequest(f"parameters.{key} is a list of {len(value)}; lists have at most {MAX_DIMENSIONS} values")
         case list() if all(isinstance(item, int | float | str) for item in value):
             return [_as_text(item) for item in value]
         case bool() | int() | float() | str():
