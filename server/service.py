@@ -197,13 +197,12 @@ class Service:
 
         Sending is not part of it: an answer may be large and its reader slow, which the protocol bounds by progress.
         """
-        started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(admission.deadline):
                 yield
         except TimeoutError:
             raise DeadlinePassed(
-                f"not done after {admission.deadline - started:.3g} s, the deadline of a request; "
+                f"not done after {admission.deadline - admission.began:.3g} s, the deadline of a request; "
                 "send fewer or smaller latents or images, or try later"
             ) from None
 

@@ -9,6 +9,7 @@ Knows no route. The deadline of a body that a route reads is the route's own, se
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 from typing import Any
@@ -44,6 +45,7 @@ SPARE_HEAD_S = 2.0
 # take the refusal along.
 LINGER_S = 2.0
 TICK_S = 0.25
+TURNS = itertools.count()  # orders events of one moment, which the loop's clock may give the same time
 
 
 def uvicorn_config(app: Starlette) -> uvicorn.Config:
@@ -96,7 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
         super().connection_made(CountingTransport(transport))  # type: ignore[arg-type]  # likewise
-        self.idle_since = self.loop.time()
+        self.became_idle = next(TURNS)
         self._head_of_offer = b""
         self._is_spare = False
         self._is_refused = False
@@ -116,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
         others = (other for other in self.connections if other is not self and isinstance(other, BoundedProtocol))
         idle = [other for other in others if other.is_idle]
         if idle:
-            min(idle, key=lambda other: other.idle_since).transport.close()
+            min(idle, key=lambda other: other.became_idle).transport.close()
         elif len(self.connections) <= self.options.max_connections + SPARE_CONNECTIONS:
             self._is_spare = True
         else:
@@ -213,7 +215,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self.idle_since = self.loop.time()
+        self.became_idle = next(TURNS)
 
     def _is_probe(self) -> bool:
         path = self.url.partition(b"?")[0].decode("latin-1")
