@@ -56,7 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(folder: Path, url: str, spelling: str) -> dict[str, Any]:
-    ran = subprocess.run(["node", "ask.js", url, spelling], cwd=folder, capture_output=True, text=True, check=True, timeout=60)
+    ran = subprocess.run(
+        ["node", "ask.js", url, spelling], cwd=folder, capture_output=True, text=True, check=True, timeout=60
+    )
     answer: dict[str, Any] = json.loads(ran.stdout)
     return answer
 
