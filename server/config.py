@@ -30,6 +30,7 @@ from server.types import Limits
 SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent / "models.yaml"
 MOUNTED = (Path("/repository"), Path("/opt/ml/model"))  # Inference Endpoints and SageMaker put a model there
 ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json", "ping", "invocations"})
+USUAL_FPS = 10.0  # of the hosted endpoint for videos
 SLOWEST_BYTES_PER_S = 64 << 10  # a client below it, once its grace has passed, is cut off
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -76,6 +77,7 @@ class ModelEntry(_Strict):
     device: str | None = Field(None, pattern=DEVICE)
     decoder: Literal["auto", "diffusers", "plain"] = "auto"
     tiling: Literal["none", "diffusers"] = "none"
+    fps: float | None = Field(None, gt=0, le=240)
     memory_budget_mb: int | None = Field(None, ge=1)
     preload: bool = False
     aliases: tuple[str, ...] = ()
@@ -192,7 +194,13 @@ class ServerOptions(BaseSettings):
     )
     jpeg_quality: int = Field(75, ge=1, le=100, description="JPEG quality unless the request says one")
     video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
-    fps: float = Field(10, gt=0, le=240, description="MP4 frames per second unless the request says them")
+    fps: float | None = Field(
+        None,
+        gt=0,
+        le=240,
+        description="frames per second of every MP4 unless the request says them; "
+        f"default: the fps of the model in models.yaml, else {USUAL_FPS:g}",
+    )
     render_threads: int = Field(2, ge=1, description="threads that render JPEG, PNG and MP4")
     allowed_hosts: str | None = Field(
         None,
@@ -248,6 +256,10 @@ class Settings(_Strict):
         """The model that a name or an alias means, whatever its case."""
         word = word.lower()
         return next((name for name, entry in self.models.items() if word in (name, *entry.aliases)), None)
+
+    def fps_of(self, name: str) -> float:
+        """Return the frames per second of a model's MP4s where a request does not say them."""
+        return self.options.fps or self.models[name].fps or USUAL_FPS
 
     def folder_of(self, name: str) -> Path | None:
         return self.models[name].local_folder(self.source.parent)

@@ -19,8 +19,6 @@ class Direct:
         self.settings = settings
         self.engine = engine or SyncEngine(settings)
         self._infos: dict[str, ModelInfo] = {}
-        options = settings.options
-        self._defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
 
     def parse(self, model: str, parameters: Mapping[str, Any], data: bytes | bytearray, accept: str) -> VAERequest:
         """Return the request that a decode address would make of it: an encode where only that makes sense.
@@ -31,7 +29,9 @@ class Direct:
         info = self._describe(model)
         if wire.is_for_encoding(sent, info, body):
             return self.parse_pixels(model, parameters, data, accept)
-        return wire.prepare(sent, accept, info, self._defaults).with_data(body)
+        options = self.settings.options
+        defaults = wire.RenderDefaults(self.settings.fps_of(model), options.jpeg_quality, options.video_quality)
+        return wire.prepare(sent, accept, info, defaults).with_data(body)
 
     def parse_pixels(
         self, model: str, parameters: Mapping[str, Any], data: bytes | bytearray, accept: str

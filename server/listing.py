@@ -36,6 +36,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
     return known | {
         "class": info.class_name,
         "latents": asdict(info.latents),
+        "fps": settings.fps_of(name) if kind == "video" else None,
         "outputs": outputs,
         "inputs": INPUTS[kind],
         "licence": info.licence,
@@ -52,7 +53,8 @@ def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:
     first = f"{'*' if name == settings.default else ' '} {name:<18} {entry.repo}{subfolder}{also}"
     if info is None:
         return f"{first}\n    not described here; its config.json is read with the first request"
-    facts = [*_facts(info.latents), _limits(settings, name, info), *_licence(info), *_sizes(info.weights)]
+    facts = [*_facts(info.latents), *_rate(settings, name, info), _limits(settings, name, info)]
+    facts += [*_licence(info), *_sizes(info.weights)]
     return f"{first}\n    {'; '.join(facts)}"
 
 
@@ -86,6 +88,11 @@ def _facts(spec: LatentSpec) -> Iterator[str]:
     if spec.latents_mean is not None:
         said.append("mean and deviation by channel")
     yield ", ".join(said) or "statistics among the weights"
+
+
+def _rate(settings: Settings, name: str, info: ModelInfo) -> Iterator[str]:
+    if info.latents.kind == "video":
+        yield f"{settings.fps_of(name):g} frames per second"
 
 
 def _limits(settings: Settings, name: str, info: ModelInfo) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from tests.http import test_first_client, test_remote_decode, test_remote_encode
+from tests.http import test_first_client, test_remote_decode, test_remote_encode, test_whole_files
 from tests.load import process
 from tests.vaes import LocalVae, build_all, read_all, write_entries
 
@@ -54,7 +54,8 @@ def parameters(mark: Any) -> list[dict[str, Any]]:
     return [dict(zip(keys, value if len(keys) > 1 else (value,), strict=True)) for value in values]
 
 
-CASES = [case for module in (test_remote_decode, test_remote_encode, test_first_client) for case in cases_of(module)]
+MODULES = (test_remote_decode, test_remote_encode, test_first_client, test_whole_files)
+CASES = [case for module in MODULES for case in cases_of(module)]
 
 
 @click.group()

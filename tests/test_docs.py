@@ -81,12 +81,17 @@ RUNNABLE = [block for block in BLOCKS if block.language in ("sh", "python") and 
 @pytest.mark.parametrize("block", RUNNABLE, ids=str)
 def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = block.text.replace("127.0.0.1:8000", address)
-    command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "sh" else [sys.executable, "-c", text]
+    command = (
+        ["bash", "-euo", "pipefail", "-c", text]
+        if block.language == "sh"
+        else [sys.executable, "-W", "error::FutureWarning", "-c", text]
+    )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(
         command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
+    assert "deprecated" not in ran.stderr
     for picture in re.findall(r"\w+\.(?:jpg|png)\b", text):
         with Image.open(workplace / picture) as opened:
             assert opened.size == (512, 512)

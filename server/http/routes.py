@@ -214,7 +214,8 @@ async def _decode(sent: Sent) -> Finish:
     options = sent.service.settings.options
     if not sent.parameters.has("shape"):  # nor a file that is read: then its type may be the mistake
         wire.is_json_body(sent.request.headers.get("content-type"), None)
-    defaults = wire.RenderDefaults(options.fps, options.jpeg_quality, options.video_quality)
+    fps = sent.service.settings.fps_of(sent.info.name)
+    defaults = wire.RenderDefaults(fps, options.jpeg_quality, options.video_quality)
     prepared = wire.prepare(sent.parameters, sent.accept, sent.info, defaults, sent.service.infos.values())
     return await _whole_tensor(sent, prepared)
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import requests
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from playwright.sync_api import Error
 from safetensors.torch import save_file
 
+from tests.conftest import Serve
 from tests.vaes import LocalVae
 
 CHROMIUM = shutil.which("chromium")
@@ -54,14 +63,106 @@ def test_the_page_decodes_a_picture(browser: Any, url: str, vaes: dict[str, Loca
     assert "decode;dur=" in page.inner_text("#said")
     assert page.problems == []
     assert page.locator("#height").is_visible(), "any AutoencoderKL takes packed latents"
-    page.select_option("#model", "flux")
-    page.wait_for_selector("#python:has-text('/flux')")
+
+
+def test_the_page_decodes_comfyuis_latent_unscaled(
+    browser: Any, url: str, vaes: dict[str, LocalVae], tmp_path: Path
+) -> None:
+    z = vaes["sd"].latents(8, 12)
+    save_file({"latent_tensor": z, "latent_format_version_0": torch.tensor([])}, tmp_path / "z.latent")
+    page = open_page(browser, url)
+    page.set_input_files("#file", tmp_path / "z.latent")
+    page.wait_for_selector("#result img")
+    assert page.problems == []
+
+
+MODELS = ["sd", "sdxl", "sd3", "flux", "hunyuan", "sd-bf16"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_snippet_runs_in_the_installed_diffusers_without_a_warning(
+    browser: Any, url: str, vaes: dict[str, LocalVae], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = open_page(browser, url)
+    page.fill("#height", "64")
+    page.fill("#width", "96")
+    page.select_option("#model", model)
+    page.wait_for_selector(f"#python:has-text('/{model}')")
+    vae = vaes[model.removesuffix("-bf16")]
+    scaled = vae.latents(*((2, 4, 4) if model == "hunyuan" else (8, 12)))
+    latents = FluxPipeline._pack_latents(scaled, 1, 16, 8, 12) if model == "flux" else scaled
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"latents": latents}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(page.inner_text("#python"), names)
+    if model == "hunyuan":
+        assert (tmp_path / "video.mp4").read_bytes()[4:8] == b"ftyp"
+        return
+    params = {"shape": list(scaled.shape), "dtype": "float32", "do_scaling": True}
+    expected = requests.post(url + model, scaled.numpy().tobytes(), params=params, timeout=60).content
+    difference = np.asarray(names["image"]).astype(int) - np.asarray(Image.open(io.BytesIO(expected))).astype(int)
+    assert np.abs(difference).max() <= 2, "what the pipeline's own statistics give"
+
+
+def test_the_browser_asks_for_a_key_and_an_address_may_hold_it(
+    browser: Any, serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As an operator gives it to others, http://user:KEY@host/, and without it the page is not shown."""
+    monkeypatch.setenv("VAE_SERVER_API_KEY", "secret")
+    address = serve({"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32"}})
+    save_file({"latents": vaes["sd"].latents(8, 12)}, tmp_path / "latents.safetensors")
+    page = open_page(browser, address.replace("http://", "http://user:secret@"))
+    page.set_input_files("#file", tmp_path / "latents.safetensors")
+    page.wait_for_selector("#result img")
+    assert page.problems == []
+    asked = browser.new_context(http_credentials={"username": "any", "password": "secret"})
+    page = asked.new_page()
+    assert page.goto(address).status == 200, "playwright types the key into the dialog that Basic opens"
+    page.locator("#model option").first.wait_for(state="attached")
+    with pytest.raises(Error, match="ERR_INVALID_AUTH_CREDENTIALS"):  # it asks, and nobody types a key
+        browser.new_page().goto(address)
+
+
+def test_a_page_of_another_site_can_do_nothing_unless_it_is_listed(
+    browser: Any, serve: Serve, vaes: dict[str, LocalVae], url: str
+) -> None:
+    """`localhost` is another site than `127.0.0.1`."""
+    foreign = url.replace("127.0.0.1", "localhost")
+    listed = serve({"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32"}}, cors_origins=foreign.rstrip("/"))
+    page = browser.new_page()
+    page.goto(foreign + "health")  # not the server's page, whose policy lets it ask nobody else
+    ask = """async (url) => {
+        const query = 'shape=1,4,8,8&dtype=float32&output_type=pt';
+        const headers = { 'Content-Type': 'tensor/binary', 'X-Request-Timeout': '60' };
+        try {
+            const answer = await fetch(url + '?' + query, { method: 'POST', body: new Uint8Array(1024), headers });
+            const names = ['shape', 'dtype', 'x-request-id', 'server-timing'];
+            return [answer.status, ...names.map((name) => answer.headers.get(name) !== null)];
+        } catch (error) {
+            return [error.name];
+        }
+    }"""
+    assert page.evaluate(ask, listed) == [200, True, True, True, True]
+    assert page.evaluate(ask, url) == ["TypeError"], "its preflight is refused"
+    before = count(url)
+    page.evaluate(
+        "(url) => fetch(url, { method: 'POST', mode: 'no-cors', body: new Blob([new Uint8Array(1024)]) })",
+        url + "?shape=1,4,8,8&dtype=float32",
+    )
+    assert count(url) == before, "a request that needs no preflight decodes nothing either"
+
+
+def count(url: str) -> float:
+    """How many decodes there were."""
+    told = requests.get(url + "metrics", timeout=10).text
+    return sum(float(line.split()[-1]) for line in told.splitlines() if line.startswith("vae_decode_seconds_count"))
 
 
 def test_the_page_says_why_a_file_is_wrong(browser: Any, url: str, vaes: dict[str, LocalVae], tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.safetensors"
     page = open_page(browser, url)
-    for tensor, words in [(vaes["flux"].latents(8, 8), "have 16 channels"), (None, "it is not a safetensors file")]:
+    for tensor, words in [(vaes["flux"].latents(8, 8), "have 16 channels"), (None, "shape is missing")]:
         if tensor is None:
             wrong.write_bytes(b"not safetensors at all")
         else:

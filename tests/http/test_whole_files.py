@@ -17,7 +17,6 @@ import torch
 from diffusers.utils.remote_utils import remote_encode
 from safetensors.torch import save
 
-from handler import EndpointHandler
 from tests.http.test_errors import assert_refused
 from tests.http.test_remote_encode import picture
 from tests.vaes import LocalVae
@@ -36,25 +35,20 @@ def post(url: str, body: bytes, headers: dict[str, str] | None = None, **params:
     return requests.post(url, body, params=params, headers=headers, timeout=60)
 
 
-@pytest.fixture
-def latents(vaes: Vaes) -> torch.Tensor:
-    return vaes["sd"].latents(8, 12)
-
-
 @pytest.mark.parametrize(
     "content_type", [None, "application/x-www-form-urlencoded", "application/octet-stream", "tensor/binary"]
 )
 @pytest.mark.parametrize("name", ["latents", "z"])
-def test_a_safetensors_file_is_decoded(
-    url: str, vaes: Vaes, latents: torch.Tensor, name: str, content_type: str | None
-) -> None:
+def test_a_safetensors_file_is_decoded(url: str, vaes: Vaes, name: str, content_type: str | None) -> None:
+    latents = vaes["sd"].latents(8, 12)
     headers = {"Content-Type": content_type} if content_type else {}
     other = {"other": torch.zeros(3)} if name == "latents" else {}
     sample = tensor_of(post(url, save({name: latents, **other}), headers, **RAW, do_scaling=True))
     torch.testing.assert_close(sample, vaes["sd"].decode(latents / 0.18215), atol=1e-4, rtol=0)
 
 
-def test_curl_needs_no_more_than_the_file(url: str, latents: torch.Tensor, tmp_path: Path) -> None:
+def test_curl_needs_no_more_than_the_file(url: str, vaes: Vaes, tmp_path: Path) -> None:
+    latents = vaes["sd"].latents(8, 12)
     (tmp_path / "latents.safetensors").write_bytes(save({"latents": latents.half()}))
     command = ["curl", "-sf", "--data-binary", "@latents.safetensors", url, "-o", "image.jpg"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
@@ -62,7 +56,8 @@ def test_curl_needs_no_more_than_the_file(url: str, latents: torch.Tensor, tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_file_says_the_dtype(url: str, vaes: Vaes, latents: torch.Tensor, dtype: torch.dtype) -> None:
+def test_the_file_says_the_dtype(url: str, vaes: Vaes, dtype: torch.dtype) -> None:
+    latents = vaes["sd"].latents(8, 12)
     sample = tensor_of(post(url, save({"latents": latents.to(dtype)}), **RAW))
     torch.testing.assert_close(sample, vaes["sd"].decode(latents.to(dtype)), atol=1e-4, rtol=0)
 
@@ -74,23 +69,24 @@ def test_packed_latents_in_a_file_need_their_size_still(url: str, vaes: Vaes) ->
 
 
 @pytest.mark.parametrize("query", [{}, {"do_scaling": "True"}, {"do_scaling": "False"}])
-def test_a_comfyui_latent_is_unscaled_already(
-    url: str, vaes: Vaes, latents: torch.Tensor, query: dict[str, str]
-) -> None:
+def test_a_comfyui_latent_is_unscaled_already(url: str, vaes: Vaes, query: dict[str, str]) -> None:
     """What ComfyUI's SaveLatent writes."""
+    latents = vaes["sd"].latents(8, 12)
     file = save({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}, {"prompt": "x" * 100_000})
     sample = tensor_of(post(url, file, **RAW, **query))
     torch.testing.assert_close(sample, vaes["sd"].decode(latents), atol=1e-4, rtol=0)
 
 
-def test_factors_for_a_comfyui_latent_are_refused(url: str, latents: torch.Tensor) -> None:
+def test_factors_for_a_comfyui_latent_are_refused(url: str, vaes: Vaes) -> None:
+    latents = vaes["sd"].latents(8, 12)
     file = save({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])})
     assert_refused(
         post(url, file, scaling_factor=0.18215), 400, "bad_request", "already unscaled; leave scaling_factor"
     )
 
 
-def test_a_file_in_base64_is_decoded_too(url: str, vaes: Vaes, latents: torch.Tensor) -> None:
+def test_a_file_in_base64_is_decoded_too(url: str, vaes: Vaes) -> None:
+    latents = vaes["sd"].latents(8, 12)
     body = {"inputs": base64.b64encode(save({"latents": latents})).decode(), "parameters": RAW}
     sample = tensor_of(requests.post(url, json=body, headers={"Accept": "tensor/binary"}, timeout=60))
     torch.testing.assert_close(sample, vaes["sd"].decode(latents), atol=1e-4, rtol=0)
@@ -160,7 +156,8 @@ def test_a_damaged_file_says_what_is_wrong(url: str, kind: str) -> None:
     assert_refused(post(url, body), 400, "bad_request", words)
 
 
-def test_a_dtype_that_is_not_the_files_is_refused(url: str, latents: torch.Tensor) -> None:
+def test_a_dtype_that_is_not_the_files_is_refused(url: str, vaes: Vaes) -> None:
+    latents = vaes["sd"].latents(8, 12)
     refused = post(url, save({"latents": latents.half()}), dtype="float32")
     assert_refused(
         refused, 400, "bad_request", "dtype='float32' was sent, the file's tensor is float16; leave dtype out"
@@ -168,7 +165,8 @@ def test_a_dtype_that_is_not_the_files_is_refused(url: str, latents: torch.Tenso
     assert post(url, save({"latents": latents.half()}), dtype="torch.float16").ok
 
 
-def test_a_file_beside_its_shape_is_told_to_leave_it_out(url: str, latents: torch.Tensor) -> None:
+def test_a_file_beside_its_shape_is_told_to_leave_it_out(url: str, vaes: Vaes) -> None:
+    latents = vaes["sd"].latents(8, 12)
     refused = post(url, save({"latents": latents}), shape="1,4,8,12", dtype="float32")
     assert_refused(refused, 400, "wrong_length", "if the body is a .safetensors file, leave both out")
 
@@ -231,7 +229,7 @@ def test_an_mp4_is_encoded_at_the_decode_address(url: str, vaes: Vaes) -> None:
     assert tensor_of(post(url + "hunyuan", mp4)).shape == (1, 16, 2, 4, 4)
 
 
-def test_latents_are_decoded_where_both_could_be_meant(url: str, vaes: Vaes, latents: torch.Tensor) -> None:
+def test_latents_are_decoded_where_both_could_be_meant(url: str, vaes: Vaes) -> None:
     """Also the batch of three packed latents, whose shape is that of an image of 3 channels."""
     packed = torch.zeros(3, 16, 64)
     params = {"shape": [3, 16, 64], "dtype": "float32", **RAW}
@@ -259,7 +257,10 @@ def test_the_type_of_an_unknown_body_is_still_named(url: str) -> None:
     assert_refused(form, 415, "unsupported_body", "forms are not read")
 
 
-def test_the_handler_reads_whole_files_too(vaes: Vaes, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_handler_reads_whole_files_too(vaes: Vaes, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = vaes["sd"].latents(8, 12)
+    from handler import EndpointHandler
+
     monkeypatch.setenv("VAE_SERVER_DTYPE", "float32")
     handler = EndpointHandler(str(vaes["sd"].folder))
     from_file = handler({"inputs": save({"latents": latents}), "parameters": RAW})

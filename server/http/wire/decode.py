@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from server.config import USUAL_FPS
 from server.errors import Impossible, ServerError, WrongChannels
 from server.families import FAMILIES, check_limits
 from server.http.wire.formats import choose_format
@@ -37,7 +38,7 @@ OUTPUT_BYTES = {Layout.SAMPLE: 12, Layout.UNIT: 12, Layout.PIXELS: 3}
 class RenderDefaults:
     """The server's settings that a request may override."""
 
-    fps: float = 10
+    fps: float = USUAL_FPS
     jpeg_quality: float = 75
     video_quality: float = 5
 
