@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import pytest
 
 from tests.conftest import write_models_yaml
 from tests.figures import figure
-from tests.load import Ask, Connection, percentile, process, until
+from tests.load import Ask, Connection, percentile, process
 from tests.vaes import LocalVae
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -51,7 +53,7 @@ def seconds_until_idle(worker: psutil.Process, since: float) -> float:
         time.sleep(0.1)
         if sum(worker.cpu_times()[:2]) - before > 0.02:
             last_busy = time.monotonic()
-        assert last_busy < since + 120, "it never ended"
+        assert last_busy < since + PATIENCE_S, "it never ended"
     return last_busy - since
 
 
@@ -69,7 +71,7 @@ def test_the_device_is_free_soon_after_a_client_left(
 ) -> None:
     with process(config, "--threads", "1") as (url, server), Connection(url) as other:
         assert other.ask(Ask.of((1, 4, 8, 8))).status == 200
-        client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+        client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_S)
         begin(client)
         until(lambda: other.waiting() == 1)
         worker = busiest(server.pid)
@@ -82,7 +84,7 @@ def test_the_device_is_free_soon_after_a_client_left(
 
 def test_the_device_is_free_soon_after_a_deadline(config: Path) -> None:
     with process(config, "--threads", "1") as (url, server):
-        client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+        client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_S)
         large_encode(client, **{"X-Request-Timeout": "3"})
         time.sleep(1)
         worker = busiest(server.pid)
@@ -120,4 +122,43 @@ def test_small_images_do_not_wait_for_a_long_video(config: Path) -> None:
         "a small image beside a video of 257 frames",
         f"p99 of {len(beside)} requests {percentile(beside, 99):.0f} ms, alone {percentile(alone, 99):.0f} ms; "
         f"the video took {told[0].seconds:.1f} s",
+    )
+
+
+HOSTILE = {
+    "a shape of 16 million dimensions": b'{"inputs":"AAAA","parameters":{"shape":[' + b"1," * (16 << 20) + b"1]}}",
+    "42 million empty objects": b'{"x":[' + b"{}," * (42 << 20) + b'{}],"inputs":"AAAA"}',
+    "base64 in words of two letters": b'{"inputs":"' + b"AA " * (11 << 20) + b'"}',
+    "honest base64": b'{"inputs":"' + b"AAAA" * (8 << 20) + b'"}',
+}
+
+
+def test_liveness_does_not_wait_for_any_body(config: Path) -> None:
+    seconds: list[float] = []
+    with process(config) as (url, server), Connection(url) as probe:
+        probe.get("/health/live")
+        statuses = []
+
+        def attack() -> None:
+            for body in HOSTILE.values():
+                client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_S)
+                client.request("POST", "/?dtype=float32", body, {"Content-Type": "application/json"})
+                statuses.append(client.getresponse().status)
+                client.close()
+
+        attacking = threading.Thread(target=attack)
+        attacking.start()
+        while attacking.is_alive():
+            started = time.perf_counter()
+            assert json.loads(probe.get("/health/live")) == {"status": "alive"}
+            seconds.append(time.perf_counter() - started)
+            time.sleep(0.002)
+        attacking.join()
+        peak = psutil.Process(server.pid).memory_info().rss
+    assert all(400 <= status < 500 for status in statuses), statuses
+    figure(
+        "liveness beside hostile bodies",
+        f"{len(HOSTILE)} JSON bodies of {min(map(len, HOSTILE.values())) >> 20} to "
+        f"{max(map(len, HOSTILE.values())) >> 20} MiB: p99 of {len(seconds)} probes {percentile(seconds, 99):.0f} ms, "
+        f"the front process held {peak >> 20} MiB after them",
     )

@@ -23,6 +23,7 @@ from tests.http.test_errors import gate
 from tests.http.test_protocol import open_sockets
 from tests.http.test_slow_clients import descriptors, small_buffers  # noqa: F401  # fixtures
 from tests.vaes import LocalVae
+from tests.waiting import PATIENCE_S, until
 
 BODY = np.zeros(256, "float32").tobytes()
 LARGE = "shape=8,16,512,512&dtype=float16&output_type=pt"  # 64 MiB whose answer takes 1.6 GB
@@ -38,19 +39,12 @@ def models(vaes: dict[str, LocalVae]) -> dict[str, Any]:
 
 
 def decode(address: str, model: str = "", **options: Any) -> requests.Response:
-    return requests.post(f"{address}{model}?{QUERY}", data=BODY, timeout=60, **options)
+    return requests.post(f"{address}{model}?{QUERY}", data=BODY, timeout=PATIENCE_S, **options)
 
 
 def metric(address: str, name: str) -> float:
-    lines = requests.get(address + "metrics", timeout=60).text.splitlines()
+    lines = requests.get(address + "metrics", timeout=PATIENCE_S).text.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name) and not line.startswith("#"))
-
-
-def until(holds: Any, within_s: float = 60) -> None:
-    stop = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < stop, "it never came true"
-        time.sleep(0.01)
 
 
 def silent(address: str, *parts: bytes) -> Iterator[Connection]:
@@ -88,7 +82,7 @@ def test_trickling_bodies_give_way_to_whole_ones(serve: Serve, models: dict[str,
         time.sleep(1.2)  # a body that began just now is not given up
         honest = np.zeros((1, 3, 512, 512), "uint8").tobytes()
         sent = {"shape": "1,3,512,512", "dtype": "uint8"}
-        answer = requests.post(address + "encode", honest, params=sent, timeout=60)
+        answer = requests.post(address + "encode", honest, params=sent, timeout=PATIENCE_S)
         assert answer.status_code == 200, answer.text
         told = slow[0].answer()
         assert (told.status, told.json()["code"]) == (429, "queue_full")
@@ -117,7 +111,7 @@ def test_idle_connections_give_way_and_health_is_always_answered(serve: Serve, m
             client.send(b"P")
         until(lambda: open_sockets(address) >= 20)
         for _ in range(30):
-            assert requests.get(address + "health/live", timeout=60).status_code == 200
+            assert requests.get(address + "health/live", timeout=PATIENCE_S).status_code == 200
             assert decode(address).status_code == 200
         assert idle[0].rest() == b"", "the one that was idle for longest ends first"
 
@@ -129,8 +123,8 @@ def test_where_every_connection_works_only_probes_get_in(serve: Serve, models: d
         waiting = [clients.submit(decode, address) for _ in range(4)]
         until(lambda: open_sockets(address) >= 4)
         time.sleep(0.1)
-        assert requests.get(address + "health", timeout=60).status_code == 200
-        assert requests.get(address + "health/live", timeout=60).status_code == 200
+        assert requests.get(address + "health", timeout=PATIENCE_S).status_code == 200
+        assert requests.get(address + "health/live", timeout=PATIENCE_S).status_code == 200
         refused = decode(address)
         assert (refused.status_code, refused.json()["code"]) == (503, "too_many_connections")
         go.set()
@@ -154,7 +148,7 @@ def test_an_honest_client_on_a_slow_line_gets_all_of_its_answer(serve: Serve, mo
         client.send(
             head("POST", f"/?shape={shape}&dtype=float32&output_type=pt", f"Content-Length: {len(body)}") + body
         )
-        client.socket.settimeout(60)
+        client.socket.settimeout(PATIENCE_S)
         started, received = time.monotonic(), 0
         while received < size:
             data = client.socket.recv(RATE // 8)
@@ -194,7 +188,7 @@ def test_bodies_of_clients_that_left_stay_counted_until_they_are_freed(
     def slow(*_: Any) -> Any:
         calls.append(1)
         entered.set()
-        go.wait(60)
+        go.wait(PATIENCE_S)
         raise ZeroDivisionError
 
     monkeypatch.setattr("server.http.wire.header_of", slow)
@@ -203,7 +197,7 @@ def test_bodies_of_clients_that_left_stay_counted_until_they_are_freed(
     for _ in range(6):
         with connected(address) as client:
             client.send(upload)
-            assert entered.wait(60)
+            assert entered.wait(PATIENCE_S)
             time.sleep(0.05)
     until(lambda: open_sockets(address) <= 2)
     until(lambda: metric(address, "vae_queue_bytes") == len(calls) << 20)
@@ -267,7 +261,7 @@ def test_a_model_that_does_not_load_is_told_in_milliseconds_and_keeps_nobody_out
     assert {answer.status_code for answer in refused} == {503}
     assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
     assert good == [200] * 8
-    assert requests.get(address + "health", timeout=60).json() == {"status": "ready", "failed_models": ["bad"]}
+    assert requests.get(address + "health", timeout=PATIENCE_S).json() == {"status": "ready", "failed_models": ["bad"]}
     figure(
         "refused requests of a model that does not load",
         f"{len(refused)} of 64 at once, each 503 with Retry-After, p99 {1e3 * np.percentile(seconds, 99):.0f} ms; "
