@@ -78,7 +78,8 @@ def test_the_device_is_free_soon_after_a_client_left(
         time.sleep(1)
         client.close()
         seconds = seconds_until_idle(worker, time.monotonic())
-        assert other.ask(Ask.of((1, 4, 8, 8))).status == 200
+        with Connection(url) as another:
+            assert another.ask(Ask.of((1, 4, 8, 8))).status == 200
     figure(f"the device is free after the client of a {SIDE}x{SIDE} {begin.__name__[6:]} left", f"{seconds:.1f} s")
 
 
