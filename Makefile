@@ -27,7 +27,8 @@ serve: $(INSTALLED) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for ju
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-PROMISES := tests/test_load.py tests/test_workers.py tests/http/test_malformed.py tests/http/test_slow_clients.py
+PROMISES := tests/test_load.py tests/test_workers.py tests/test_fairness.py tests/http/test_malformed.py \
+	tests/http/test_slow_clients.py tests/http/test_held.py
 
 torture: $(INSTALLED) ## A million malformed requests, 100 kills, 50 drains, 10,000 compared answers (SCALE=5, hours)
 	VAE_TEST_MALFORMED=$(or $(COUNT),1000000) VAE_TEST_SCALE=$(or $(SCALE),5) $(BIN)/python -m pytest -s $(PROMISES) $(ARGS)
@@ -37,7 +38,7 @@ soak: $(INSTALLED) ## 500,000 requests, memory watched, and a control that leaks
 
 figures: $(INSTALLED) ## Measure the server's promises and write docs/figures.md
 	rm -f /tmp/vae-figures.jsonl
-	VAE_FIGURES=/tmp/vae-figures.jsonl $(BIN)/python -m pytest $(PROMISES)
+	VAE_TEST_SLOW_MIB=48 VAE_FIGURES=/tmp/vae-figures.jsonl $(BIN)/python -m pytest $(PROMISES)
 	$(BIN)/python -m tests.figures /tmp/vae-figures.jsonl
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
