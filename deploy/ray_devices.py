@@ -35,15 +35,22 @@ class Ask(msgspec.Struct, frozen=True):
     seconds: float
     patience_s: float
     is_alone: bool
+    least_seconds: float = 0.0
 
     @staticmethod
     def of(job: Job) -> Ask:
         patience_s = job.deadline - asyncio.get_running_loop().time()
-        return Ask(job.request, job.seconds, patience_s, job.is_alone)
+        return Ask(job.request, job.seconds, patience_s, job.is_alone, job.least_seconds)
 
     def job(self) -> Job:
         deadline = asyncio.get_running_loop().time() + self.patience_s
-        return Job.of(self.request, seconds=self.seconds, deadline=deadline, is_alone=self.is_alone)
+        return Job.of(
+            self.request,
+            seconds=self.seconds,
+            least_seconds=self.least_seconds,
+            deadline=deadline,
+            is_alone=self.is_alone,
+        )
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -119,6 +126,9 @@ class RayDevices:
         return [held[model] for held in self._held.values() if model in held]
 
     def load_failure(self, half: Half) -> ModelUnavailable | None:
+        """One replica may lack the memory or the network that another one has, so a failure ends where one holds it."""
+        if any(info.runs(half.operation) for info in self.loaded(half.model)):
+            return None
         return self._failures.find([self], half)
 
     async def answer(self, job: Job) -> Done:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from server.errors import QueueFull
 
 PEER_SHARE = 0.5  # of the bytes, for what waits for one peer
+CHECK_EVERY_BYTES = 64 << 10
 SPARE_PLACES = 4  # one more place for so many, for peers that hold none
 YOUNG_S = 1.0  # bodies that began so shortly ago are not given up
 
@@ -31,6 +32,7 @@ class Admission:
         self.size_bytes = 0
         self.waits_for_client = True
         self.is_given_up = False
+        self._unchecked = 0
         self.began = asyncio.get_running_loop().time()
         self._admissions = admissions
         self._give_up: Callable[[], None] | None = None
@@ -50,9 +52,12 @@ class Admission:
 
     def grow(self, size_bytes: int) -> None:
         """Count bytes of the body that have arrived."""
-        self._admissions.check_share(self, self.size_bytes + size_bytes)
-        self._admissions.make_room(self, self.size_bytes + size_bytes)
         self.size_bytes += size_bytes
+        self._unchecked += size_bytes
+        if self._unchecked >= CHECK_EVERY_BYTES:  # each check looks at all requests: not for every byte of a trickle
+            self._unchecked = 0
+            self._admissions.check_share(self, self.size_bytes)
+            self._admissions.make_room(self, self.size_bytes)
 
     def reserve(self, size_bytes: int) -> None:
         """Count the whole request and its answer instead, now that the body is here."""
@@ -67,6 +72,7 @@ class Admission:
         """Give this body up. Only for one that `is_arriving`."""
         assert self._give_up is not None
         self.is_given_up = True
+        self.size_bytes = 0
         self._give_up()
 
     @property
@@ -164,7 +170,6 @@ class Admissions:
             return False
         victim = min(slow, key=lambda other: other.bytes_per_s)
         victim.end_arrival()
-        victim.size_bytes = 0
         return True
 
     def _full(self) -> QueueFull:

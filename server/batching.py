@@ -91,21 +91,23 @@ class Queue(Generic[T]):
         return self._taken(batch)
 
     def take_short(self, can_run: Callable[[Any], bool], longest_s: float, latest_tag: float) -> list[T]:
-        """Return a batch to run between the steps of longer work, or nothing.
+        """Return a batch to run between the steps of longer work, or nothing. Longer tickets keep their place.
 
-        longest_s: bounds the batch's own seconds. latest_tag: the virtual time that the longer work has used up: what
-        is tagged later has had its share of the device and waits, so that short work never starves long work.
+        longest_s: bounds the batch's own seconds. latest_tag: the virtual time that the longer work has used up.
+        Tickets with a later tag belong to a flow that has had as much of the device as the longer work: they wait.
         """
-        head = self._head(can_run)
-        if head is None or (head.tag or 0.0) > latest_tag or head.is_alone:
-            return []
-        batch, _ = self._batch_of(head)
-        return [] if head.seconds * len(batch) > longest_s else self._taken(batch)
+        for head in self._waiting:
+            if (head.tag or 0.0) > latest_tag:
+                break
+            batch, _ = self._batch_of(head)
+            if can_run(head.model) and not head.is_alone and head.seconds * len(batch) <= longest_s:
+                return self._taken(batch)
+        return []
 
-    def seconds_before(self, ticket: T) -> float:
-        """Return how much work of those that wait comes before this one."""
+    def seconds_before(self, ticket: T, can_run: Callable[[Any], bool]) -> float:
+        """Return the seconds of the tickets that come before this one, of those that may run now."""
         place = self._waiting.index(ticket)
-        return sum(before.seconds for before in self._waiting[:place])
+        return sum(before.seconds for before in self._waiting[:place] if can_run(before.model))
 
     def _head(self, can_run: Callable[[Any], bool]) -> T | None:
         return next((ticket for ticket in self._waiting if can_run(ticket.model)), None)
@@ -123,6 +125,8 @@ class Queue(Generic[T]):
     def _taken(self, batch: list[T]) -> list[T]:
         for ticket in batch:
             self._waiting.remove(ticket)
-        self._virtual_s = max(self._virtual_s, batch[0].tag or 0.0)
+        first_left = self._waiting[0].tag if self._waiting else None
+        reached = batch[0].tag or 0.0
+        self._virtual_s = max(self._virtual_s, reached if first_left is None else min(reached, first_left))
         self._ends = {key: end for key, end in self._ends.items() if end > self._virtual_s}
         return batch

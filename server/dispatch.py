@@ -327,11 +327,14 @@ class Dispatcher:
 
     @property
     def seconds_ahead(self) -> float:
-        return self._share(self._seconds_running + sum(job.seconds for job in self.queue))
+        alive = [engine for engine in self.engines if engine.is_alive]
+        return (self._seconds_running(alive) + sum(job.seconds for job in self.queue)) / max(1, len(alive))
 
     def pump(self) -> None:
         for late in self.queue.expire(asyncio.get_running_loop().time()):
             late.failed(DeadlinePassed("its deadline passed while it waited; try later"))
+        for half in {job.model for job in self.queue}:
+            self._fail_if_none_loads(half)
         alive = sorted((engine for engine in self.engines if engine.is_alive), key=self._undecoded)
         for engine in alive:
             self._feed(engine)
@@ -376,7 +379,14 @@ class Dispatcher:
         if on_device is None:
             jobs = self.queue.take(is_there)
         elif on_device.started.done() and (long_s := max(on_device.seconds, on_device.seconds_done)) > LONG_S:
-            jobs = self.queue.take_short(is_there, SHORT_SHARE * long_s, on_device.used_tag)
+            running = on_device.jobs[0].model
+
+            def may_run_beside(half: Half) -> bool:
+                info = engine.loaded(half.model)
+                is_other = half != running or (info is not None and info.may_run_inside_itself(half.operation))
+                return is_other and is_there(half)
+
+            jobs = self.queue.take_short(may_run_beside, SHORT_SHARE * long_s, on_device.used_tag)
             if jobs:
                 return Batch(jobs, beside=on_device)
         else:
@@ -396,20 +406,26 @@ class Dispatcher:
 
             self._looking = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, look)
 
-    @property
-    def _seconds_running(self) -> float:
-        return sum(batch.seconds_left for batch in self._all_batches() if not batch.decoded.done())
+    def _seconds_running(self, engines: Sequence[Engine]) -> float:
+        batches = chain.from_iterable(self.batches[engine] for engine in engines)
+        return sum(batch.seconds_left for batch in batches if not batch.decoded.done())
 
-    def _share(self, seconds: float) -> float:
-        """The time that so much work takes when all engines share it."""
-        return seconds / max(1, sum(engine.is_alive for engine in self.engines))
+    def _seconds_before(self, job: Job) -> float:
+        """How long a job in the queue will wait, by what is known of the engines that may run it."""
+        engines = [engine for engine in self._engines_for(job.model.model) if engine.is_alive]
+
+        def may_come_first(half: Half) -> bool:
+            return any(engine.can_run(half.model) and _holds(engine, half) for engine in engines)
+
+        before = self.queue.seconds_before(job, may_come_first)
+        return (self._seconds_running(engines) + before) / max(1, len(engines))
 
     def _check_in_time(self, job: Job) -> None:
         """Raise DeadlinePassed when by all that is known the job cannot be done before its deadline."""
         if not job.least_seconds:
             return
         left_s = job.deadline - asyncio.get_running_loop().time()
-        waits_s = self._share(self.queue.seconds_before(job) + self._seconds_running)
+        waits_s = self._seconds_before(job)
         if job.least_seconds > left_s:
             raise DeadlinePassed(
                 f"this takes about {job.least_seconds:.3g} s, its deadline is in {left_s:.3g} s; "
@@ -441,11 +457,15 @@ class Dispatcher:
         """Remember it, answer those who wait for it, and let the next attempt begin when the time is over."""
         for engine in engines:
             self._failures.note(engine, half, error)
+        self._fail_if_none_loads(half)
+        asyncio.get_running_loop().call_later(error.retry_after_s or 0, self.pump)
+
+    def _fail_if_none_loads(self, half: Half) -> None:
+        """Answer the jobs that wait for a direction that no engine will load for now."""
         if failure := self.load_failure(half):
             for job in self._waiting_for(half):
                 self.queue.remove(job)
                 job.failed(failure)
-        asyncio.get_running_loop().call_later(error.retry_after_s or 0, self.pump)
 
     async def _load(self, engine: Engine, half: Half) -> None:
         try:

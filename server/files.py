@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -14,7 +15,9 @@ from server.types import RawTensor
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "U8": "uint8"}
 LENGTH_BYTES = 8
+MOST_DIMENSIONS = 5
 MOST_HEADER_BYTES = 1 << 20  # ComfyUI writes its whole workflow there
+NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)  # ValueError: not UTF-8
 COMFYUI_MARKER, COMFYUI_TENSOR = "latent_format_version_0", "latent_tensor"
 
 
@@ -37,10 +40,13 @@ class TensorFile:
     is_unscaled: bool
 
 
+Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+
+
 class _Entry(msgspec.Struct):
     dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+    shape: Annotated[list[Whole], msgspec.Meta(min_length=1, max_length=MOST_DIMENSIONS)]
+    data_offsets: tuple[Whole, Whole]
 
 
 def is_safetensors(data: bytes | bytearray | memoryview) -> bool:
@@ -62,12 +68,16 @@ def read_tensor(data: bytes | bytearray, key: str | None = None) -> TensorFile:
         raise NoSuchTensor(f"has no tensor {name[:40]!a}; it has {_listed(entries)}")
     try:
         entry = msgspec.json.decode(entries[name], type=_Entry)
-    except (msgspec.MsgspecError, RecursionError):
+    except msgspec.ValidationError:
+        raise FileError(
+            f"has {name[:40]!a} with a shape that latents cannot have; send 1 to {MOST_DIMENSIONS} dimensions"
+        ) from None
+    except NOT_JSON:
         raise FileError("has a header that is not a safetensors header") from None
     if entry.dtype not in DTYPES:
         raise FileError(f"has {name[:40]!a} as {entry.dtype[:10]!a}; send float16, bfloat16 or float32")
-    shape, (start, stop), dtype = entry.shape, entry.data_offsets, DTYPES[entry.dtype]
-    if min(shape, default=1) < 0 or not 0 <= start <= stop or RawTensor.bytes_needed(shape, dtype) != stop - start:
+    shape, (start, stop), dtype = tuple(entry.shape), entry.data_offsets, DTYPES[entry.dtype]
+    if not start <= stop or RawTensor.bytes_needed(shape, dtype) != stop - start:
         raise FileError("has a header whose shape and offsets disagree; write it again with safetensors")
     if stop > len(body):
         raise FileError(f"is cut short: {name[:40]!a} ends at byte {stop}, and there are {len(body)}; send all of it")
@@ -81,7 +91,7 @@ def _parts(data: bytes | bytearray) -> tuple[dict[str, msgspec.Raw], memoryview]
     end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     try:
         entries = msgspec.json.decode(data[LENGTH_BYTES:end], type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, RecursionError):
+    except NOT_JSON:
         raise FileError("has a header that is not a safetensors header") from None
     entries.pop("__metadata__", None)
     return entries, memoryview(data)[end:]

@@ -13,6 +13,9 @@ LATENT_DTYPES = ("float16", "bfloat16", "float32")
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 
 
+EXACT = "exact"  # the name of the coders that are our own and keep no state between the steps of their work
+
+
 class Operation(StrEnum):
     """A VAE's two directions."""
 
@@ -181,7 +184,14 @@ class LoadedInfo:
     note: str | None = None
 
     def runs(self, operation: Operation) -> bool:
-        return (self.encoder if operation is Operation.ENCODE else self.decoder) is not None
+        return self._coder(operation) is not None
+
+    def may_run_inside_itself(self, operation: Operation) -> bool:
+        """Whether a job of this direction may run between the steps of another one of it."""
+        return self._coder(operation) == EXACT
+
+    def _coder(self, operation: Operation) -> str | None:
+        return self.encoder if operation is Operation.ENCODE else self.decoder
 
 
 @dataclass(frozen=True, slots=True)

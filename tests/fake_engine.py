@@ -62,7 +62,7 @@ def info(model: str) -> ModelInfo:
 class FakeEngine:
     """One device. It runs one batch at a time, and short ones between the steps of another.
 
-    fails: why a direction does not load. takes: how long a batch really takes, by default what was estimated.
+    fails: why a direction does not load. coder: its name. takes: how long a batch really takes, by default what was estimated.
     """
 
     def __init__(self, *held: str, load_s: float = 0.0) -> None:
@@ -73,6 +73,7 @@ class FakeEngine:
         self.fails: dict[Half, ModelUnavailable] = {}
         self.takes: Callable[[Batch], float] = lambda batch: batch.seconds
         self.hangs = False
+        self.coder = "exact"
         self.loads: Counter[Half] = Counter()
         self.batches: list[Batch] = []
         self.killed: list[str] = []
@@ -101,7 +102,7 @@ class FakeEngine:
         self.held.add(half)
 
     def loaded(self, model: str) -> LoadedInfo | None:
-        names = [operation.value if Half(model, operation) in self.held else None for operation in Operation]
+        names = [self.coder if Half(model, operation) in self.held else None for operation in Operation]
         return LoadedInfo("cpu", "float32", *names) if any(names) else None
 
     async def run(self, batch: Batch) -> None:

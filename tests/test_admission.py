@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from server.admission import Admissions
+from server.admission import Admission, Admissions
 from server.errors import QueueFull
 from tests import virtual
 
 Scene = Callable[[Admissions], Awaitable[Any]]
+
+
+@pytest.fixture(autouse=True)
+def check_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.admission.CHECK_EVERY_BYTES", 1)
 
 
 def admitting(scene: Scene, most_bytes: int = 100, places: int = 4) -> Any:
@@ -133,3 +138,29 @@ def test_bytes_that_a_thread_still_holds_stay_counted() -> None:
         assert admissions.size_bytes == 0
 
     admitting(scene)
+
+
+def test_a_body_that_is_late_already_is_given_up_without_harm() -> None:
+    """Its timeout has fired and its task has not run yet: another request must not pay for that."""
+
+    async def scene(admissions: Admissions) -> int:
+        async def upload(admission: Admission) -> None:
+            async with asyncio.timeout(5) as deadline:
+
+                def give_up() -> None:
+                    if not deadline.expired():
+                        deadline.reschedule(0)
+
+                with admission.arriving(give_up):
+                    admission.grow(60)
+                    await asyncio.sleep(100)
+
+        with admissions.admit("a", 300) as late, admissions.admit("b", 300) as other:
+            uploading = asyncio.ensure_future(upload(late))
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_at(5, other.reserve, 80)
+            with pytest.raises(TimeoutError):
+                await uploading
+            return other.size_bytes
+
+    assert admitting(scene) == 80

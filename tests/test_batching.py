@@ -218,5 +218,15 @@ def test_the_work_before_a_ticket_is_that_of_lower_tags() -> None:
         queue.put(each)
     other = ticket(model="flux", arrived=9.0)
     queue.put(other)
-    assert [queue.seconds_before(each) for each in tickets] == [0.0, 3.0, 5.0]
-    assert queue.seconds_before(other) == 2.0
+    assert [queue.seconds_before(each, anything) for each in tickets] == [0.0, 3.0, 5.0]
+    assert queue.seconds_before(other, anything) == 2.0
+    assert queue.seconds_before(tickets[2], lambda model: model == "sd") == 4.0
+
+
+def test_a_long_ticket_ahead_does_not_keep_short_work_from_running_beside() -> None:
+    queue: Queue[Ticket] = Queue(batch_pixels=1, max_batch=16)
+    long, short = ticket(model="video", seconds=60.0), ticket(arrived=1.0, seconds=0.1)
+    queue.put(long)
+    queue.put(short)
+    assert queue.take_short(anything, longest_s=1, latest_tag=0) == [short]
+    assert queue.take(anything) == [long]

@@ -102,6 +102,40 @@ def test_short_work_runs_between_the_steps_of_long_work() -> None:
     assert max(dispatching(scene, "video", "sd")) < 1
 
 
+def test_short_work_runs_although_other_long_work_waits() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> float:
+        long = asked(dispatcher, job("video", side=4096, seconds=60))
+        await asyncio.sleep(1)
+        long += asked(dispatcher, job("film", side=4096, seconds=60), job("video", side=2048, seconds=30))
+        await asyncio.sleep(0)
+        started = now()
+        await dispatcher.answer(job("sd", seconds=0.2))
+        waited = now() - started
+        await asyncio.gather(*long)
+        return waited
+
+    assert dispatching(scene, "video", "film", "sd") < 1
+
+
+def test_work_that_cannot_run_beside_its_like_leaves_the_place_to_others() -> None:
+    """diffusers' own coders keep state between their steps."""
+
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[float, bool]:
+        engine.coder = "streaming"
+        long = asked(dispatcher, job("video", side=4096, seconds=60))
+        await asyncio.sleep(1)
+        alike = asked(dispatcher, job("video", side=64, seconds=0.1))
+        started = now()
+        await dispatcher.answer(job("sd", seconds=0.2))
+        found = now() - started, alike[0].done()
+        await asyncio.gather(*long, *alike)
+        return found
+
+    waited, is_alike_done = dispatching(scene, "video", "sd")
+    assert waited < 1
+    assert not is_alike_done
+
+
 def test_short_work_gets_no_more_than_its_share_beside_long_work() -> None:
     async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> float:
         """How many of the short ones are done by when the long one is."""

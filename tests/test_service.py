@@ -163,3 +163,24 @@ def test_a_drain_ends_when_its_time_is_over() -> None:
             return asyncio.get_running_loop().time() - started
 
     assert serving(scene, drain_timeout_s=12) == pytest.approx(12)
+
+
+def test_many_small_requests_do_not_say_how_long_a_large_one_takes() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> None:
+        engine.takes = lambda batch: 0.03
+        for _ in range(8):
+            await answer(service, side=64)
+        await answer(service, patience_s=100, side=16384)
+
+    serving(scene)
+
+
+def test_the_first_run_does_not_spoil_the_estimates() -> None:
+    async def scene(service: Service, engine: FakeEngine) -> float:
+        engine.takes = lambda batch: 30.0
+        await answer(service)
+        engine.takes = lambda batch: 0.1
+        await answer(service)
+        return service._estimates.seconds(Half("sd"), 1024 * 1024)
+
+    assert serving(scene) == pytest.approx(0.1)

@@ -54,17 +54,19 @@ class Failure(msgspec.Struct, frozen=True):
 
     kind: str
     words: tuple[str, ...]
+    retry_after_s: int | None = None
 
     @staticmethod
     def of(error: Exception) -> Failure:
         if isinstance(error, errors.ModelUnavailable):
-            return Failure("ModelUnavailable", (error.model, error.detail))
+            return Failure("ModelUnavailable", (error.model, error.detail), error.retry_after_s)
         if isinstance(error, errors.ServerError):
-            return Failure(type(error).__name__, tuple(map(str, error.args)))
+            return Failure(type(error).__name__, tuple(map(str, error.args)), error.retry_after_s)
         return Failure("ServerError", ())
 
     def error(self) -> errors.ServerError:
         found: errors.ServerError = getattr(errors, self.kind)(*self.words)
+        found.retry_after_s = self.retry_after_s
         return found
 
 

@@ -238,12 +238,22 @@ class ProcessEngine:
         try:
             while True:
                 length = int.from_bytes(await reader.readexactly(messages.LENGTH_BYTES), "little")
-                self._beats_missed = 0
-                self._hear(messages.from_worker.decode(await reader.readexactly(length)))
+                self._hear(messages.from_worker.decode(await self._read(reader, length)))
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         finally:
             beating.cancel()
+
+    async def _read(self, reader: asyncio.StreamReader, length: int) -> bytearray:
+        """Read a message in pieces: a worker that sends a large answer responds all the while."""
+        body = bytearray()
+        while len(body) < length:
+            piece = await reader.read(min(READ_AHEAD_BYTES, length - len(body)))
+            if not piece:
+                raise asyncio.IncompleteReadError(b"", length)
+            body += piece
+            self._beats_missed = 0
+        return body
 
     async def _beat(self) -> None:
         """Ask the worker again and again whether it responds, and end it when it does not.

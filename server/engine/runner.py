@@ -16,9 +16,9 @@ import torch
 
 from server.config import Settings
 from server.engine.coder import Stopped
-from server.engine.sync import SyncEngine
+from server.engine.sync import NotLoaded, SyncEngine
 from server.engine.tensors import to_host
-from server.errors import ServerError
+from server.errors import ServerError, TooLargeForDevice
 from server.outputs import format_named
 from server.types import Computed, Done, Half, RawTensor, Rendered, VAERequest
 
@@ -75,6 +75,8 @@ class Runner:
         self.steps = 0
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._renders = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
+        # Of their own: they take as long as their decode, and other answers must not wait for them.
+        self._films = ThreadPoolExecutor(2, thread_name_prefix="film")
         self._taking = threading.Lock()
         self._short: deque[Work] = deque()  # may run between the steps of longer work
         self._on_device: list[Half] = []  # what runs, and what runs between its steps
@@ -104,7 +106,7 @@ class Runner:
         threading.Thread(target=load_first, name="load", daemon=True).start()
 
     def close(self) -> None:
-        for pool in (self._device, self._renders):
+        for pool in (self._device, self._renders, self._films):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, work: Work, is_short: bool) -> None:
@@ -134,7 +136,13 @@ class Runner:
             if work is None:
                 return
             self._take(work)
-        self._run(work)
+        try:
+            self._run(work)
+        except Exception as error:  # the border of a batch: what runs beside it must not pay for it
+            log.exception("a batch failed between the steps of another one")
+            for index in work.wanted:
+                work.listener.failed(index, error)
+            work.listener.decoded()
 
     def _may_interleave(self, half: Half) -> bool:
         """diffusers' own coders keep state between their steps: the same one cannot run twice at a time."""
@@ -150,6 +158,12 @@ class Runner:
         listener.started()
         film = self._film(requests[wanted[0]]) if len(wanted) == 1 else None
         outcomes = self._compute(work, wanted, film)
+        if self._on_device and any(isinstance(outcome, NotLoaded | TooLargeForDevice) for outcome in outcomes):
+            # What runs beside it holds the memory, or its model has just been unloaded: it gets the device to itself.
+            if film:
+                film.abandon()
+            self._device.submit(self._run, work)
+            return
         if film and isinstance(outcomes[0], Exception):
             film.abandon()
         listener.decoded()
@@ -181,7 +195,7 @@ class Runner:
             self._on_device.pop()
 
     def _film(self, request: VAERequest) -> Film | None:
-        return Film(self._renders, request) if format_named(request.format).render_frames else None
+        return Film(self._films, request) if format_named(request.format).render_frames else None
 
     def _render(
         self,
@@ -229,7 +243,7 @@ class Abandoned(Exception):
 
 
 class Film:
-    """A clip that is rendered while it is decoded."""
+    """A video that is rendered while it is decoded: frames go in one by one, and the answer comes out."""
 
     def __init__(self, renders: ThreadPoolExecutor, request: VAERequest) -> None:
         self._chunks: queue.SimpleQueue[RawTensor | Abandoned | None] = queue.SimpleQueue()

@@ -7,8 +7,9 @@ import math
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from server.engine.encoders import build_encoder
 from server.engine.model import LoadedModel
 from server.engine.pipeline import NonFiniteOutput, Stream, run
 from server.engine.tensors import NAMES
-from server.errors import ModelUnavailable, NonFiniteInput
+from server.errors import ModelUnavailable, NonFiniteInput, ServerError
 from server.families import FAMILIES
 from server.types import Computed, Layout, LoadedInfo, ModelInfo, Operation, VAEJob
 
@@ -41,6 +42,10 @@ class Key(NamedTuple):
     name: str
     operation: Operation
     is_upcast: bool = False
+
+
+class NotLoaded(ServerError):
+    """Work that runs between the steps of other work wants a model that is not loaded."""
 
 
 class Turn:
@@ -69,6 +74,10 @@ class Turn:
                 self._owner = None
                 self._changed.notify_all()
 
+    @property
+    def is_mine(self) -> bool:
+        return self._owner == threading.get_ident()
+
     def give_way(self) -> None:
         """Let the threads that wait have the turn first. Only for the thread that has it."""
         if not self._waiting:
@@ -94,7 +103,9 @@ class SyncEngine:
         torch.backends.cudnn.allow_tf32 = False
         self._settings = settings
         self._turn = Turn()
-        self._load_locks = {name: threading.Lock() for name in settings.models}
+        self._load_locks: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
+        self._used = Counter[Key]()  # runs that hold the model, also between their steps
+        self._use_ended = threading.Condition()
         self._loaded: OrderedDict[Key, LoadedModel] = OrderedDict()  # the least recently used first
         self._used_at: dict[Key, float] = {}
 
@@ -117,9 +128,17 @@ class SyncEngine:
 
     def load(self, name: str, operation: Operation = Operation.DECODE) -> LoadedModel:
         """Return the model's decoder or encoder on its device, loaded and warmed up. Raises ModelUnavailable."""
-        key = Key(name, operation)
-        with self._load_locks[name]:
-            return self._loaded.get(key) or self._keep(key, self._read(name, operation, None))
+        return self._get(Key(name, operation))
+
+    def _get(self, key: Key) -> LoadedModel:
+        """Return a model, loaded first if needed. Raises ModelUnavailable; between steps of other work NotLoaded."""
+        if model := self._loaded.get(key):
+            return model
+        if self._turn.is_mine:  # a load waits for the turn that this thread has
+            raise NotLoaded
+        with self._load_locks[key]:
+            dtype = torch.float32 if key.is_upcast else None
+            return self._loaded.get(key) or self._keep(key, self._read(key.name, key.operation, dtype))
 
     def is_reentrant(self, name: str, operation: Operation) -> bool:
         """Whether jobs of this direction may run inside the check of another job of it."""
@@ -132,23 +151,49 @@ class SyncEngine:
         """Run jobs of one key now, loading first if needed; run again in float32 what half precision overflows.
 
         check: called between the steps of the work; other threads that want the device get it there too. It may call
-        `run` for a job of another key, or of the same one if it `is_reentrant`.
-        The errors returned: NonFiniteInput, BadRequest, TooLargeForDevice. Raises ModelUnavailable and Stopped.
+        `run` for a job of another key, or of the same one if it `is_reentrant`; such a run loads nothing.
+        The errors returned: NonFiniteInput, BadRequest, TooLargeForDevice. Raises ModelUnavailable, NotLoaded, Stopped.
         """
-
-        def between_steps() -> None:
-            self._turn.give_way()
-            check()
-
-        model = self.load(jobs[0].model, jobs[0].operation)
-        with self._turn, on(model.device):
-            self._note_use(Key(jobs[0].model, jobs[0].operation))
-            outcomes = run(model, jobs, stream, between_steps)
+        key = Key(jobs[0].model, jobs[0].operation)
+        model = self._get(key)
+        outcomes = self._run(key, model, jobs, stream, check)
         is_single = model.dtype is torch.float32
         return [
-            self._run_upcast(job, is_single, between_steps) if isinstance(outcome, NonFiniteOutput) else outcome
+            self._run_upcast(job, is_single, check) if isinstance(outcome, NonFiniteOutput) else outcome
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
+
+    def _run(
+        self, key: Key, model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None, check: Check
+    ) -> list[Computed | Exception]:
+        given_away_s = 0.0  # to others, between the steps
+
+        def between_steps() -> None:
+            nonlocal given_away_s
+            started = time.perf_counter()
+            self._turn.give_way()
+            check()
+            given_away_s += time.perf_counter() - started
+
+        with self._turn, on(model.device), self._using(key):
+            self._note_use(key)
+            outcomes = run(model, jobs, stream, between_steps)
+        return [
+            replace(outcome, device_ms=outcome.device_ms - given_away_s * 1e3)
+            if isinstance(outcome, Computed)
+            else outcome
+            for outcome in outcomes
+        ]
+
+    @contextmanager
+    def _using(self, key: Key) -> Iterator[None]:
+        self._used[key] += 1
+        try:
+            yield
+        finally:
+            with self._use_ended:
+                self._used[key] -= 1
+                self._use_ended.notify_all()
 
     def unload_idle(self) -> list[Key]:
         """Unload what was not used for `idle_unload_s`."""
@@ -163,13 +208,10 @@ class SyncEngine:
         if is_single:
             return NonFiniteInput(overflow.format(" even in float32"))
         try:
-            with self._load_locks[job.model]:
-                model = self._loaded.get(key) or self._keep(key, self._read(job.model, job.operation, torch.float32))
+            model = self._get(key)
         except ModelUnavailable:
             return NonFiniteInput(overflow.format(" in half precision, and there is no memory for it in float32"))
-        with self._turn, on(model.device):
-            self._note_use(key)
-            outcome = run(model, [job], check=check)[0]
+        outcome = self._run(key, model, [job], None, check)[0]
         if isinstance(outcome, NonFiniteOutput):
             return NonFiniteInput(overflow.format(" even in float32"))
         return replace(outcome, is_upcast=True) if isinstance(outcome, Computed) else outcome
@@ -202,14 +244,20 @@ class SyncEngine:
             self._unload(leaving)
 
     def _unload(self, keys: Sequence[Key]) -> list[Key]:
-        with self._turn:
-            for key in keys:
-                self._loaded.pop(key, None)
-                self._used_at.pop(key, None)
-                log.info("unloaded %s, %s", key.name, key.operation)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        return list(keys)
+        """Free the weights of these, once nothing uses them: what runs holds them, also while it gives way."""
+        while True:
+            with self._use_ended:
+                self._use_ended.wait_for(lambda: not any(self._used[key] for key in keys))
+            with self._turn:
+                if any(self._used[key] for key in keys):
+                    continue
+                for key in keys:
+                    self._loaded.pop(key, None)
+                    self._used_at.pop(key, None)
+                    log.info("unloaded %s, %s", key.name, key.operation)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                return list(keys)
 
     def _read(self, name: str, operation: Operation, dtype: torch.dtype | None) -> LoadedModel:
         """One direction of the model as configured, or in another dtype. Raises ModelUnavailable."""

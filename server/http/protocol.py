@@ -45,6 +45,8 @@ SPARE_HEAD_S = 2.0
 # take the refusal along.
 LINGER_S = 2.0
 TICK_S = 0.25
+# How far ahead of 64 KiB a second a reader may get, so that it cannot stop for hours after a fast start.
+MOST_CREDIT_S = 60.0
 TURNS = itertools.count()  # orders events of one moment, which the loop's clock may give the same time
 
 
@@ -261,8 +263,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch_head(now, self._head_since)
 
     def _is_overdue(self, now: float) -> bool:
-        is_left = self._hang_up_at is not None and now > self._hang_up_at
-        return is_left or self._is_body_too_slow_after_its_answer(now)
+        has_lingered = self._hang_up_at is not None and now > self._hang_up_at
+        return has_lingered or self._is_body_too_slow_after_its_answer(now)
 
     def _cut_answer_off(self) -> None:
         """End a connection whose client reads too slowly. The application notices it while it still sends."""
@@ -280,8 +282,10 @@ class BoundedProtocol(HttpToolsProtocol):
         taken = self.transport.taken_bytes
         if self._sending_since is None:
             self._sending_since = now
-        allowed_s = self.options.send_timeout_s + (taken - self._taken_before) / SLOWEST_BYTES_PER_S
-        return now > self._sending_since + allowed_s
+        credit_s = min(MOST_CREDIT_S, (taken - self._taken_before) / SLOWEST_BYTES_PER_S)
+        if credit_s == MOST_CREDIT_S and taken > self._taken_before:
+            self._sending_since, self._taken_before = now, taken - int(MOST_CREDIT_S * SLOWEST_BYTES_PER_S)
+        return now > self._sending_since + self.options.send_timeout_s + credit_s
 
     def _is_body_too_slow_after_its_answer(self, now: float) -> bool:
         """A body that was refused unread, with 413 say, is read and dropped, so that its sender gets to the answer."""

@@ -335,7 +335,12 @@ async def _body(request: Request, admission: Admission, limit: int, grace_s: flo
     body, started = bytearray(), asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout_at(started + grace_s) as deadline:
-            with admission.arriving(lambda: deadline.reschedule(0)):
+
+            def give_up() -> None:
+                if not deadline.expired():
+                    deadline.reschedule(0)
+
+            with admission.arriving(give_up):
                 async for chunk in request.stream():
                     admission.grow(len(chunk))
                     body += chunk

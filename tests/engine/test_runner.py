@@ -125,9 +125,9 @@ def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
     half = runner.Runner(made.sync._settings.model_copy(update={"models": {"hunyuan": entry}}))
     run, calls = pipeline.run, []
 
-    def overflows_once(model: Any, jobs: Any, stream: Any = None) -> Any:
+    def overflows_once(model: Any, jobs: Any, stream: Any, check: Any) -> Any:
         calls.append(stream)
-        outcomes = run(model, jobs, stream)
+        outcomes = run(model, jobs, stream, check)
         if len(calls) == 1:
             stream.abandon()
             return [NonFiniteOutput()]

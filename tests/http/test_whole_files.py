@@ -131,21 +131,29 @@ def header(text: str, body: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text.encode() + body
 
 
+NOT_UTF8 = b'{"\xff":1}'
 ENTRY = '{"latents":{"dtype":"F32","shape":[1,4,8,8],"data_offsets":[0,1024]}}'
 DAMAGED = {
     "cut short": (header(ENTRY, bytes(1000)), "is cut short: 'latents' ends at byte 1024, and there are 1000"),
     "no header": (header("{nonsense}"), "a header that is not a safetensors header"),
     "a header that is cut": (header(ENTRY)[:40], "a header that is not a safetensors header"),
-    "an entry that is none": (header('{"latents":[1]}'), "a header that is not a safetensors header"),
+    "an entry that is none": (header('{"latents":[1]}'), "a shape that latents cannot have"),
     "nested": (header('{"latents":' + "[" * 9999 + "]" * 9999 + "}"), "a header that is not a safetensors header"),
     "offsets that lie": (header(ENTRY.replace("[0,1024]", "[0,9]"), bytes(1024)), "shape and offsets disagree"),
-    "negative offsets": (header(ENTRY.replace("[0,1024]", "[-1024,0]"), bytes(1024)), "shape and offsets disagree"),
-    "negative sizes": (header(ENTRY.replace("[1,4,8,8]", "[-1,-4,8,8]"), bytes(1024)), "shape and offsets disagree"),
+    "negative offsets": (header(ENTRY.replace("[0,1024]", "[-1024,0]"), bytes(1024)), "a shape that latents cannot have"),
+    "negative sizes": (header(ENTRY.replace("[1,4,8,8]", "[-1,-4,8,8]"), bytes(1024)), "a shape that latents cannot have"),
+    "not UTF-8": (len(NOT_UTF8).to_bytes(8, "little") + NOT_UTF8, "a header that is not a safetensors header"),
+    "a shape that takes seconds to multiply": (
+        header(ENTRY.replace("[1,4,8,8]", "[" + "9223372036854775807," * 50_000 + "1]")), "a shape that latents cannot have"
+    ),
+    "a number that takes seconds to read": (
+        header(ENTRY.replace("[1,4,8,8]", "[" + "9" * 1_000_000 + "]")), "a header that is not a safetensors header|a shape"
+    ),
     "doubles": (save({"latents": torch.zeros(1, 4, 8, 8).double()}), "has 'latents' as 'F64'; send float16"),
     "many tensors": (save({n: torch.zeros(1) for n in "abcdefg"}), "no tensor 'latents'; it has 'a', 'b', 'c', 'd', 'e' …; send one with a single"),
     "no tensor": (header("{}"), "no tensor 'latents'; it has none"),
-    "six axes": (save({"latents": torch.zeros(1, 1, 1, 4, 8, 8)}), "shape has 6 dimensions"),
-    "a number": (save({"latents": torch.tensor(1.0)}), "shape is missing"),
+    "six axes": (save({"latents": torch.zeros(1, 1, 1, 4, 8, 8)}), "a shape that latents cannot have; send 1 to 5 dimensions"),
+    "a number": (save({"latents": torch.tensor(1.0)}), "a shape that latents cannot have"),
     "no values": (save({"latents": torch.zeros(1, 4, 0, 8)}), "whole numbers from 1"),
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, groupby
 
 from server.errors import NotAcceptable
 from server.http.wire.parameters import DECIMAL, Parameters
@@ -64,6 +64,7 @@ def _preferences(accept: str) -> tuple[list[list[str]], set[str]]:
         quality = float(weight) if DECIMAL.fullmatch(weight) else 0.0
         if media_type:
             ranked.append((quality, media_type))
-    levels = sorted({quality for quality, _ in ranked if quality > 0}, reverse=True)
-    wanted = [[media_type for quality, media_type in ranked if quality == level] for level in levels]
+    by_quality = sorted((pair for pair in ranked if pair[0] > 0), key=lambda pair: -pair[0])
+    levels = groupby(by_quality, key=lambda pair: pair[0])
+    wanted = [[media_type for _, media_type in level] for _, level in levels]
     return wanted, {media_type for quality, media_type in ranked if quality <= 0}
