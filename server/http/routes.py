@@ -134,7 +134,7 @@ async def _read_pixels(request: Request, service: Service, admission: Admission)
 
     async def finish() -> VAERequest:
         loop = asyncio.get_running_loop()
-        header = await loop.run_in_executor(FILES, wire.header_of, info, file)
+        header = await loop.run_in_executor(FILES, wire.header_of, parameters, info, file)
         admission.reserve(wire.file_bytes_held(header, file))
         return await loop.run_in_executor(FILES, wire.read_pixels, parameters, accept, info, file, header)
 
