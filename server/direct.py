@@ -41,7 +41,7 @@ class Direct:
         info = self._describe(model)
         if sent.has("shape"):
             return wire.prepare_pixels(sent, accept, info).with_data(body)
-        return wire.read_pixels(sent, accept, info, data, wire.header_of(info, data))
+        return wire.read_pixels(sent, accept, info, data, wire.header_of(sent, info, data))
 
     def run(self, request: VAERequest) -> Computed:
         outcome = self.engine.run([request.job])[0]

@@ -250,7 +250,7 @@ def _encode_file(sent: Sent) -> Finish:
     on_thread = partial(threads.run, sent.service, sent.admission)
 
     async def finish() -> VAERequest:
-        header = await on_thread(wire.header_of, info, file)
+        header = await on_thread(wire.header_of, parameters, info, file)
         sent.admission.reserve(wire.file_bytes_held(header, file))
         return await on_thread(wire.read_pixels, parameters, accept, info, file, header)
 

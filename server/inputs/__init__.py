@@ -1,11 +1,11 @@
-"""Pictures and clips to pixels, for encoding. The first bytes say what a file is; its header is checked first."""
+"""Images and videos to pixels, for encoding. The first bytes say what a file is; its header is checked first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.inputs.image import picture_size, read_picture, resized
-from server.inputs.video import clip_size, read_clip
+from server.inputs.image import image_size, read_image, resized
+from server.inputs.video import VideoHeader, read_video, read_video_header
 from server.types import RawTensor
 
 VIDEO_TYPE = "video/mp4"
@@ -14,12 +14,14 @@ STILLS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself."""
+    """What a file says of itself. height, width: upright if `rotate`, else as they are stored."""
 
     media_type: str
     frames: int
     height: int
     width: int
+    rotate: bool = True
+    video: VideoHeader | None = None
 
 
 def media_type_of(data: bytes | bytearray | memoryview) -> str | None:
@@ -34,20 +36,23 @@ def media_type_of(data: bytes | bytearray | memoryview) -> str | None:
     return VIDEO_TYPE if head[4:8] == b"ftyp" and head[8:] not in STILLS else None
 
 
-def read_header(data: bytes | bytearray, media_type: str, max_frames: int) -> Header:
-    """Before anything is decoded; of a clip's frames no more than one too many are counted.
+def read_header(data: bytes | bytearray, media_type: str, max_frames: int, *, rotate: bool = True) -> Header:
+    """Read a file's header, before anything is decoded.
 
-    Raises BadRequest, UnsupportedBody, TooLarge.
+    rotate: as EXIF or the display matrix says, upright; else the stored axes. Raises BadRequest, UnsupportedBody,
+    TooLarge.
     """
-    frames, height, width = clip_size(data, max_frames) if media_type == VIDEO_TYPE else (1, *picture_size(data))
-    return Header(media_type, frames, height, width)
+    if media_type != VIDEO_TYPE:
+        return Header(media_type, 1, *image_size(data, rotate=rotate), rotate)
+    video = read_video_header(data, max_frames)
+    return Header(media_type, video.movie.frames, *video.size(rotate=rotate), rotate, video)
 
 
 def read_file(data: bytes | bytearray, header: Header, mode: str) -> RawTensor:
-    """uint8 `[F, H, W, C]`, of a picture one frame. mode: Pillow's, RGB or RGBA. Raises BadRequest."""
-    if header.media_type == VIDEO_TYPE:
-        return read_clip(data, header.frames, header.height, header.width)
-    return read_picture(data, mode)
+    """uint8 `[F, H, W, C]`, of an image one frame. mode: Pillow's, RGB or RGBA. Raises BadRequest."""
+    if header.video:
+        return read_video(data, header.video, rotate=header.rotate)
+    return read_image(data, mode, rotate=header.rotate)
 
 
 __all__ = ["VIDEO_TYPE", "Header", "media_type_of", "read_file", "read_header", "resized"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from server.errors import BadRequest, TooLarge, UnsupportedBody
 from server.types import RawTensor
@@ -18,11 +18,25 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow would try forty, some of them hardly
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})
 MOST_SCANS = 100  # of a JPEG: each may be nearly empty and costs a pass over the whole picture
 PNG_BITS = 24  # where the header says how many a channel has
+# EXIF's orientations, and what makes each upright, as `ImageOps.exif_transpose` does.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNED = frozenset({5, 6, 7, 8})
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, struct.error, zlib.error)
 
 
-def picture_size(data: bytes | bytearray) -> tuple[int, int]:
-    """Height and width, from the header alone. Raises BadRequest, UnsupportedBody, TooLarge."""
+def image_size(data: bytes | bytearray, *, rotate: bool) -> tuple[int, int]:
+    """Height and width, from the header alone; upright, as EXIF says, if `rotate`.
+
+    Raises BadRequest, UnsupportedBody, TooLarge.
+    """
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MOST_SCANS:
         raise BadRequest(f"the JPEG has more than {MOST_SCANS} scans; save it again")
     with _opened(data) as picture:
@@ -31,17 +45,30 @@ def picture_size(data: bytes | bytearray) -> tuple[int, int]:
             raise UnsupportedBody("animated pictures are not read; send one frame, or a clip as MP4 to a video model")
         if picture.mode not in MODES or (picture.format == "PNG" and data[PNG_BITS] > 8):  # Pillow cuts 16 to 8
             raise UnsupportedBody("the picture has more than 8 bits a channel; send 8 bits, or a float tensor")
-        return picture.height, picture.width
+        is_turned = rotate and _orientation(picture) in TURNED
+        return (picture.width, picture.height) if is_turned else (picture.height, picture.width)
 
 
-def read_picture(data: bytes | bytearray, mode: str) -> RawTensor:
-    """uint8 `[1, H, W, C]`. RGB drops an alpha channel, as `Image.convert` does; EXIF is ignored.
+def read_image(data: bytes | bytearray, mode: str, *, rotate: bool) -> RawTensor:
+    """uint8 `[1, H, W, C]`, upright, as EXIF says, if `rotate`. RGB drops an alpha channel, as `Image.convert` does.
 
     Raises BadRequest.
     """
     with _opened(data) as picture:
-        pixels = np.asarray(picture.convert(mode))  # [H, W, C]
+        picture.load()  # a PNG's EXIF may follow its pixels
+        turn = UPRIGHT.get(_orientation(picture)) if rotate else None
+        image = picture.convert(mode)
+        pixels = np.asarray(image if turn is None else image.transpose(turn))  # [H, W, C]
     return RawTensor((1, *pixels.shape), "uint8", pixels.reshape(-1).data)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's, 1 to 8, where 1 is upright, as far as it was read yet. EXIF that is damaged turns nothing."""
+    try:
+        # Of the base class: PngImageFile's own would decode all pixels to look for EXIF that follows them.
+        return int(Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1))
+    except DAMAGED:
+        return 1
 
 
 @contextmanager

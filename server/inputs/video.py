@@ -4,85 +4,124 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import imageio_ffmpeg
-
+from server import ffmpeg
 from server.errors import BadRequest
+from server.inputs.boxes import SKIPPED, Movie, read_movie
 from server.types import RawTensor
 
-# Whatever is in the file, ffmpeg reads no other file and no address, runs the decoders of the usual formats alone, and
-# takes no more than this memory and time. Rotation is left alone, as EXIF is in pictures.
+# Whatever is in the file, ffmpeg reads no other file and no address, and runs the decoders of the usual formats alone.
 CODECS = "h264,hevc,av1,libdav1d,vp9,mpeg4"
-INPUT = ("-v", "error", "-xerror", "-nostdin", "-noautorotate", "-f", "mov", "-protocol_whitelist", "file")
-MOST_BYTES = 4 << 30
-LONGEST_S = 30
+INPUT = ("-v", "error", "-xerror", "-f", "mov", "-protocol_whitelist", "file", "-codec_whitelist", CODECS)
 EXACT = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # the usual conversion darkens by about a level
 DIMENSIONS = re.compile(rb"^#dimensions 0: (\d+)x(\d+)$", re.MULTILINE)
-PACKET = re.compile(rb"^0,", re.MULTILINE)
+# Address space, with two threads: 1080p took 340 MiB and 4K of 10 bits 620 MiB, in H.264, HEVC, VP9 and AV1.
+THREADS = ("-threads", "2", "-filter_threads", "1")
+BASE_BYTES, HELD_FRAMES, RGB = 512 << 20, 16, 3
+MOST_PIXELS = 1 << 26  # of a frame whose size is not known yet: 8192x8192
+LEAST_PIXELS = 1 << 20  # decoders count the edges that they add to a small frame
+# Processor time: a million pixels took 0.02 s, half of it to scale what is shown. Ten times as much is allowed.
+BASE_S, DECODE_S_PER_PIXEL, SCALE_S_PER_PIXEL = 30.0, 0.1e-6, 0.1e-6
+BUSY = 10  # how many times longer it may take on a busy machine
 
 
-def clip_size(data: bytes | bytearray, max_frames: int) -> tuple[int, int, int]:
-    """Frames, one more than `max_frames` at most, their height and width, as the index says. Raises BadRequest."""
-    listed = _ffmpeg(data, "-frames:v", str(max_frames + 1), "-c", "copy", "-f", "framecrc")
-    frames, size = len(PACKET.findall(listed)), DIMENSIONS.search(listed)
-    if size is None or frames == 0:
+@dataclass(frozen=True, slots=True)
+class VideoHeader:
+    """The first video of an MP4. height, width: of a frame as it is stored, before the display matrix turns it."""
+
+    movie: Movie
+    height: int
+    width: int
+
+    def size(self, *, rotate: bool) -> tuple[int, int]:
+        """Height and width, upright if `rotate`."""
+        is_turned = rotate and self.movie.is_turned
+        return (self.width, self.height) if is_turned else (self.height, self.width)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What ffmpeg may take to decode it."""
+        return BASE_BYTES + HELD_FRAMES * RGB * self.height * self.width
+
+    @property
+    def cpu_s(self) -> float:
+        """How long ffmpeg may compute to decode it."""
+        seconds = self.movie.samples * DECODE_S_PER_PIXEL + self.movie.frames * SCALE_S_PER_PIXEL
+        return BASE_S + seconds * self.height * self.width
+
+
+def read_video_header(data: bytes | bytearray, max_frames: int) -> VideoHeader:
+    """Read an MP4's index, and the size of its frames from its codec. Raises BadRequest, TooLarge."""
+    movie = read_movie(data, max_frames)
+    with _file(data, movie) as path:
+        command = _command(path, MOST_PIXELS, "-frames:v", "1", "-c", "copy", "-f", "framecrc")
+        size = DIMENSIONS.search(_run(command, path, BASE_BYTES, BASE_S))
+    if size is None or movie.frames == 0:
         raise BadRequest("the clip has no pictures; send an MP4 with a video in it")
-    return frames, int(size[2]), int(size[1])
+    return VideoHeader(movie, int(size[2]), int(size[1]))
 
 
-def read_clip(data: bytes | bytearray, frames: int, height: int, width: int) -> RawTensor:
-    """uint8 `[F, H, W, 3]`, each coded frame once. Raises BadRequest."""
-    passed = "-fps_mode", "passthrough", "-frames:v", str(frames), "-vf", f"scale={width}:{height}:flags={EXACT}"
-    pixels = _ffmpeg(data, *passed, "-f", "rawvideo", "-pix_fmt", "rgb24", most_pixels=2 * (height + 64) * (width + 64))
-    decoded = len(pixels) // (height * width * 3)
+def read_video(data: bytes | bytearray, header: VideoHeader, *, rotate: bool) -> RawTensor:
+    """Decode to uint8 `[F, H, W, 3]`: each frame that a player shows, once, in order. Raises BadRequest."""
+    height, width = header.size(rotate=rotate)
+    once = "-fps_mode", "passthrough", "-frames:v", str(header.movie.frames)
+    scaled = "-vf", f"scale={width}:{height}:flags={EXACT}", "-f", "rawvideo", "-pix_fmt", "rgb24"
+    with _file(data, header.movie) as path:
+        command = _command(path, max(LEAST_PIXELS, 2 * height * width), *once, *scaled, rotate=rotate)
+        pixels = _run(command, path, header.memory_bytes, header.cpu_s)
+    decoded = len(pixels) // (height * width * RGB)
     if decoded == 0:
         raise BadRequest("no frame of the clip can be decoded; send a whole MP4")
-    return RawTensor((decoded, height, width, 3), "uint8", memoryview(pixels))
+    return RawTensor((decoded, height, width, RGB), "uint8", memoryview(pixels))
 
 
-def _ffmpeg(data: bytes | bytearray, *output: str, most_pixels: int = 1 << 28) -> bytes:
-    """What ffmpeg makes of the clip's first video. Raises BadRequest."""
-    with _input_file(data) as path:
-        inherited = [int(path.name)] if path.parent.name == "fd" else []
-        bounds = "-codec_whitelist", CODECS, "-max_pixels", str(most_pixels)
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), *INPUT, *bounds, "-i", str(path), "-map", "0:V:0", *output, "-"]
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            pass_fds=inherited,
-            env={},  # and so no key
-        ) as ffmpeg:
-            if hasattr(resource, "prlimit"):
-                resource.prlimit(ffmpeg.pid, resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-            made = b""
-            try:
-                made, _ = ffmpeg.communicate(timeout=LONGEST_S)
-            except subprocess.TimeoutExpired:
-                ffmpeg.kill()
-        if ffmpeg.returncode != 0:
-            raise BadRequest(
-                "the clip is damaged, cut short or not of a usual codec; send a whole MP4 with a video in it"
-            )
-        return made
+def _command(path: Path, most_pixels: int, *output: str, rotate: bool = True) -> list[str]:
+    """ffmpeg's arguments. most_pixels: of a frame; rotate: by the display matrix."""
+    rotation = () if rotate else ("-noautorotate",)
+    bounds = "-max_pixels", str(most_pixels)
+    return [*INPUT, *THREADS, *rotation, *bounds, "-i", str(path), "-map", "0:V:0", *output, "-"]
+
+
+def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> bytes:
+    """What ffmpeg makes of the file. Raises BadRequest."""
+    inherited = [int(path.name)] if path.parent.name == "fd" else []
+    limits = {"memory_bytes": memory_bytes, "cpu_s": int(cpu_s)}
+    with ffmpeg.start(command, stdout=subprocess.PIPE, files=inherited, **limits) as running:
+        made = b""
+        try:
+            made, _ = running.communicate(timeout=BUSY * cpu_s)
+        except subprocess.TimeoutExpired:
+            running.kill()
+        except BaseException:  # nobody waits for it any more
+            running.kill()
+            raise
+    if running.returncode < 0:
+        raise BadRequest("the clip takes far longer to decode than one of its size does; write it again with ffmpeg")
+    if running.returncode:
+        raise BadRequest("the clip is damaged, cut short or not of a usual codec; send a whole MP4 with a video in it")
+    return made
 
 
 @contextmanager
-def _input_file(data: bytes | bytearray) -> Iterator[Path]:
-    """Where ffmpeg may seek: in memory on Linux, so no disk fills and nothing stays."""
-    if hasattr(os, "memfd_create"):
-        with os.fdopen(os.memfd_create("clip"), "wb") as file:
-            file.write(data)
-            file.flush()
-            yield Path(f"/proc/self/fd/{file.fileno()}")
-    else:
-        with tempfile.TemporaryDirectory(prefix="vae-clip-") as folder:
+def _file(data: bytes | bytearray, movie: Movie) -> Iterator[Path]:
+    """Where ffmpeg may seek, without what it need not see. In memory on Linux, so no disk fills and nothing stays."""
+    with ExitStack() as stack:
+        if hasattr(os, "memfd_create"):
+            file = stack.enter_context(os.fdopen(os.memfd_create("clip"), "wb", buffering=0))
+            path = Path(f"/proc/self/fd/{file.fileno()}")
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vae-clip-"))
             path = Path(folder) / "clip.mp4"
-            path.write_bytes(data)
-            yield path
+            file = stack.enter_context(path.open("wb", buffering=0))
+        written = 0
+        while written < len(data):
+            written += file.write(memoryview(data)[written:])
+        for place in movie.skipped:
+            os.pwrite(file.fileno(), SKIPPED, place)
+        yield path

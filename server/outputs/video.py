@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
-import imageio_ffmpeg
-
+from server import ffmpeg
 from server.errors import Impossible
 from server.types import RawTensor, Rendered, RenderOptions
 
@@ -43,25 +42,25 @@ def render_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Re
     with _output_file() as path, tempfile.TemporaryFile() as errors:
         # fmt: off
         command = [
-            imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y",
+            "-v", "error", "-y",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{options.fps:g}", "-i", "pipe:0",
             "-vf", _filters(height, width), "-c:v", "libx264", "-crf", str(crf),
             "-movflags", "+faststart", "-f", "mp4", str(path),
         ]
         # fmt: on
         inherited = [int(path.name)] if path.parent.name == "fd" else []
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors, pass_fds=inherited) as ffmpeg:
+        with ffmpeg.start(command, stdin=subprocess.PIPE, stderr=errors, files=inherited) as running:
             try:
-                assert ffmpeg.stdin is not None
+                assert running.stdin is not None
                 with suppress(BrokenPipeError):  # ffmpeg ended: its status says why
                     for chunk in chain([first], chunks):
-                        ffmpeg.stdin.write(chunk.data)  # the decoder's own buffer, not a copy
-                    ffmpeg.stdin.close()
+                        running.stdin.write(chunk.data)  # the decoder's own buffer, not a copy
+                    running.stdin.close()
                 with suppress(BrokenPipeError):  # of what was still buffered
-                    ffmpeg.stdin.close()
-                status = ffmpeg.wait()
+                    running.stdin.close()
+                status = running.wait()
             except BaseException:  # no more frames will come
-                ffmpeg.kill()
+                running.kill()
                 raise
         if status != 0:
             errors.seek(0)

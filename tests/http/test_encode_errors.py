@@ -16,13 +16,12 @@ import pytest
 import requests
 from PIL import Image, PngImagePlugin
 
-from server.errors import BadRequest
 from server.http.wire import encode as wire_encode
-from server.inputs import video
 from server.outputs.video import render_mp4
 from server.types import RawTensor, RenderOptions
 from tests.http.test_errors import assert_refused
 from tests.http.test_remote_encode import picture
+from tests.inputs.mp4 import few, full, movie, numbers, trak
 
 
 def assert_says(response: requests.Response, status: int, code: str, words: str) -> None:
@@ -167,8 +166,9 @@ def test_what_an_answer_cannot_be(url: str) -> None:
 CLIPS: list[tuple[Callable[[], bytes], int, str, str]] = [
     (lambda: clip(8), 422, "impossible", "takes 4 k + 1 frames; send 5 or 9"),
     (lambda: clip(21), 413, "too_large", "frames, 'hunyuan' takes at most 17"),
-    (lambda: clip(5)[:-900], 400, "bad_request", "the clip"),
-    (lambda: b"\0\0\0\x18ftypmp42" + bytes(999), 400, "bad_request", "the clip"),
+    (lambda: clip(5)[:-900], 400, "bad_request", "the MP4's index is damaged or cut short"),
+    (lambda: b"\0\0\0\x18ftypmp42" + bytes(999), 400, "bad_request", "the MP4's index is damaged"),
+    (lambda: movie(trak(few(stsz=full(b"stsz", numbers(1, 85_000_000))))), 413, "too_large", "85000000 frames"),
 ]
 
 
@@ -184,25 +184,6 @@ def test_a_clip_of_an_unusual_codec_is_refused(url: str) -> None:
          "-c:v", "mpeg2video", "-f", "mp4", "-movflags", "frag_keyframe+empty_moov", "-"], capture_output=True, check=True,
     ).stdout  # fmt: skip
     assert_says(ask(url, made, model="hunyuan"), 400, "bad_request", "not of a usual codec")
-
-
-def test_ffmpeg_sees_no_secret_and_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    short, long, large = clip(3), clip(9), clip(3, 512)
-    started: list[dict[str, Any]] = []
-    popen = subprocess.Popen
-
-    def watched(*arguments: Any, **options: Any) -> Any:
-        started.append(options)
-        return popen(*arguments, **options)
-
-    monkeypatch.setattr(video.subprocess, "Popen", watched)
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    assert video.clip_size(short, 17) == (3, 32, 32)
-    assert video.clip_size(long, 4)[0] == 5, "no more are counted than one too many"
-    assert [options["env"] for options in started] == [{}, {}]
-    monkeypatch.setattr(video, "MOST_BYTES", 1 << 20)
-    with pytest.raises(BadRequest):
-        video.read_clip(large, 3, 512, 512)
 
 
 def test_one_bad_picture_does_not_spoil_the_next(url: str) -> None:

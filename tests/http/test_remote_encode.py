@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 import requests
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import load_image
 from diffusers.utils.remote_utils import remote_encode
 from diffusers.video_processor import VideoProcessor
-from PIL import Image
+from PIL import ExifTags, Image
 
 from server.inputs import read_file, read_header
 from server.outputs.video import render_mp4
@@ -22,6 +24,7 @@ from server.types import RawTensor, RenderOptions
 from tests.conftest import Serve
 from tests.http.test_errors import assert_refused
 from tests.http.test_remote_decode import decode_quietly
+from tests.inputs.mp4 import H264, source, write
 from tests.vaes import LocalVae
 
 Vaes = dict[str, LocalVae]
@@ -222,6 +225,42 @@ def test_a_clips_colours_are_read_as_they_were_written() -> None:
     seen = read_file(mp4, read_header(mp4, "video/mp4", 9), "RGB")
     error = np.frombuffer(seen.data, np.uint8).reshape(-1, 3).astype(float).mean(0) - frames.reshape(-1, 3).mean(0)
     assert np.abs(error).max() < 0.4, error
+
+
+def test_files_are_encoded_upright_unless_the_client_says_otherwise(url: str, vaes: Vaes, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = tmp_path / "photo.jpg"
+    picture(32, 64).save(path, exif=exif, quality=95)
+    with Image.open(path) as stored:
+        stored.load()
+    for rotate, image in ((None, load_image(str(path))), ("True", load_image(str(path))), ("False", stored)):
+        answer = requests.post(url + "sd/encode", path.read_bytes(), params={"rotate": rotate}, timeout=300)
+        expected = mode_of(vaes["sd"], preprocessed(image.convert("RGB")))
+        assert json.loads(answer.headers["shape"]) == list(expected.shape)
+        close(torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(expected.shape), expected)
+    body = {"inputs": base64.b64encode(path.read_bytes()).decode(), "parameters": {"rotate": False}}
+    assert requests.post(url + "sd/encode", json=body, timeout=300).headers["shape"] == "[1, 4, 4, 8]"
+    refused = requests.post(url + "sd/encode", path.read_bytes(), params={"rotate": "left"}, timeout=300)
+    assert_refused(refused, 400, "bad_request", "rotate must be True or False")
+
+
+def test_a_turned_mp4_is_encoded_upright_unless_the_client_says_otherwise(url: str, tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.mp4", *source(0.2, size="64x32"), *H264)
+    turned = write(tmp_path / "turned.mp4", "-display_rotation", "90", "-i", whole, "-c", "copy").read_bytes()
+    for rotate, shape in (("True", "[1, 16, 2, 8, 4]"), ("False", "[1, 16, 2, 4, 8]")):
+        answer = requests.post(url + "hunyuan/encode", turned, params={"rotate": rotate}, timeout=300)
+        assert answer.headers["shape"] == shape, answer.text[:200]
+
+
+def test_of_a_cut_mp4_what_a_player_shows_is_encoded(url: str, tmp_path: Path) -> None:
+    """The model takes 17 frames; the file has 25."""
+    whole = write(tmp_path / "whole.mp4", *source(1, size="64x32"), *H264, "-bf", "0")
+    cut = write(tmp_path / "cut.mp4", "-ss", "0.8", "-t", "0.2", "-i", whole, "-c", "copy").read_bytes()
+    answer = requests.post(url + "hunyuan/encode", cut, timeout=300)
+    assert answer.headers["shape"] == "[1, 16, 2, 4, 8]", answer.text[:200]
+    refused = requests.post(url + "hunyuan/encode", whole.read_bytes(), timeout=300)
+    assert_refused(refused, 413, "too_large", "25 frames, 'hunyuan' takes at most 17")
 
 
 def test_half_precision_answers_in_its_own_dtype(url: str, vaes: Vaes) -> None:

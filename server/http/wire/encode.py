@@ -160,10 +160,16 @@ def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
     choose_format(parameters, "pt", accept, info.latents.kind)
     parameters.scaling()
     parameters.output_dtype()
+    _rotate(parameters)
     _seed(parameters, info.latents)
 
 
-def header_of(info: ModelInfo, data: bytes | bytearray) -> Header:
+def _rotate(parameters: Parameters) -> bool:
+    """Whether a file is made upright, as EXIF or the display matrix says."""
+    return parameters.flag("rotate", default=True)
+
+
+def header_of(parameters: Parameters, info: ModelInfo, data: bytes | bytearray) -> Header:
     """Of a picture or a clip that this model takes. Raises BadRequest, UnsupportedBody, TooLarge, Impossible."""
     media_type = media_type_of(data)
     if not data:
@@ -175,7 +181,7 @@ def header_of(info: ModelInfo, data: bytes | bytearray) -> Header:
         )
     if media_type == VIDEO_TYPE and info.latents.kind == "image":
         raise Impossible("this model encodes pictures, the body is a video; send one frame of it as a picture")
-    header = read_header(data, media_type, info.limits.max_frames)
+    header = read_header(data, media_type, info.limits.max_frames, rotate=_rotate(parameters))
     size = Geometry((1,), is_packed=False, num_frames=header.frames, height=header.height, width=header.width)
     check_limits(size, info.limits, info.name)
     if size.pixels * RGBA > MOST_PIXEL_BYTES:

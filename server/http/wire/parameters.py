@@ -23,7 +23,7 @@ KNOWN = frozenset(
             "fps",
             "quality",
         ),
-        *("sample", "seed", "output_dtype"),
+        *("sample", "seed", "output_dtype", "rotate"),
     )
 )
 NOT_SENT = frozenset({"", "none", "null"})
@@ -80,9 +80,9 @@ class Parameters:
     def has(self, key: str) -> bool:
         return any(value.strip().lower() not in NOT_SENT for value in self._values.get(key, []))
 
-    def flag(self, key: str) -> bool:
+    def flag(self, key: str, *, default: bool = False) -> bool:
         text = self.text(key)
-        match (text or "false").lower():
+        match (text or str(default)).lower():
             case "true" | "1":
                 return True
             case "false" | "0":
