@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from server.config import SLOWEST_BYTES_PER_S, ServerOptions
+from server.config import REFUSED_SHARE, SLOWEST_BYTES_PER_S, ServerOptions
 from server.errors import (
     HeadTooLarge,
     MalformedRequest,
@@ -144,6 +144,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write(_serialised(response))
         self.transport.write_eof()
         self._hang_up_at = self.loop.time() + LINGER_S
+        most = self.options.max_connections
+        if len(self.connections) > most + most // REFUSED_SHARE:
+            self.transport.close()  # there may be no file left for the next connection, which is to be answered too
         return error
 
     def _owes_answer(self) -> bool:
