@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import resource
 import signal
 import socket
 import sys
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from server import __version__
-from server.config import ServerOptions, Settings, load_settings
+from server.config import REFUSED_SHARE, ServerOptions, Settings, forget_keys, load_settings
 from server.errors import ConfigError, ModelUnavailable, ServerError
 from server.logs import write_logs
 
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     import requests
 
     from server.direct import Direct
+
+log = logging.getLogger(__name__)
+
+# Open files of the front process beside its connections: its own, its workers', and those of files that ffmpeg reads.
+OTHER_FILES = 40
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -70,12 +77,39 @@ def main() -> None:
 def serve(models: tuple[str, ...], **flags: Any) -> None:
     """Serve the models of models.yaml, or just the named ones: the first then answers at /."""
     # From the first import on, also as process 1 of a container; uvicorn takes over and hands the signal back.
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, lambda *_: sys.exit(0))
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup's choice is kept
+            signal.signal(ending, lambda *_: sys.exit(0))
     settings = load_settings(models, **flags)
+    forget_keys()
     listener = bind(settings.options.host, settings.options.port)
     write_logs(settings.options.log_level, settings.options.log_format)
-    run_server(settings, listener)
+    run_server(fit_connections(settings), listener)
+
+
+def fit_connections(settings: Settings) -> Settings:
+    """Raise this process's limit of open files as far as `max_connections` needs it, else lower `max_connections`.
+
+    Past the limit the kernel's queue would be closed without an answer. Connections that are refused are open for a
+    moment too, see `REFUSED_SHARE`.
+    """
+    options = settings.options
+    needed = OTHER_FILES + options.max_connections + options.max_connections // REFUSED_SHARE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return settings
+    fitting = max(1, (soft - OTHER_FILES) * REFUSED_SHARE // (REFUSED_SHARE + 1))
+    log.warning(
+        "max_connections is %d instead of %d, because this process may have only %d open files; raise the limit "
+        "(ulimit -n, LimitNOFILE=, --ulimit nofile=)",
+        fitting,
+        options.max_connections,
+        soft,
+    )
+    return settings.model_copy(update={"options": options.model_copy(update={"max_connections": fitting})})
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -181,7 +215,9 @@ def download(names: tuple[str, ...], config: str | None) -> None:
         source = loader.source_of(settings, name)
         try:
             loader.read_info(source)
-            click.echo(f"{name}: {source.folder()}")
+            click.echo(f"{name}: {(folder := source.folder())}")
+            if (commit := source.commit_of(folder)) and not source.entry.revision:
+                click.echo(f"   to keep this version: revision: {commit}")
         except ModelUnavailable as error:
             click.echo(f"error: {error.detail}", err=True)
             missed += 1

@@ -32,6 +32,7 @@ MOUNTED = (Path("/repository"), Path("/opt/ml/model"))  # Inference Endpoints an
 ROUTE_WORDS = frozenset({"health", "metrics", "models", "predict", "encode", "openapi.json", "ping", "invocations"})
 USUAL_FPS = 10.0  # of the hosted endpoint for videos
 SLOWEST_BYTES_PER_S = 64 << 10  # a client below it, once its grace has passed, is cut off
+REFUSED_SHARE = 4  # of max_connections: a fourth as many more may be open while they read that they are refused
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}:", re.ASCII)
@@ -298,6 +299,12 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     # Who names a model wants it ready, not at its first request.
     models = {name: file.models[name].model_copy(update={"preload": True}) for name in kept}
     return settings.model_copy(update={"default": kept[0], "models": models})
+
+
+def forget_keys() -> None:
+    """Take the keys, once they are read, out of the environment, so that no child process inherits them."""
+    for name in [name for name in os.environ if name.upper() == "VAE_SERVER_API_KEY"]:
+        del os.environ[name]
 
 
 def _options(flags: Mapping[str, Any]) -> ServerOptions:

@@ -99,9 +99,15 @@ def all_of(url: str, asks: Sequence[Ask], clients: int, pause_s: float = 0.0) ->
 
 
 @contextmanager
-def process(config: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`python -m server serve` as a user starts it: its URL and its process."""
+def process(
+    config: Path, *flags: str, prefix: Sequence[str] = (), log: list[str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`python -m server serve` as a user starts it: its URL and its process.
+
+    prefix: a command that runs it. log: receives the lines that it logs before it is ready.
+    """
     command = [
+        *prefix,
         sys.executable,
         "-m",
         "server",
@@ -116,9 +122,11 @@ def process(config: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[s
     server = subprocess.Popen([*command, *flags], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     assert server.stderr
     try:
-        first = server.stderr.readline()
-        assert first.startswith("ready: "), first + server.stderr.read()
-        yield first.split()[1], server
+        told = [] if log is None else log
+        while not (line := server.stderr.readline()).startswith("ready: "):
+            assert line, told
+            told.append(line)
+        yield line.split()[1], server
     finally:
         end(server)
 

@@ -1,4 +1,7 @@
-"""`python -m server` as a user runs it: real processes, exit statuses, one sentence and no traceback."""
+"""`python -m server` as a user runs it: exit statuses, one sentence and no traceback.
+
+What a process adds nothing to is run in this one, because each process imports torch for seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,12 @@ import numpy as np
 import pytest
 import requests
 import torch
+from click.testing import CliRunner
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from server import cli
 from tests.conftest import REPOSITORY, write_models_yaml
 from tests.vaes import LocalVae
 from tests.waiting import PATIENCE_S
@@ -41,7 +47,22 @@ def run(*arguments: object, cwd: Path = REPOSITORY, **environment: str) -> subpr
     )
 
 
-def assert_one_sentence(ran: subprocess.CompletedProcess[str], words: str, status: int) -> None:
+@dataclass(frozen=True)
+class Ran:
+    """What `run` returns, of a command that was run in this process."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def invoke(*arguments: object) -> Ran:
+    ran = CliRunner().invoke(cli.main, [*map(str, arguments)])
+    assert ran.exception is None or isinstance(ran.exception, SystemExit), ran.exception
+    return Ran(ran.exit_code, ran.stdout, ran.stderr)
+
+
+def assert_one_sentence(ran: subprocess.CompletedProcess[str] | Ran, words: str, status: int) -> None:
     assert ran.returncode == status, ran.stderr
     assert "Traceback" not in ran.stderr
     errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
@@ -82,7 +103,7 @@ def test_a_port_in_use_is_one_sentence() -> None:
 
 
 def test_models_lists_what_is_here(models_yaml: Path) -> None:
-    told = run("models", "--config", models_yaml).stdout
+    told = invoke("models", "--config", models_yaml).stdout
     assert re.search(
         r"^\* sd +.* \(also sd-v1\)\n +pictures, 4 channels.*; weights here, \d+ MB on disk", told, re.MULTILINE
     )
@@ -90,7 +111,7 @@ def test_models_lists_what_is_here(models_yaml: Path) -> None:
 
 
 def test_models_lists_every_shipped_model_without_the_network() -> None:
-    listed = json.loads(run("models", "--format", "json").stdout)
+    listed = json.loads(invoke("models", "--format", "json").stdout)
     assert len(listed) > 25
     for model in listed:
         assert all(model[key] for key in ("latents", "outputs", "inputs", "class")), model["name"]
@@ -99,7 +120,7 @@ def test_models_lists_every_shipped_model_without_the_network() -> None:
 
 
 def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
-    ran = run("check", "--config", models_yaml)
+    ran = invoke("check", "--config", models_yaml)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for words in ("configuration", "device: cpu", "Pillow has jpg", "ffmpeg has libx264", "'sd' decodes: "):
         assert words in ran.stdout
@@ -126,7 +147,7 @@ def test_check_names_every_problem_and_exits_1(vaes: Vaes, tmp_path: Path) -> No
 
 
 def test_download_of_a_local_folder_says_where_it_is(models_yaml: Path, vaes: Vaes) -> None:
-    assert run("download", "sd", "--config", models_yaml).stdout == f"sd: {vaes['sd'].folder}\n"
+    assert invoke("download", "sd", "--config", models_yaml).stdout == f"sd: {vaes['sd'].folder}\n"
 
 
 @pytest.fixture
@@ -143,10 +164,10 @@ def expected_pixels(vaes: Vaes, factor: float) -> np.ndarray:
 
 def test_decode_in_process(models_yaml: Path, vaes: Vaes, latents_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    ran = run("decode", latents_file, out, "--config", models_yaml)
+    ran = invoke("decode", latents_file, out, "--config", models_yaml)
     assert ran.returncode == 0, ran.stderr
     assert np.abs(np.asarray(Image.open(out)).astype(int) - expected_pixels(vaes, 0.18215)).max() <= 1
-    run("decode", latents_file, out, "--config", models_yaml, "--unscaled")
+    invoke("decode", latents_file, out, "--config", models_yaml, "--unscaled")
     assert np.abs(np.asarray(Image.open(out)).astype(int) - expected_pixels(vaes, 1)).max() <= 1
 
 
@@ -166,18 +187,22 @@ def test_a_comfyui_latent_is_decoded_unscaled(vaes: dict[str, LocalVae], tmp_pat
 
 def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    assert run("decode", latents_file, out, "--server", url).returncode == 0
+    assert invoke("decode", latents_file, out, "--server", url).returncode == 0
     assert np.abs(np.asarray(Image.open(out)).astype(int) - expected_pixels(vaes, 0.18215)).max() <= 1
-    assert run("decode", latents_file, tmp_path / "out.jpg", "--server", url, "--quality", "90").returncode == 0
+    assert invoke("decode", latents_file, tmp_path / "out.jpg", "--server", url, "--quality", "90").returncode == 0
     save_file({"video": vaes["hunyuan"].latents(2, 4, 4)}, latents_file)
-    assert run("decode", latents_file, tmp_path / "out.mp4", "--server", url, "--model", "hunyuan").returncode == 0
+    assert invoke("decode", latents_file, tmp_path / "out.mp4", "--server", url, "--model", "hunyuan").returncode == 0
     assert (tmp_path / "out.mp4").read_bytes()[4:8] == b"ftyp"
-    assert_one_sentence(run("decode", latents_file, out, "--server", url), "this model takes latents", 2)
-    assert_one_sentence(run("decode", latents_file, out, "--server", "http://127.0.0.1:9/"), "is the server running", 2)
-    assert_one_sentence(run("decode", latents_file, out, "--server", "127.0.0.1:9"), "write http://127.0.0.1:9", 2)
-    assert_one_sentence(run("decode", latents_file, tmp_path / "out.gif"), "end the name in .jpg, .jpeg, .png, .mp4", 2)
+    assert_one_sentence(invoke("decode", latents_file, out, "--server", url), "this model takes latents", 2)
     assert_one_sentence(
-        run("decode", latents_file, out, "--key", "x"),
+        invoke("decode", latents_file, out, "--server", "http://127.0.0.1:9/"), "is the server running", 2
+    )
+    assert_one_sentence(invoke("decode", latents_file, out, "--server", "127.0.0.1:9"), "write http://127.0.0.1:9", 2)
+    assert_one_sentence(
+        invoke("decode", latents_file, tmp_path / "out.gif"), "end the name in .jpg, .jpeg, .png, .mp4", 2
+    )
+    assert_one_sentence(
+        invoke("decode", latents_file, out, "--key", "x"),
         "has no tensor 'x'; it has 'video'; choose one of them with --key",
         2,
     )
@@ -191,14 +216,14 @@ def test_encode_a_picture_and_decode_it_again(
     picture, latents, again = tmp_path / "in.png", tmp_path / "out.safetensors", tmp_path / "again.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(picture)
     place = ("--config", models_yaml) if where == "here" else ("--server", url)
-    ran = run("encode", picture, latents, *place, *options)
+    ran = invoke("encode", picture, latents, *place, *options)
     assert ran.returncode == 0, ran.stderr
     with torch.no_grad(), Image.open(picture) as opened:
         posterior = vaes["sd"].module.encode(VaeImageProcessor().preprocess(opened)).latent_dist
     expected = posterior.sample(torch.Generator().manual_seed(3)) if "--seed" in options else posterior.mode()
     scale = 1 if "--unscaled" in options else 0.18215
     torch.testing.assert_close(load_file(latents)["latents"], expected * scale, atol=1e-4, rtol=0)
-    assert run("decode", latents, again, *place, *options[-1:]).returncode == 0
+    assert invoke("decode", latents, again, *place, *options[-1:]).returncode == 0
     with Image.open(again) as opened:
         assert opened.size == (96, 64)
 
@@ -206,8 +231,8 @@ def test_encode_a_picture_and_decode_it_again(
 def test_encode_says_what_is_wrong_with_a_file(url: str, tmp_path: Path) -> None:
     out, text = tmp_path / "out.safetensors", tmp_path / "text.png"
     text.write_text("no picture")
-    assert_one_sentence(run("encode", text, out, "--server", url), "the body is no PNG, JPEG, WebP or MP4", 2)
-    assert_one_sentence(run("encode", tmp_path / "none.png", out), "No such file", 2)
+    assert_one_sentence(invoke("encode", text, out, "--server", url), "the body is no PNG, JPEG, WebP or MP4", 2)
+    assert_one_sentence(invoke("encode", tmp_path / "none.png", out), "No such file", 2)
 
 
 @pytest.fixture

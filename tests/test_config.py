@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server import config
-from server.config import SHIPPED_MODELS_YAML, load_settings
+from server.config import SHIPPED_MODELS_YAML, forget_keys, load_settings
 from server.errors import ConfigError
 
 GOOD = """\
@@ -227,3 +228,12 @@ def test_the_names_that_clients_use_are_known(alias: str, model: str) -> None:
 def test_a_platforms_route_takes_no_other_ones_place(route: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="is another route of the server"):
         load_settings(**route)
+
+
+@pytest.mark.parametrize("name", ["VAE_SERVER_API_KEY", "vae_server_api_key"])
+def test_keys_leave_the_environment_once_they_are_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "secret")
+    settings = load_settings()
+    assert [each.key.get_secret_value() for each in settings.api_keys] == ["secret"]
+    forget_keys()
+    assert "secret" not in os.environ.values()

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 from tests.conftest import write_models_yaml
 from tests.hub import COMMIT, Hub, running_hub
-from tests.test_cli import assert_one_sentence, run
+from tests.test_cli import assert_one_sentence, invoke, run
 from tests.vaes import LocalVae
 
 Vaes = dict[str, LocalVae]
@@ -30,8 +31,10 @@ def hub(vaes: Vaes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[
         yield running
 
 
-def download(hub: tuple[str, Hub], home: Path, command: str = "download", online: bool = True, **entry: Any) -> Any:
-    config = write_models_yaml(home / "models.yaml", {"m": entry}, "m")
+def download(
+    hub: tuple[str, Hub], home: Path, models: dict[str, Any], command: str = "download", online: bool = True
+) -> Any:
+    config = write_models_yaml(home / "models.yaml", models, next(iter(models)))
     return run(
         command, "--config", config, HF_ENDPOINT=hub[0], HF_HOME=str(home), HF_HUB_OFFLINE="0" if online else "1",
         HF_HUB_DISABLE_XET="1",
@@ -40,43 +43,49 @@ def download(hub: tuple[str, Hub], home: Path, command: str = "download", online
 
 def test_a_download_takes_what_is_needed_and_works_offline_afterwards(hub: tuple[str, Hub], tmp_path: Path) -> None:
     hub[1].asked.clear()
-    ran = download(hub, tmp_path, repo="owner/full", subfolder="vae", family="flux")
+    models = {"m": {"repo": "owner/full", "subfolder": "vae", "family": "flux"}}
+    ran = download(hub, tmp_path, models)
     assert ran.returncode == 0, ran.stderr
-    folder = Path(ran.stdout.removeprefix("m: ").strip())
+    said, advice = ran.stdout.splitlines()
+    assert advice == f"   to keep this version: revision: {COMMIT}"
+    folder = Path(said.removeprefix("m: "))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert folder.parent.name == COMMIT
     assert re.search(r"\d+%\|", ran.stderr), "a progress bar"
     assert not any("big.safetensors" in asked for asked in hub[1].asked)
     hub[1].asked.clear()
-    ran = download(hub, tmp_path, "check", online=False, repo="owner/full", subfolder="vae", family="flux")
+    ran = download(hub, tmp_path, models, "check", online=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "'m' decodes" in ran.stdout
     assert hub[1].asked == []
 
 
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        (
-            {"repo": "owner/gated"},
-            "m .owner/gated.: the repository is gated: accept its licence at .*, then set HF_TOKEN",
-        ),
-        ({"repo": "owner/nothing"}, "m .owner/nothing.: the hub has no such repository, or it is private"),
-        ({"repo": "owner/pickled"}, "only pickle weights .diffusion_pytorch_model.bin. .* a pickle file can run code"),
-        ({"repo": "owner/full"}, "the repository has no config.json; check subfolder in models.yaml"),
-        ({"repo": "owner/full", "subfolder": "vea"}, "the repository has no vea/config.json; check subfolder"),
-        ({"repo": "owner/full", "subfolder": "vae", "revision": "v9"}, "no revision 'v9'; check revision"),
-    ],
-)
-def test_a_download_that_cannot_be_is_one_sentence(
-    hub: tuple[str, Hub], tmp_path: Path, entry: dict[str, Any], words: str
-) -> None:
-    assert_one_sentence(download(hub, tmp_path, **entry), words, 1)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gated": ({"repo": "owner/gated"}, "the repository is gated: accept its licence at .*, then set HF_TOKEN"),
+    "nothing": ({"repo": "owner/nothing"}, "the hub has no such repository, or it is private"),
+    "pickled": ({"repo": "owner/pickled"}, "only pickle weights .*bin. .* a pickle file can run code"),
+    "whole": ({"repo": "owner/full"}, "the repository has no config.json; check subfolder in models.yaml"),
+    "misspelt": ({"repo": "owner/full", "subfolder": "vea"}, "has no vea/config.json; check subfolder"),
+    "old": ({"repo": "owner/full", "subfolder": "vae", "revision": "v9"}, "no revision 'v9'; check revision"),
+}
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
+def test_each_download_that_cannot_be_is_one_sentence(hub: tuple[str, Hub], tmp_path: Path) -> None:
+    ran = download(hub, tmp_path, {name: entry for name, (entry, _) in REFUSED.items()})
+    assert ran.returncode == 1
+    assert "Traceback" not in ran.stderr
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(REFUSED)
+    for name, (entry, words) in REFUSED.items():
+        assert re.search(f"^error: {name} .{entry['repo']}.*: .*{words}", "\n".join(errors), re.MULTILINE), name
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where its client need not wait before it asks again."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     config = write_models_yaml(tmp_path / "models.yaml", {"m": {"repo": "owner/full"}}, "m")
-    ran = run(
-        "download", "--config", config, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0"
+    assert_one_sentence(
+        invoke("download", "--config", config), "m .owner/full.: .*the hub cannot be reached; check the network", 1
     )
-    assert_one_sentence(ran, "m .owner/full.: .*the hub cannot be reached; check the network", 1)

@@ -80,6 +80,13 @@ class Source:
             raise self.failure(_no_weights(names))
         return found
 
+    def commit_of(self, folder: Path) -> str | None:
+        """The commit that a folder of the hub's cache is of; None for a local folder."""
+        if self.local:
+            return None
+        snapshot = folder.parent if self.entry.subfolder else folder
+        return snapshot.name
+
     def is_here(self) -> bool:
         """Whether the weights are on this machine."""
         try:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import multiprocessing
 import multiprocessing.forkserver as forkserver
+import multiprocessing.resource_tracker as resource_tracker
 import os
 import signal
 import socket
@@ -50,11 +51,16 @@ processes.set_forkserver_preload([WORKER])
 
 
 def start_forkserver() -> None:
-    """On the main thread, ahead of the first worker: its imports take seconds. Ctrl-C is the front process's affair."""
+    """Start it on the main thread, ahead of the first worker, because its imports take seconds.
+
+    It takes no signals, as its workers do: who signals the process group means the front process. What is blocked stays
+    so in a new process, and unlike what is ignored it is not lost here.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as it is loaded
-    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # else it is started in between, and unblocks them
+    usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     forkserver.ensure_running()
-    signal.signal(signal.SIGINT, usual)
+    signal.pthread_sigmask(signal.SIG_SETMASK, usual)
 
 
 class ProcessEngine:

@@ -29,7 +29,7 @@ HOUSEKEEPING_S = 1.0
 def main(connection: socket.socket, settings: Settings) -> None:
     """Serve until the front process closes the connection."""
     # Whoever signals a process group means the front process: it drains, and then closes the connection.
-    for ending in (signal.SIGINT, signal.SIGTERM):
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.SIG_IGN)
     write_logs(settings.options.log_level, settings.options.log_format)
     Worker(connection, settings).serve()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -25,8 +28,18 @@ class DrainingServer(uvicorn.Server):
         self._is_told = False
         self._drain: asyncio.Task[None] | None = None
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, and SIGHUP too, which a closed terminal sends, unless nohup has it ignored."""
+        usual = signal.getsignal(signal.SIGHUP)
+        if usual is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        with super().capture_signals():
+            yield
+        signal.signal(signal.SIGHUP, usual)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """uvicorn calls this on SIGTERM and SIGINT."""
+        """Called on SIGTERM, SIGINT and SIGHUP."""
         if self._is_told:
             self.force_exit = self.should_exit = True
         self._is_told = True

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from server.config import SLOWEST_BYTES_PER_S, ServerOptions
+from server.config import REFUSED_SHARE, SLOWEST_BYTES_PER_S, ServerOptions
 from server.errors import (
     HeadTooLarge,
     MalformedRequest,
@@ -38,9 +38,7 @@ log = logging.getLogger(__name__)
 HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 64
 OFFER = frozenset({b"upgrade", b"http2-settings"})  # the headers, and their names in Connection
-# Connections over the limit that are taken all the same, to answer those that turn out to be health probes.
-SPARE_CONNECTIONS = 32
-SPARE_HEAD_S = 2.0
+SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to turn out to be a health probe
 # How long a refused client may go on sending: closing at once would reset the connection under its unread bytes, and
 # take the refusal along.
 LINGER_S = 2.0
@@ -121,10 +119,15 @@ class BoundedProtocol(HttpToolsProtocol):
         idle = [other for other in others if other.is_idle]
         if idle:
             min(idle, key=lambda other: other.became_idle).transport.close()
-        elif len(self.connections) <= self.options.max_connections + SPARE_CONNECTIONS:
+        elif len(self.connections) <= self._most_connections:
             self._is_spare = True
         else:
             self._refuse(_too_many_connections())
+
+    @property
+    def _most_connections(self) -> int:
+        """With those that are over the limit and open for a moment, to be refused or to answer a probe."""
+        return self.options.max_connections + max(4, self.options.max_connections // REFUSED_SHARE)
 
     @property
     def is_idle(self) -> bool:
@@ -247,6 +250,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write(_serialised(response))
         self.transport.write_eof()
         self._hang_up_at = self.loop.time() + LINGER_S
+        if len(self.connections) > self._most_connections:
+            self.transport.close()  # there may be no file left for the next connection, which is to be answered too
         return error
 
     def _owes_answer(self) -> bool:

@@ -1,0 +1,106 @@
+"""`serve` as a process among others: its keys, its signals, its open files."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.http.raw import connected
+from tests.load import Ask, Connection, Told, all_of, process
+from tests.waiting import PATIENCE_S, until
+
+pytestmark = pytest.mark.slow
+
+ENDINGS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.fixture(scope="module")
+def config(models_yaml: Path) -> Path:
+    return models_yaml
+
+
+@pytest.mark.parametrize("name", ["VAE_SERVER_API_KEY", "vae_server_api_key"])
+def test_no_child_process_has_the_keys(config: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "secret-1, secret-2")
+    with process(config) as (url, server):
+        assert requests.get(url + "models", timeout=PATIENCE_S).status_code == 401
+        assert requests.get(url + "models", headers={"X-API-Key": "secret-2"}, timeout=PATIENCE_S).ok
+        children = psutil.Process(server.pid).children(recursive=True)
+        assert len(children) >= 2, "the fork server and the worker"
+        for child in children:
+            assert b"secret" not in Path(f"/proc/{child.pid}/environ").read_bytes(), child.cmdline()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_usual_signal_to_the_group_drains(config: Path, ending: signal.Signals) -> None:
+    """As a closed terminal or Ctrl-C sends it: to the server, its fork server, its worker and its ffmpeg."""
+    video = Ask.of((1, 16, 5, 32, 32), model="hunyuan", output_type="mp4")
+    with process(config, "--request-timeout-s", str(PATIENCE_S), "--drain-timeout-s", str(PATIENCE_S)) as (url, server):
+        warm = all_of(url, [Ask.of((1, 16, 1, 4, 4), model="hunyuan", output_type="mp4")], 1)
+        assert warm[0].status == 200
+        told: list[Told] = []
+        client = threading.Thread(target=lambda: told.extend(all_of(url, [video], 1)))
+        client.start()
+        with Connection(url) as watcher:
+            until(lambda: watcher.waiting() == 1 or bool(told))
+        for member in (server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))):
+            os.kill(member, ending)
+        client.join()
+        assert [answer.status for answer in told] == [200]
+        assert server.wait(PATIENCE_S) == 0
+
+
+def test_nohup_keeps_a_server_from_ending_with_its_terminal(config: Path) -> None:
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with process(config) as (url, server):
+            server.send_signal(signal.SIGHUP)
+            assert all_of(url, [Ask.of((1, 4, 8, 8))], 1)[0].status == 200
+            assert server.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+def limited(files: int) -> tuple[str, ...]:
+    return "bash", "-c", f'ulimit -n {files}; exec "$@"', "bash"
+
+
+def test_few_open_files_refuse_connections_with_a_sentence(config: Path) -> None:
+    log: list[str] = []
+    with process(config, prefix=limited(64), log=log) as (url, _), ExitStack() as stack:
+        (line,) = log
+        most = int(re.search(r"max_connections is (\d+) instead of 800, because .* only 64 open files", line)[1])
+        clients = [stack.enter_context(connected(url)) for _ in range(100)]
+        for client in clients[most:]:
+            answer = client.answer()
+            assert (answer.status, answer.json()["code"]) == (503, "too_many_connections")
+        for client in clients[:most]:
+            client.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.answer().status == 200
+        clients[0].send(picture())
+        assert clients[0].answer().status == 200, "there are files left to decode"
+
+
+def picture() -> bytes:
+    body = bytes(4 * 4 * 8 * 8)
+    head = f"POST /?shape=1,4,8,8&dtype=float32 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def test_a_soft_limit_of_open_files_is_raised_as_far_as_it_may(config: Path) -> None:
+    """As a login shell sets it: 1024 of a million, and connections are more."""
+    log: list[str] = []
+    prefix = "bash", "-c", 'ulimit -S -n 64; exec "$@"', "bash"
+    with process(config, prefix=prefix, log=log) as (url, server):
+        assert log == []
+        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[0] >= 800
+        assert requests.get(url + "health", timeout=PATIENCE_S).ok
