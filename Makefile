@@ -24,8 +24,11 @@ $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 serve: $(INSTALLED) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for just that one, ARGS for flags)
 	$(BIN)/python -m server serve $(MODELS) $(ARGS)
 
+# Most tests wait for processes: two of them at a time take half as long, also on two cores.
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
 PROMISES := tests/test_load.py tests/test_workers.py tests/test_fairness.py tests/http/test_malformed.py \
 	tests/http/test_slow_clients.py tests/http/test_held.py

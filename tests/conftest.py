@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +29,17 @@ from tests.waiting import PATIENCE_S, until
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+# Those that take longest or start most processes: they begin first, so that none is left over at the end.
+LONGEST = ("test_ray_serve", "test_load", "test_workers", "test_toolkit", "test_streaming", "test_serving_process")
+
+
 def pytest_configure() -> None:
+    take_default_signals()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        share_the_cores()
+
+
+def take_default_signals() -> None:
     """Make child processes start with default signals.
 
     A shell's `make test &` ignores SIGINT and nohup ignores SIGHUP. Child processes inherit what is ignored, but not
@@ -37,6 +48,19 @@ def pytest_configure() -> None:
     for ending in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         if signal.getsignal(ending) is signal.SIG_IGN:
             signal.signal(ending, lambda *_: None)
+
+
+def share_the_cores() -> None:
+    """Compute on one thread where several test processes run: small VAEs gain nothing by two.
+
+    OpenMP's threads would wait for each other for most of the time.
+    """
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_child_processes_take_signals_that_a_shell_had_the_tests_ignore() -> Non
     """As in `nohup make test &`."""
     code = (
         "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        "from tests.conftest import pytest_configure; pytest_configure();"
+        "from tests.conftest import take_default_signals; take_default_signals();"
         "child = subprocess.Popen(['sleep', '999']); child.send_signal(signal.SIGINT); sys.exit(-child.wait())"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == signal.SIGINT
