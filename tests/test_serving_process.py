@@ -7,7 +7,7 @@ import re
 import resource
 import signal
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,8 @@ import pytest
 import requests
 
 from tests.http.raw import connected
-from tests.load import Ask, Connection, Told, all_of, process
+from tests.inputs.mp4 import H264, source, write
+from tests.load import Ask, Told, all_of, process
 from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.slow
@@ -40,23 +41,34 @@ def test_no_child_process_has_the_keys(config: Path, monkeypatch: pytest.MonkeyP
             assert b"secret" not in Path(f"/proc/{child.pid}/environ").read_bytes(), child.cmdline()
 
 
+@pytest.mark.parametrize("operation", ["decode", "encode"])
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_every_usual_signal_to_the_group_drains(config: Path, ending: signal.Signals) -> None:
-    """As a closed terminal or Ctrl-C sends it: to the server, its fork server, its worker and its ffmpeg."""
-    video = Ask.of((1, 16, 5, 32, 32), model="hunyuan", output_type="mp4")
-    with process(config, "--request-timeout-s", str(PATIENCE_S), "--drain-timeout-s", str(PATIENCE_S)) as (url, server):
-        warm = all_of(url, [Ask.of((1, 16, 1, 4, 4), model="hunyuan", output_type="mp4")], 1)
-        assert warm[0].status == 200
+def test_every_usual_signal_to_the_group_drains(
+    config: Path, ending: signal.Signals, operation: str, tmp_path: Path
+) -> None:
+    """As a closed terminal or Ctrl-C sends it: to the server, its fork server and its worker, while ffmpeg works."""
+    video = Ask.of((1, 16, 5, 64, 64), model="hunyuan", output_type="mp4")
+    if operation == "encode":
+        written = write(tmp_path / "video.mp4", *source(0.36, size="1280x720"), *H264)
+        video = Ask("/hunyuan/encode", written.read_bytes())
+    with process(config, "--drain-timeout-s", str(PATIENCE_S), prefix=("setsid",)) as (url, server):
         told: list[Told] = []
         client = threading.Thread(target=lambda: told.extend(all_of(url, [video], 1)))
         client.start()
-        with Connection(url) as watcher:
-            until(lambda: watcher.waiting() == 1 or bool(told))
-        for member in (server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))):
-            os.kill(member, ending)
+        until(lambda: has_ffmpeg(server.pid) or bool(told), "ffmpeg", pause_s=0)
+        os.killpg(server.pid, ending)
         client.join()
         assert [answer.status for answer in told] == [200]
         assert server.wait(PATIENCE_S) == 0
+
+
+def has_ffmpeg(server: int) -> bool:
+    """Whether it has become ffmpeg, and is no longer its launcher."""
+    for child in psutil.Process(server).children(recursive=True):
+        with suppress(OSError):
+            if Path(f"/proc/{child.pid}/exe").readlink().name.startswith("ffmpeg"):
+                return True
+    return False
 
 
 def test_nohup_keeps_a_server_from_ending_with_its_terminal(config: Path) -> None:
