@@ -43,6 +43,7 @@ def write_logs(level: str, layout: str) -> None:
     """Every logger's lines to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if layout == "json" else TextFormatter())
+    logging.getLogger("huggingface_hub").setLevel(max(logging.ERROR, logging.getLevelName(level.upper())))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 

@@ -55,6 +55,7 @@ class Service:
         self.failure: ModelUnavailable | ConfigError | None = None
         self.infos: dict[str, ModelInfo] = {}
         self._devices = devices
+        self._descriptions: dict[str, asyncio.Future[ModelInfo]] = {}  # that are asked for
         self._answering = 0  # requests that are here as a whole, and whose answer is not sent yet
         self._nothing_to_answer = asyncio.Event()
         options = settings.options
@@ -130,7 +131,13 @@ class Service:
         known = self.infos.get(name)
         if known is None or known.is_assumed:
             self.check_loads(name, Operation.DECODE)  # a description that failed counts for both directions
-            self.infos[name] = await self._devices.describe(name)
+            asked = self._descriptions.get(name)
+            if (
+                asked is None
+            ):  # all who ask at a time share one answer: a hub that cannot be reached takes half a minute
+                asked = self._descriptions[name] = asyncio.ensure_future(self._devices.describe(name))
+                asked.add_done_callback(lambda _: self._descriptions.pop(name, None))
+            self.infos[name] = await asyncio.shield(asked)
         return self.infos[name]
 
     def check_loads(self, name: str, operation: Operation) -> None:
@@ -161,13 +168,14 @@ class Service:
             raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
 
     def failed_models(self) -> list[str]:
-        """Return the models that did not load and are not tried again yet."""
-        return [name for name in self.settings.models if self.model_state(name) == "failed"]
+        """Return the models of which a direction did not load and is not tried again yet."""
+        failed = (Half(name, operation) for name in self.settings.models for operation in Operation)
+        return list(dict.fromkeys(half.model for half in failed if self._devices.load_failure(half)))
 
     def check_can_serve(self) -> None:
         """Raise Unavailable unless requests are taken and there is a model that has not failed to load."""
         self.check_ready()
-        if len(self.failed_models()) == len(self.settings.models):
+        if all(self.model_state(name) == "failed" for name in self.settings.models):
             raise Broken("no model of this server loads")
 
     @contextmanager

@@ -184,3 +184,29 @@ def test_the_first_run_does_not_spoil_the_estimates() -> None:
         return service._estimates.seconds(Half("sd"), 1024 * 1024)
 
     assert serving(scene) == pytest.approx(0.1)
+
+
+def test_all_who_ask_for_a_description_at_a_time_share_one_answer() -> None:
+    """Of a hub that cannot be reached it takes half a minute; in a row they would take hours."""
+
+    async def scene(service: Service, engine: FakeEngine) -> tuple[int, float, set[type]]:
+        asked = 0
+
+        async def slow(model: str, *, is_local_only: bool = False) -> Any:
+            nonlocal asked
+            asked += 1
+            await asyncio.sleep(23)
+            raise ModelUnavailable(model, "the hub cannot be reached")
+
+        service.infos.clear()
+        engine.describe = slow  # type: ignore[method-assign]
+        leaving = asyncio.ensure_future(service.describe("hub"))
+        waiting = [asyncio.ensure_future(service.describe("hub")) for _ in range(63)]
+        await asyncio.sleep(1)
+        leaving.cancel()
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        with pytest.raises(ModelUnavailable):
+            await service.describe("hub")
+        return asked, asyncio.get_running_loop().time(), {type(error) for error in errors}
+
+    assert serving(scene, "sd", "hub") == (1, 23, {ModelUnavailable})

@@ -29,7 +29,8 @@ class LocalEngine:
             torch.set_num_threads(settings.options.threads)
         self.runner = Runner(settings)
         self.kill = on_hang
-        self._files = ThreadPoolExecutor(2, thread_name_prefix="files")
+        # One more than there are models: one that waits for the hub keeps no other one waiting.
+        self._files = ThreadPoolExecutor(1 + len(settings.models), thread_name_prefix="files")
         self._keeping_house: asyncio.Task[None] | None = None
 
     async def start(self, changed: Callable[[], None]) -> Sequence[Engine]:

@@ -7,9 +7,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -111,7 +112,8 @@ class Runner:
 
     def _submit(self, work: Work, is_short: bool) -> None:
         if is_short:
-            self._short.append(work)
+            with self._taking:
+                self._short.append(work)
         self._device.submit(self._run_unless_taken, work)
 
     def _run_unless_taken(self, work: Work) -> None:
@@ -156,7 +158,7 @@ class Runner:
             listener.decoded()
             return
         listener.started()
-        film = self._film(requests[wanted[0]]) if len(wanted) == 1 else None
+        film = self._film(requests[wanted[0]], listener, wanted[0]) if len(wanted) == 1 else None
         outcomes = self._compute(work, wanted, film)
         if self._on_device and any(isinstance(outcome, NotLoaded | TooLargeForDevice) for outcome in outcomes):
             # What runs beside it holds the memory, or its model has just been unloaded: it gets the device to itself.
@@ -174,9 +176,9 @@ class Runner:
                 listener.failed(index, outcome)
             elif film and not film.is_abandoned:
                 film.finish()
-                self._renders.submit(self._render, requests[index], outcome, index, listener, film.rendered)
+                film.rendered.add_done_callback(partial(self._deliver, outcome, index, listener, time.perf_counter()))
             else:
-                self._renders.submit(self._render, requests[index], outcome, index, listener, None)
+                self._renders.submit(self._render, requests[index], outcome, index, listener)
 
     def _compute(self, work: Work, wanted: Sequence[int], film: Film | None) -> Sequence[Computed | Exception]:
         def between_steps() -> None:
@@ -194,28 +196,35 @@ class Runner:
         finally:
             self._on_device.pop()
 
-    def _film(self, request: VAERequest) -> Film | None:
-        return Film(self._films, request) if format_named(request.format).render_frames else None
+    def _film(self, request: VAERequest, listener: Listener, index: int) -> Film | None:
+        return (
+            Film(self._films, request, partial(listener.is_wanted, index))
+            if format_named(request.format).render_frames
+            else None
+        )
 
-    def _render(
-        self,
-        request: VAERequest,
-        decoded: Computed,
-        index: int,
-        listener: Listener,
-        begun: Future[Rendered] | None,
-    ) -> None:
+    def _render(self, request: VAERequest, decoded: Computed, index: int, listener: Listener) -> None:
+        rendered: Future[Rendered] = Future()
         started = time.perf_counter()
         try:
-            rendered = begun.result() if begun else _rendered(request, decoded.tensor, index, listener)
-        except Exception as error:  # the border of a render: its waiter is answered
-            if not isinstance(error, ServerError):
-                log.exception("a render failed")
-            listener.failed(index, error)
+            rendered.set_result(_rendered(request, decoded.tensor, index, listener))
+        except Exception as error:  # noqa: BLE001  # the border of a render: its waiter is answered
+            rendered.set_exception(error)
+        self._deliver(decoded, index, listener, started, rendered)
+
+    def _deliver(
+        self, decoded: Computed, index: int, listener: Listener, started: float, rendered: Future[Rendered]
+    ) -> None:
+        """Answer with what was rendered, or with why it was not. started: when only rendering was left to do."""
+        error = rendered.exception()
+        if error is None:
+            render_ms = (time.perf_counter() - started) * 1e3
+            facts = decoded.device_ms, render_ms, decoded.batch_size, decoded.oom_steps, decoded.is_upcast
+            listener.done(index, Done(rendered.result(), *facts))
             return
-        render_ms = (time.perf_counter() - started) * 1e3
-        facts = decoded.device_ms, render_ms, decoded.batch_size, decoded.oom_steps, decoded.is_upcast
-        listener.done(index, Done(rendered, *facts))
+        if not isinstance(error, ServerError):
+            log.error("a render failed", exc_info=error)
+        listener.failed(index, error if isinstance(error, Exception) else ServerError())
 
 
 def _rendered(request: VAERequest, tensor: RawTensor, index: int, listener: Listener) -> Rendered:
@@ -245,7 +254,8 @@ class Abandoned(Exception):
 class Film:
     """A video that is rendered while it is decoded: frames go in one by one, and the answer comes out."""
 
-    def __init__(self, renders: ThreadPoolExecutor, request: VAERequest) -> None:
+    def __init__(self, renders: ThreadPoolExecutor, request: VAERequest, is_wanted: Callable[[], bool]) -> None:
+        self._is_wanted = is_wanted
         self._chunks: queue.SimpleQueue[RawTensor | Abandoned | None] = queue.SimpleQueue()
         self.is_abandoned = False
         render_frames = format_named(request.format).render_frames
@@ -264,6 +274,8 @@ class Film:
 
     def _frames(self) -> Iterator[RawTensor]:
         while (chunk := self._chunks.get()) is not None:
-            if isinstance(chunk, Abandoned):
-                raise chunk
+            if isinstance(chunk, Abandoned) or self.is_abandoned:
+                raise Abandoned
+            if not self._is_wanted():
+                raise Stopped
             yield chunk

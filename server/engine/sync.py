@@ -7,10 +7,10 @@ import math
 import threading
 import time
 import traceback
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,13 @@ class NotLoaded(ServerError):
     """Work that runs between the steps of other work wants a model that is not loaded."""
 
 
+@dataclass(eq=False)
+class Place:
+    """A thread in the queue of a Turn. is_patient: it waits for work to end, and does not come between its steps."""
+
+    is_patient: bool = False
+
+
 class Turn:
     """The right to use the device: one thread at a time, in the order in which they asked.
 
@@ -56,15 +63,17 @@ class Turn:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: deque[int] = deque()  # identifiers of threads
+        self._waiting: list[Place] = []
         self._owner: int | None = None
         self._depth = 0
+        self._is_between_steps = False
 
     def __enter__(self) -> None:
         me = threading.get_ident()
         with self._changed:
             if self._owner != me:
-                self._take(me)
+                self._wait(Place())
+                self._owner = me
             self._depth += 1
 
     def __exit__(self, *_: object) -> None:
@@ -74,25 +83,39 @@ class Turn:
                 self._owner = None
                 self._changed.notify_all()
 
+    @contextmanager
+    def after_work(self) -> Iterator[None]:
+        """Have the turn while no work is under way, not even between its steps."""
+        with self._changed:
+            self._wait(Place(is_patient=True))
+            self._owner, self._depth = threading.get_ident(), 1
+        try:
+            yield
+        finally:
+            self.__exit__()
+
     @property
     def is_mine(self) -> bool:
         return self._owner == threading.get_ident()
 
     def give_way(self) -> None:
-        """Let the threads that wait have the turn first. Only for the thread that has it."""
-        if not self._waiting:
+        """Let the threads that wait have the turn first, but for patient ones. Only for the thread that has it."""
+        if not any(not place.is_patient for place in self._waiting):
             return
         with self._changed:
-            depth, self._depth, self._owner = self._depth, 0, None
+            owner, depth = self._owner, self._depth
+            self._owner, self._depth, self._is_between_steps = None, 0, True
             self._changed.notify_all()
-            self._take(threading.get_ident())
-            self._depth = depth
+            self._wait(Place())
+            self._owner, self._depth, self._is_between_steps = owner, depth, False
 
-    def _take(self, me: int) -> None:
-        self._waiting.append(me)
-        self._changed.wait_for(lambda: self._owner is None and self._waiting[0] == me)
-        self._waiting.popleft()
-        self._owner = me
+    def _wait(self, place: Place) -> None:
+        self._waiting.append(place)
+        self._changed.wait_for(lambda: self._owner is None and self._next() is place)
+        self._waiting.remove(place)
+
+    def _next(self) -> Place:
+        return next(place for place in self._waiting if not (place.is_patient and self._is_between_steps))
 
 
 class SyncEngine:
@@ -104,8 +127,6 @@ class SyncEngine:
         self._settings = settings
         self._turn = Turn()
         self._load_locks: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
-        self._used = Counter[Key]()  # runs that hold the model, also between their steps
-        self._use_ended = threading.Condition()
         self._loaded: OrderedDict[Key, LoadedModel] = OrderedDict()  # the least recently used first
         self._used_at: dict[Key, float] = {}
 
@@ -175,25 +196,15 @@ class SyncEngine:
             check()
             given_away_s += time.perf_counter() - started
 
-        with self._turn, on(model.device), self._using(key):
+        with self._turn, on(model.device):
             self._note_use(key)
             outcomes = run(model, jobs, stream, between_steps)
         return [
-            replace(outcome, device_ms=outcome.device_ms - given_away_s * 1e3)
+            replace(outcome, device_ms=max(0.0, outcome.device_ms - given_away_s * 1e3))
             if isinstance(outcome, Computed)
             else outcome
             for outcome in outcomes
         ]
-
-    @contextmanager
-    def _using(self, key: Key) -> Iterator[None]:
-        self._used[key] += 1
-        try:
-            yield
-        finally:
-            with self._use_ended:
-                self._used[key] -= 1
-                self._use_ended.notify_all()
 
     def unload_idle(self) -> list[Key]:
         """Unload what was not used for `idle_unload_s`."""
@@ -244,20 +255,15 @@ class SyncEngine:
             self._unload(leaving)
 
     def _unload(self, keys: Sequence[Key]) -> list[Key]:
-        """Free the weights of these, once nothing uses them: what runs holds them, also while it gives way."""
-        while True:
-            with self._use_ended:
-                self._use_ended.wait_for(lambda: not any(self._used[key] for key in keys))
-            with self._turn:
-                if any(self._used[key] for key in keys):
-                    continue
-                for key in keys:
-                    self._loaded.pop(key, None)
-                    self._used_at.pop(key, None)
-                    log.info("unloaded %s, %s", key.name, key.operation)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                return list(keys)
+        """Free the weights of these once the work under way has ended, which may hold them."""
+        with self._turn.after_work():
+            for key in keys:
+                self._loaded.pop(key, None)
+                self._used_at.pop(key, None)
+                log.info("unloaded %s, %s", key.name, key.operation)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return list(keys)
 
     def _read(self, name: str, operation: Operation, dtype: torch.dtype | None) -> LoadedModel:
         """One direction of the model as configured, or in another dtype. Raises ModelUnavailable."""

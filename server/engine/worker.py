@@ -47,7 +47,8 @@ class Worker:
         if settings.options.threads is not None:
             torch.set_num_threads(settings.options.threads)
         self._runner = Runner(settings)
-        self._files = ThreadPoolExecutor(2, thread_name_prefix="files")
+        # As many as there are models: one that waits for the hub keeps no other one waiting.
+        self._files = ThreadPoolExecutor(len(settings.models), thread_name_prefix="files")
         self._batches: dict[int, BatchListener] = {}
         self._held: dict[str, LoadedInfo] = {}
 

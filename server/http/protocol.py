@@ -12,13 +12,14 @@ import asyncio
 import itertools
 import logging
 import secrets
+import select
 from typing import Any
 
 import httptools
 import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.config import REFUSED_SHARE, SLOWEST_BYTES_PER_S, ServerOptions
 from server.errors import (
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 64
+MOST_PIECES = 4096  # chunks in one read: each costs the event loop some microseconds
 OFFER = frozenset({b"upgrade", b"http2-settings"})  # the headers, and their names in Connection
 SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to turn out to be a health probe
 # How long a refused client may go on sending: closing at once would reset the connection under its unread bytes, and
@@ -100,6 +102,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(CountingTransport(transport))  # type: ignore[arg-type]  # likewise
         self.became_idle = next(TURNS)
         self._head_of_offer = b""
+        self._pieces = 0  # of bodies, in what was read last
+        self._running: RequestResponseCycle | None = None  # whose answer is being made
         self._is_spare = False
         self._is_refused = False
         self._head_bytes = 0  # received since the last head or piece of a body
@@ -112,6 +116,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._tick = self.loop.call_later(TICK_S, self._watch)
         if len(self.connections) > self.options.max_connections:
             self._make_room()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _make_room(self) -> None:
         """Close the connection that has been idle for longest; without one, serve this one only if it is a probe."""
@@ -137,6 +145,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._tick.cancel()
+        if self._running is not None and not self._running.response_complete:  # uvicorn tells the last pipelined one
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -145,6 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_since is None and self._body_since is None:
             self._head_since = self.loop.time()
         self._head_bytes += len(data)
+        self._pieces = 0
         self._parse(data)
         if self._head_bytes > HEAD_BYTES:
             self._refuse(_head_too_large())
@@ -191,6 +203,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_since, self._body_since = None, self.loop.time()
 
     def on_body(self, body: bytes) -> None:
+        self._pieces += 1
+        if self._pieces > MOST_PIECES:
+            raise self._refuse(MalformedRequest("the body comes in chunks of a few bytes; send larger chunks"))
         super().on_body(body)
         self._head_bytes = 0
         self._body_bytes += len(body)
@@ -262,10 +277,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self._tick = self.loop.call_later(TICK_S, self._watch)
         if self._is_answer_unread(now):
             self._cut_answer_off()
-        elif self._is_overdue(now):
+        elif (self.pipeline and self._has_hung_up()) or self._is_overdue(now):
             self.transport.abort()
         elif self._head_since is not None:
             self._watch_head(now, self._head_since)
+
+    def _has_hung_up(self) -> bool:
+        """Whether the client closed its end. While a pipelined request waits, nothing is read, so no end is seen."""
+        if not hasattr(select, "POLLRDHUP"):  # Linux only
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def _is_overdue(self, now: float) -> bool:
         has_lingered = self._hang_up_at is not None and now > self._hang_up_at

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.admission import Admission
 from server.config import ROUTE_WORDS, SLOWEST_BYTES_PER_S, ServerOptions
-from server.errors import QueueFull, RequestTooSlow, TooLarge
+from server.errors import BadRequest, QueueFull, RequestTooSlow, TooLarge
 from server.http import wire
 from server.http.openapi import DESCRIPTION
 from server.inputs import VIDEO_TYPE, media_type_of
@@ -31,6 +31,7 @@ from server.service import Answer, Service
 from server.types import ModelInfo, Operation, VAERequest
 
 PIECE_BYTES = 256 << 10
+MOST_PARAMETERS = 256  # in a query: reading thousands of them would stop the event loop
 
 T = TypeVar("T")
 
@@ -78,6 +79,8 @@ class Work:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
         service: Service = request.app.state.service
+        if scope["query_string"].count(b"&") > MOST_PARAMETERS:
+            raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters; send each once")
         _note_model(request, service)
         request.state.operation = self._operation
         patience_s = wire.patience_s(request.headers.get("x-request-timeout"))

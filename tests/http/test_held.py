@@ -267,3 +267,35 @@ def test_a_model_that_does_not_load_is_told_in_milliseconds_and_keeps_nobody_out
         f"{len(refused)} of 64 at once, each 503 with Retry-After, p99 {1e3 * np.percentile(seconds, 99):.0f} ms; "
         "8 of 8 requests to another model answered",
     )
+
+
+def test_a_client_that_pipelined_another_request_and_left_is_noticed(serve: Serve, models: dict[str, Any]) -> None:
+    address = serve(models)
+    large = "/flux?shape=1,16,384,384&dtype=float32&output_type=pt"
+    body = bytes(16 * 384 * 384 * 4)
+    with connected(address) as client:
+        client.send(head("POST", large, f"Content-Length: {len(body)}") + body + head("GET", "/health"))
+        until(lambda: metric(address, "vae_inflight") == 1)
+    until(lambda: metric(address, 'vae_cancelled_total{stage="running"}') == 1)
+    until(lambda: metric(address, "vae_queue_bytes") == 0)
+
+
+def test_a_body_in_chunks_of_a_byte_is_refused(serve: Serve, models: dict[str, Any]) -> None:
+    """Each chunk costs the event loop some microseconds, and a megabyte would be 170,000 of them."""
+    address = serve(models)
+    with connected(address) as client:
+        client.send(head("POST", f"/?{QUERY}", "Transfer-Encoding: chunked") + b"1\r\na\r\n" * 60_000)
+        told = client.answer()
+    assert (told.status, told.json()["code"]) == (400, "malformed_request")
+    assert "send larger chunks" in told.json()["error"]
+    few = b"".join(b"10\r\n" + BODY[start : start + 16] + b"\r\n" for start in range(0, 1024, 16))
+    with connected(address) as client:
+        client.send(head("POST", f"/?{QUERY}", "Transfer-Encoding: chunked") + few + b"0\r\n\r\n")
+        assert client.answer().status == 200
+
+
+def test_a_query_of_thousands_of_parameters_is_refused(serve: Serve, models: dict[str, Any]) -> None:
+    address = serve(models)
+    told = requests.post(f"{address}?{QUERY}" + "&a=b" * 5000, data=BODY, timeout=PATIENCE_S)
+    assert (told.status_code, told.json()["code"]) == (400, "bad_request")
+    assert "more than 256 parameters" in told.json()["error"]

@@ -9,6 +9,8 @@ from server.http.wire.parameters import DECIMAL, Parameters
 from server.outputs import FORMATS, Format
 from server.types import Kind
 
+MOST_TYPES = 64  # of an `Accept` header that are read
+
 
 def choose_format(parameters: Parameters, output_type: str, accept: str, kind: Kind) -> tuple[Format, str]:
     """`Accept` and `output_type` to a format and the media type to answer with. Raises NotAcceptable, BadRequest."""
@@ -58,7 +60,7 @@ def _preferences(accept: str) -> tuple[list[list[str]], set[str]]:
     Types of equal preference are in one list, in their order; the lists are in the order of preference.
     """
     ranked: list[tuple[float, str]] = []
-    for part in (accept.strip() or "*/*").split(","):
+    for part in dict.fromkeys((accept.strip() or "*/*").split(",")[:MOST_TYPES]):
         media_type, *rest = (piece.strip().lower() for piece in part.split(";"))
         weight = next((piece[2:] for piece in rest if piece.startswith("q=")), "1")
         quality = float(weight) if DECIMAL.fullmatch(weight) else 0.0
