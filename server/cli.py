@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -129,6 +130,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run_server(settings: Settings, listener: socket.socket) -> None:
     """Serve until a signal. Raises ModelUnavailable or ConfigError when what must be there is not."""
+    from server import ffmpeg
     from server.dispatch import Dispatcher
     from server.engine.process import engines_for, start_forkserver
     from server.http.app import create_app
@@ -137,6 +139,8 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     from server.service import Service, State
 
     start_forkserver()
+    with suppress(RuntimeError):  # images need none, and `check` tells that there is none
+        ffmpeg.executable()
     metrics = Metrics()
     dispatcher = Dispatcher(engines_for(settings, metrics), settings.options)
     service = Service(settings, dispatcher, metrics)

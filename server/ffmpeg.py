@@ -16,6 +16,15 @@ LAUNCHER = Path(__file__).with_name("launcher.py")
 KEPT_VARIABLES = ("LD_LIBRARY_PATH",)
 
 
+def executable() -> str:
+    """Return ffmpeg's path. Raises RuntimeError where there is none.
+
+    The first call runs it, in this process's group, to see whether it works: a server calls it before it serves.
+    """
+    path: str = imageio_ffmpeg.get_ffmpeg_exe()
+    return path
+
+
 def start(
     arguments: Sequence[str],
     *,
@@ -33,11 +42,11 @@ def start(
     """
     limits = str(os.getpid()), str(memory_bytes), str(cpu_s)
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(LAUNCHER), *limits, imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", *arguments],
+        [sys.executable, "-I", "-S", str(LAUNCHER), *limits, executable(), "-nostdin", *arguments],
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         pass_fds=files,
         env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
-        process_group=0,  # who signals this process's group, with Ctrl-C say, lets it finish what it accepted
+        process_group=None,  # who signals this process's group, with Ctrl-C say, lets it finish what it accepted
     )
