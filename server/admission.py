@@ -1,9 +1,10 @@
-"""Who was let in, and the memory that their requests hold. Knows no HTTP, no models and no devices.
+"""The admitted requests and the memory that they hold. Knows no HTTP, no models and no devices.
 
-A request's bytes are counted from the first that arrives until its memory is free again: while the body arrives, what
-has come; once it is whole, the body and the largest answer; while the answer is sent, the answer. Bytes that wait for a
-client, because its body arrives or because it reads its answer, are those that a client can hold for nothing: one peer
-holds at most half of the limit so, and where room is wanted, the body that arrives most slowly is given up.
+A request's bytes are counted from the first one received until its memory is free again: while the body arrives, the
+bytes received; once it is complete, the body and the largest possible answer; while the answer is sent, the answer.
+A client can hold memory at no cost by sending its body slowly or by reading its answer slowly. So a request is refused
+where such bytes of one peer's requests would exceed half of the limit together. To make room, the slowest upload is
+aborted first.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Admissions:
 
     @contextmanager
     def admit(self, peer: str, deadline: float) -> Iterator[Admission]:
-        """Let a request in. Raises QueueFull when its peer leaves too many bytes to others already."""
+        """Admit a request. Raise QueueFull if its peer already holds more than its share of the bytes."""
         admission = Admission(self, peer, deadline)
         self.check_share(admission, 0)
         self._all.add(admission)
@@ -129,7 +130,7 @@ class Admissions:
             raise self._refuse(f"{len(self._places)} requests wait already")
 
     def check_room(self, size_bytes: int) -> None:
-        """Raise QueueFull when a request of this size would not fit beside what is computed; nothing is reserved."""
+        """Raise QueueFull if a request of this size would not fit beside those already received; reserve nothing."""
         held = sum(admission.size_bytes for admission in self._all if not admission.is_arriving)
         if held and held + size_bytes > self._most_bytes:
             raise self._full()
@@ -158,7 +159,7 @@ class Admissions:
             held := sum(other.size_bytes for other in of_peer)
         ) and held + size_bytes > PEER_SHARE * self._most_bytes:
             if not self._give_up_slowest(of_peer):
-                raise self._refuse("your address has too many bytes on their way already")
+                raise self._refuse("your address has too many uploads and unread answers open")
 
     def _give_up_slowest(self, admissions: set[Admission]) -> bool:
         """Give up the body that arrives most slowly, unless all began just now. Returns whether there was one."""

@@ -178,7 +178,9 @@ class ServerOptions(BaseSettings):
         None, ge=1, description="most decoders and encoders that a device holds; the least recently used leave"
     )
     idle_unload_s: float | None = Field(None, gt=0, description="unload a model that was not used for so long")
-    max_queue: int = Field(16, ge=1, description="requests accepted at a time, for each device; one more is 429")
+    max_queue: int = Field(
+        16, ge=1, description="requests that wait or are computed at a time, for each device; one more is 429"
+    )
     max_batch: int = Field(16, ge=1, description="requests decoded together at most")
     max_queue_mb: int = Field(
         1024, ge=1, description="bytes of accepted requests and their answers, in MiB; what comes over it is 429"

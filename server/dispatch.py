@@ -332,7 +332,7 @@ class Dispatcher:
 
     def pump(self) -> None:
         for late in self.queue.expire(asyncio.get_running_loop().time()):
-            late.failed(DeadlinePassed("its deadline passed while it waited; try later"))
+            late.failed(DeadlinePassed("the request's deadline passed while it waited in the queue; try again later"))
         for half in {job.model for job in self.queue}:
             self._fail_if_none_loads(half)
         alive = sorted((engine for engine in self.engines if engine.is_alive), key=self._undecoded)
@@ -545,7 +545,7 @@ class Dispatcher:
         if job.deaths < MAX_DEATHS and job.tries < MAX_TRIES:
             return True
         self.queue.remove(job)
-        job.failed(WorkerCrashed("the worker that ran this request ended again"))
+        job.failed(WorkerCrashed("the worker process crashed again while this request was in it"))
         return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -1,4 +1,7 @@
-"""How long work will take, from how long the like of it took lately. Knows no devices and no requests."""
+"""Estimate how long work will take from recent work of the same model, direction and size.
+
+Knows no devices and no requests.
+"""
 
 from __future__ import annotations
 

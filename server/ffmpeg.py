@@ -1,4 +1,7 @@
-"""ffmpeg in a process of its own: with an empty environment, within limits, and ended together with this process."""
+"""Run ffmpeg in its own process, without this process's environment and within limits.
+
+On Linux the kernel kills it when this process ends.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Become another program, within limits: `python launcher.py PARENT MEMORY_BYTES CPU_S PROGRAM ARGUMENT...`.
 
-The limits hold before the program starts, and the kernel ends it together with the process PARENT. Python code between
+The limits are set before the program starts. On Linux the kernel kills it when PARENT ends. Python code between
 fork and exec (`preexec_fn`) could do the same, but it can deadlock where the parent has threads; hence a process of its
 own, which replaces itself and costs some 15 ms. A limit of 0 is none. Imports nothing of this package.
 """

@@ -73,7 +73,9 @@ class Encoder(Protocol):
     is_reentrant: bool
 
     def encode(self, pixels: Tensor, *, budget_bytes: int | None = None, check: Check = go_on) -> Coded:
-        """Encode pixels `[B, 3, (F,) H, W]` in [-1, 1], H and W multiples of the VAE's scale factor.
+        """Encode pixels `[B, C, (F,) H, W]` in [-1, 1]: C is 3, or 4 for a VAE with an alpha channel.
+
+        H and W are multiples of the VAE's scale factor.
 
         Returns the parameters of the posterior `[B, 2 C, (f,) h, w]`, mean and logarithm of the variance, in the
         weights' dtype: `vae.encode(pixels).latent_dist.parameters` of diffusers. A VAE without a posterior gives its

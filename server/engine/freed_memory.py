@@ -1,8 +1,9 @@
 """Tensors whose memory the client freed before it sent it.
 
 `remote_decode` and `remote_encode` of diffusers 0.42 copy a tensor that is on a GPU to the CPU, free the copy and send
-its memory all the same. The allocator has written into that memory by then: on Linux two addresses into the first 16
-bytes, and often other objects after them. The rest is still the tensor, so its answer would look almost right.
+its memory anyway. By then the allocator has overwritten part of that memory: on Linux the first 16 bytes with two
+addresses, and often later bytes with other objects. The remaining bytes are still the tensor's, so the decoded image
+would look almost right.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ PROBES = frozenset({"health", "live", "prometheus"})
 
 
 class Frame:
-    """The outermost middleware."""
+    """The outermost middleware but for tracing and the headers that other sites' pages may read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -43,7 +43,7 @@ class Origins:
 
 
 class ExposeAnswers:
-    """The outermost middleware: lets pages of listed origins read every answer, errors too."""
+    """Middleware around Frame, so that pages of listed origins can read every answer, including errors."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         self.app = app

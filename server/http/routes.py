@@ -80,7 +80,7 @@ class Work:
         request = Request(scope, receive, send)
         service: Service = request.app.state.service
         if scope["query_string"].count(b"&") > MOST_PARAMETERS:
-            raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters; send each once")
+            raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters; send fewer")
         _note_model(request, service)
         request.state.operation = self._operation
         patience_s = wire.patience_s(request.headers.get("x-request-timeout"))
@@ -318,7 +318,7 @@ def _check_declared(length: str | None, limit: int) -> None:
 
 
 def _body_too_large(limit: int) -> TooLarge:
-    return TooLarge(f"the body is larger than the {limit} bytes this server reads; send less or smaller ones")
+    return TooLarge(f"the body is larger than the {limit} bytes that this server accepts; send less data")
 
 
 async def _whole(request: Request, admission: Admission, limit: int, grace_s: float) -> bytearray:
@@ -354,7 +354,9 @@ async def _body(request: Request, admission: Admission, limit: int, grace_s: flo
     except TimeoutError:
         if admission.is_given_up:
             raise QueueFull("the memory for slow uploads is used up; try again, and send the body faster", 5) from None
-        raise RequestTooSlow(f"{len(body)} bytes of the body came in time; send it faster") from None
+        raise RequestTooSlow(
+            f"only {len(body)} bytes of the body came in time; send at least 64 KiB a second"
+        ) from None
     return body
 
 

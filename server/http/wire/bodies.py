@@ -1,7 +1,8 @@
 """Bodies: a tensor's or a file's own bytes, or JSON with base64 in it.
 
-A hostile body must not stop the event loop, so nothing here holds the interpreter's lock for long: of a JSON body only
-what is around the text of `inputs` is parsed, at most AROUND_BYTES of it, and base64 is decoded in pieces.
+A hostile body must not block the event loop, so nothing here holds the GIL for long. A JSON body of up to twice
+AROUND_BYTES is parsed whole. In a larger one only the part outside the string `inputs` is parsed, at most AROUND_BYTES
+of it. base64 is decoded in pieces.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def is_json_body(content_type: str | None, content_encoding: str | None, *, may_
 def read_json(body: bytes | bytearray) -> tuple[bytes | bytearray, Mapping[str, Any]]:
     """Return the bytes and the parameters of `{"inputs": "<base64>", "parameters": {…}}`. Raises BadRequest.
 
-    What is around the text of `inputs` may have at most AROUND_BYTES, nested DEEPEST levels.
+    In a body of more than twice AROUND_BYTES, the part outside the string `inputs` may have at most AROUND_BYTES. Any
+    body may be nested at most DEEPEST levels.
     """
     encoded: bytes | memoryview
     place = _longest_text(body) if len(body) > 2 * AROUND_BYTES else None
