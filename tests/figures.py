@@ -29,9 +29,18 @@ def figure(promise: str, measured: str) -> None:
             lines.write(json.dumps({"promise": promise, "measured": measured}) + "\n")
 
 
+def cpu_class() -> str:
+    """What the CPU multiplies in hardware, as far as Linux says it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    known = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16 without AMX", "avx512f": "AVX512", "avx2": "AVX2"}
+    return next((name for flag, name in known.items() if flag in flags), platform.machine())
+
+
 def page(lines: list[str]) -> str:
+    """Return the page of the figures that the tests wrote, the last of each promise."""
     found = {entry["promise"]: entry["measured"] for entry in map(json.loads, lines)}
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    machine = f"{os.cpu_count()} cores, {platform.machine()} with {cpu_class()}, Python {platform.python_version()}"
     head = f"{machine}, {datetime.now(UTC):%Y-%m-%d}\n\n| promise | measured |\n| --- | --- |\n"
     return HEAD + head + "".join(f"| {promise} | {measured} |\n" for promise, measured in sorted(found.items()))
 
