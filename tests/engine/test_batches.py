@@ -77,12 +77,12 @@ def assert_alike(together: Tensor, alone: list[Tensor]) -> None:
 @pytest.mark.parametrize(("name", "choice", "together"), CASES)
 def test_decodes_that_run_together(name: str, choice: str, together: int) -> None:
     vae, family, spec = made(name)
-    decoder, _ = build_decoder(copy.deepcopy(vae), family, choice, "none", None)
+    decoder, _ = build_decoder(copy.deepcopy(vae), family, choice, "none")
     frames = (LATENT_FRAMES.get(name, 3),) if spec.kind == "video" else ()
     latents = random((together, spec.channels, *frames, *LATENT_SIZES.get(name, (5, 4))))
 
     def decode(latents: Tensor) -> Tensor:
-        return decoder.decode(latents, Layout.SAMPLE, **ARGUMENTS.get(name, {}))
+        return decoder.decode(latents, Layout.SAMPLE, **ARGUMENTS.get(name, {})).tensor
 
     assert_alike(decode(latents), [decode(one) for one in latents.split(1)])
 
@@ -91,11 +91,11 @@ def test_decodes_that_run_together(name: str, choice: str, together: int) -> Non
 @pytest.mark.parametrize(("name", "choice", "together"), CASES)
 def test_encodes_that_run_together(name: str, choice: str, together: int) -> None:
     vae, family, spec = made(name)
-    encoder, _ = build_encoder(copy.deepcopy(vae), family, choice, "none", None)
+    encoder, _ = build_encoder(copy.deepcopy(vae), family, choice, "none")
     frames = (FRAMES.get(name, 9),) if spec.kind == "video" else ()
     height, width = (side * spec.vae_scale_factor for side in LATENT_SIZES.get(name, (5, 4)))
     pixels = random((together, spec.image_channels, *frames, height, width)).clamp(-1, 1)
-    assert_alike(encoder.encode(pixels), [encoder.encode(one) for one in pixels.split(1)])
+    assert_alike(encoder.encode(pixels).tensor, [encoder.encode(one).tensor for one in pixels.split(1)])
 
 
 def test_every_family_is_here() -> None:
