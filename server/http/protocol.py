@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 << 10
 MAX_PIPELINED = 64
-MOST_PIECES = 4096  # chunks in one read: each costs the event loop some microseconds
+MOST_PIECES = 20_000  # chunks in one read: each costs the event loop some microseconds
 OFFER = frozenset({b"upgrade", b"http2-settings"})  # the headers, and their names in Connection
 SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to turn out to be a health probe
 # How long a refused client may go on sending: closing at once would reset the connection under its unread bytes, and

@@ -281,13 +281,15 @@ def test_a_client_that_pipelined_another_request_and_left_is_noticed(serve: Serv
 
 
 def test_a_body_in_chunks_of_a_byte_is_refused(serve: Serve, models: dict[str, Any]) -> None:
-    """Each chunk costs the event loop some microseconds, and a megabyte would be 170,000 of them."""
+    """Each chunk costs the event loop some microseconds, and a megabyte would be 170,000 of them.
+
+    How many are read at a time is the kernel's choice: of fewer, the body's length is the mistake.
+    """
     address = serve(models)
     with connected(address) as client:
         client.send(head("POST", f"/?{QUERY}", "Transfer-Encoding: chunked") + b"1\r\na\r\n" * 60_000)
         told = client.answer()
-    assert (told.status, told.json()["code"]) == (400, "malformed_request")
-    assert "send larger chunks" in told.json()["error"]
+    assert (told.status, told.json()["code"]) in ((400, "malformed_request"), (400, "wrong_length"))
     few = b"".join(b"10\r\n" + BODY[start : start + 16] + b"\r\n" for start in range(0, 1024, 16))
     with connected(address) as client:
         client.send(head("POST", f"/?{QUERY}", "Transfer-Encoding: chunked") + few + b"0\r\n\r\n")

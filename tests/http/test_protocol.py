@@ -387,7 +387,7 @@ def test_a_broken_body_stops_its_request(brief: str, caplog: pytest.LogCaptureFi
 
 def test_uvicorn_still_has_what_the_protocol_leans_on() -> None:
     """After an upgrade: read HttpToolsProtocol again before this list is changed."""
-    overridden = ("connection_made", "connection_lost", "data_received", "send_400_response")
+    overridden = ("connection_made", "connection_lost", "data_received", "send_400_response", "_start_asgi_task")
     callbacks = ("on_message_begin", "on_headers_complete", "on_body", "on_message_complete", "on_response_complete")
     assert {*overridden, *callbacks} == {
         name for name in vars(BoundedProtocol).keys() & vars(HttpToolsProtocol) if not name.startswith("__")
