@@ -59,7 +59,7 @@ def test_every_usual_signal_to_the_group_drains(
         until(lambda: has_ffmpeg(server.pid) or bool(told), "ffmpeg", pause_s=0)
         os.killpg(server.pid, ending)
         client.join()
-        assert [answer.status for answer in told] == [200]
+        assert [answer.status for answer in told] == [200], told
         assert server.wait(PATIENCE_S) == 0
 
 
