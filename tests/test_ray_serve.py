@@ -41,7 +41,6 @@ CONTAINED = REPOSITORY / "tests" / "contained.py"
 PICTURE = {"shape": "1,4,32,32", "dtype": "float16"}
 LATENTS = bytes(2 * 4 * 32 * 32)
 
-HUNG = "its worker is ended"
 HANG_S = 5  # a decode of 2048x2048 takes longer
 
 Vaes = dict[str, LocalVae]
@@ -219,20 +218,17 @@ def test_nothing_is_lost_when_a_replica_is_killed_under_load(deployment: str, pa
     pair.wait_for(deployment, count)
 
 
-def test_a_decode_that_hangs_ends_two_replicas_and_nobody_elses_request(pair: Cluster) -> None:
+def test_slow_work_that_makes_progress_is_done_and_nobody_else_waits_for_it(pair: Cluster) -> None:
+    """It takes several times `hang_timeout_s`, which counts from the last step of the work."""
     slow = PICTURE | {"shape": "1,4,256,256"}
     with ThreadPoolExecutor(1) as clients:
-        answer = clients.submit(requests.post, pair.url + "demo", bytes(2 * 4 * 256 * 256), params=slow, timeout=120)
+        answer = clients.submit(requests.post, pair.url + "demo", bytes(2 * 4 * 256 * 256), params=slow, timeout=300)
         others: Counter[int] = Counter()
-        before = pair.log.read_text().count(HUNG)
         until(lambda: pair.metric("vae_inflight") == 1, "the front hears that a replica began")
         while not answer.done():
             others += pair.statuses(4, 4)
-    assert pair.log.read_text().count(HUNG) == before + 2
     assert set(others) == {200}
-    assert_refused(answer.result(), 500, "worker_crashed", "replica")
-    pair.wait_for("VAE", 2)
-    assert pair.decode().status_code == 200
+    assert answer.result().status_code == 200
 
 
 def test_a_client_that_leaves_takes_its_request_along(pair: Cluster) -> None:
