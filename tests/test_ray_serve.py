@@ -263,7 +263,7 @@ def test_one_deadline_holds_over_a_fronts_end(pair: Cluster) -> None:
     with ThreadPoolExecutor(1) as clients:
         for _ in range(20):  # on a busy machine the deadline may pass before the front can be ended
             answer = clients.submit(requests.post, pair.url + "demo", bytes(2 * 4 * 160 * 160), timeout=300, **asked)
-            until(lambda: pair.metric("vae_inflight") == 1 or answer.done(), "it is in work")  # noqa: B023
+            until(lambda: pair.metric("vae_inflight") == 1 or answer.done(), "it is in work")  # noqa: B023  # used up within the turn
             if not answer.done():
                 break
         pair.kill("Front")

@@ -199,7 +199,7 @@ def test_all_who_ask_for_a_description_at_a_time_share_one_answer() -> None:
             raise ModelUnavailable(model, "the hub cannot be reached")
 
         service.infos.clear()
-        engine.describe = slow  # type: ignore[method-assign]
+        engine.describe = slow
         leaving = asyncio.ensure_future(service.describe("hub"))
         waiting = [asyncio.ensure_future(service.describe("hub")) for _ in range(63)]
         await asyncio.sleep(1)

@@ -21,7 +21,7 @@ class Elsewhere(torch.Tensor):
     """A tensor that says it is on a GPU. Its CPU copy is a fresh one, as a CUDA tensor's is."""
 
     @property
-    def device(self) -> Any:  # type: ignore[override]
+    def device(self) -> Any:
         return SimpleNamespace(type="cuda")
 
     def to(self, *arguments: Any, **options: Any) -> torch.Tensor:

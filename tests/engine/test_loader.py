@@ -226,7 +226,7 @@ def test_statistics_that_are_not_finite_fail_to_load_in_both_directions(tmp_path
     vaes_of_families.flux2().save_pretrained(tmp_path)
     change_weights(tmp_path, lambda weights: weights["bn.running_var"][3:4].fill_(torch.nan))
     for operation in Operation:
-        assert "infinite in bn.running_var;" in detail(lambda: load(source(tmp_path), operation=operation))  # noqa: B023
+        assert "infinite in bn.running_var;" in detail(lambda: load(source(tmp_path), operation=operation))  # noqa: B023  # used up within the turn
 
 
 def test_weights_that_overflow_half_precision_fail_to_load_in_it(copy: Path) -> None:

@@ -162,4 +162,4 @@ def test_an_option_that_lists_no_origins_is_refused(wrong: str) -> None:
 
 def test_no_origin_is_listed_by_default() -> None:
     assert ServerOptions().cors_origins is None
-    assert CheckOrigin(lambda *_: None, ServerOptions())._origins._listed == frozenset()  # type: ignore[arg-type,return-value]
+    assert CheckOrigin(lambda *_: None, ServerOptions())._origins._listed == frozenset()
