@@ -104,10 +104,10 @@ class Queue(Generic[T]):
                 return self._taken(batch)
         return []
 
-    def seconds_before(self, ticket: T, can_run: Callable[[Any], bool]) -> float:
-        """Return the seconds of the tickets that come before this one, of those that may run now."""
+    def seconds_before(self, ticket: T, counts: Callable[[T], bool]) -> float:
+        """Return the seconds of the tickets that come before this one, of those that count."""
         place = self._waiting.index(ticket)
-        return sum(before.seconds for before in self._waiting[:place] if can_run(before.model))
+        return sum(before.seconds for before in self._waiting[:place] if counts(before))
 
     def _head(self, can_run: Callable[[Any], bool]) -> T | None:
         return next((ticket for ticket in self._waiting if can_run(ticket.model)), None)

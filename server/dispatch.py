@@ -117,6 +117,12 @@ class Batch:
         return max(0.0, self.seconds - self.seconds_done)
 
     @property
+    def short_s(self) -> float:
+        """Up to how many seconds of work may run between its steps; 0 while it has not started, or is not long."""
+        long_s = max(self.seconds, self.seconds_done)
+        return SHORT_SHARE * long_s if self.started.done() and long_s > LONG_S else 0.0
+
+    @property
     def used_tag(self) -> float:
         """The virtual time of the queue that this batch has used up so far."""
         return (self.jobs[0].tag or 0.0) + self.seconds_done
@@ -255,6 +261,12 @@ def _holds(engine: Engine, half: Half) -> bool:
     return info is not None and info.runs(half.operation)
 
 
+def _may_run_beside(engine: Engine, half: Half, batch: Batch) -> bool:
+    """Whether a loaded direction may run between the steps of a batch, which may be one of its own."""
+    info = engine.loaded(half.model)
+    return half != batch.jobs[0].model or (info is not None and info.may_run_inside_itself(half.operation))
+
+
 class Dispatcher:
     """Feeds every engine from one queue. `pump` runs whenever something changed: it starts whatever can start."""
 
@@ -347,6 +359,8 @@ class Dispatcher:
             engine.kill("the server ends")
 
     async def close(self) -> None:
+        if self._looking:
+            self._looking.cancel()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -375,18 +389,15 @@ class Dispatcher:
             self._spawn(self._run(engine, batch))
 
     def _next_batch(self, engine: Engine, is_there: Callable[[Half], bool]) -> Batch | None:
-        on_device = next((batch for batch in self.batches[engine] if not batch.decoded.done()), None)
+        on_device = self._on_device(engine)
         if on_device is None:
             jobs = self.queue.take(is_there)
-        elif on_device.started.done() and (long_s := max(on_device.seconds, on_device.seconds_done)) > LONG_S:
-            running = on_device.jobs[0].model
+        elif on_device.short_s:
 
             def may_run_beside(half: Half) -> bool:
-                info = engine.loaded(half.model)
-                is_other = half != running or (info is not None and info.may_run_inside_itself(half.operation))
-                return is_other and is_there(half)
+                return is_there(half) and _may_run_beside(engine, half, on_device)
 
-            jobs = self.queue.take_short(may_run_beside, SHORT_SHARE * long_s, on_device.used_tag)
+            jobs = self.queue.take_short(may_run_beside, on_device.short_s, on_device.used_tag)
             if jobs:
                 return Batch(jobs, beside=on_device)
         else:
@@ -395,6 +406,9 @@ class Dispatcher:
         if not jobs and self.queue:
             self._look_again()
         return Batch(jobs) if jobs else None
+
+    def _on_device(self, engine: Engine) -> Batch | None:
+        return next((batch for batch in self.batches[engine] if not batch.decoded.done()), None)
 
     def _look_again(self) -> None:
         """Pump after a while: what the device works on may turn out to be long, or may have had its share by then."""
@@ -414,11 +428,21 @@ class Dispatcher:
         """How long a job in the queue will wait, by what is known of the engines that may run it."""
         engines = [engine for engine in self._engines_for(job.model.model) if engine.is_alive]
 
-        def may_come_first(half: Half) -> bool:
-            return any(engine.can_run(half.model) and _holds(engine, half) for engine in engines)
+        def may_come_first(other: Job) -> bool:
+            return any(engine.can_run(other.model.model) and _holds(engine, other.model) for engine in engines)
 
+        short_s = max((self._short_s(engine, job) for engine in engines), default=0.0)
+        if short_s:  # it runs between the steps of what is on a device, and only short work comes first
+            return self.queue.seconds_before(job, lambda other: may_come_first(other) and other.seconds <= short_s)
         before = self.queue.seconds_before(job, may_come_first)
         return (self._seconds_running(engines) + before) / max(1, len(engines))
+
+    def _short_s(self, engine: Engine, job: Job) -> float:
+        """Up to how many seconds of work may run between the steps of what an engine computes; 0 if the job may not."""
+        batch = self._on_device(engine)
+        if batch is None or job.seconds > batch.short_s or not _holds(engine, job.model):
+            return 0.0
+        return batch.short_s if _may_run_beside(engine, job.model, batch) else 0.0
 
     def _check_in_time(self, job: Job) -> None:
         """Raise DeadlinePassed when by all that is known the job cannot be done before its deadline."""

@@ -220,7 +220,7 @@ def test_the_work_before_a_ticket_is_that_of_lower_tags() -> None:
     queue.put(other)
     assert [queue.seconds_before(each, anything) for each in tickets] == [0.0, 3.0, 5.0]
     assert queue.seconds_before(other, anything) == 2.0
-    assert queue.seconds_before(tickets[2], lambda model: model == "sd") == 4.0
+    assert queue.seconds_before(tickets[2], lambda other: other.model == "sd") == 4.0
 
 
 def test_a_long_ticket_ahead_does_not_keep_short_work_from_running_beside() -> None:

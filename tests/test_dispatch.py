@@ -331,6 +331,19 @@ def test_what_comes_first_counts_in_the_estimate() -> None:
     assert retry_after_s == 24
 
 
+def test_a_long_batch_between_whose_steps_it_runs_does_not_count() -> None:
+    async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> float:
+        long = asked(dispatcher, job("video", side=4096, seconds=60), job("film", side=4096, seconds=60))
+        await asyncio.sleep(1)
+        await dispatcher.answer(job("sd", seconds=0.2, least_seconds=0.2, within_s=10))
+        done = now()
+        for answer in long:
+            answer.cancel()
+        return done
+
+    assert dispatching(scene, "video", "film", "sd") < 2
+
+
 def test_a_guess_refuses_nothing() -> None:
     async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> None:
         engine.takes = lambda batch: 0.1
