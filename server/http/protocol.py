@@ -45,7 +45,7 @@ SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to turn out 
 # take the refusal along.
 LINGER_S = 2.0
 TICK_S = 0.25
-# How far ahead of 64 KiB a second a reader may get, so that it cannot stop for hours after a fast start.
+# How far ahead of 64 KiB a second a reader may get: without a bound it could stop for hours after a fast start.
 MOST_CREDIT_S = 60.0
 TURNS = itertools.count()  # orders events of one moment, which the loop's clock may give the same time
 
@@ -110,8 +110,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._head_since: float | None = self.loop.time()
         self._body_since: float | None = None
-        self._sending_since: float | None = None
-        self._taken_before = 0  # bytes, when the sending began
+        self._looked_at = self.loop.time()
+        self._taken_bytes = 0  # by then
+        self._credit_s = self.options.send_timeout_s  # how long the client may go on without reading
         self._hang_up_at: float | None = None
         self._tick = self.loop.call_later(TICK_S, self._watch)
         if len(self.connections) > self.options.max_connections:
@@ -304,16 +305,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _is_answer_unread(self, now: float) -> bool:
         """Also after a close(), which waits without end for the client to take what is in the buffer."""
+        taken, elapsed_s = self.transport.taken_bytes, now - self._looked_at
+        gained_s = (taken - self._taken_bytes) / SLOWEST_BYTES_PER_S
+        self._taken_bytes, self._looked_at = taken, now
         if not self.transport.get_write_buffer_size():
-            self._sending_since, self._taken_before = None, self.transport.written_bytes
+            self._credit_s = self.options.send_timeout_s
             return False
-        taken = self.transport.taken_bytes
-        if self._sending_since is None:
-            self._sending_since = now
-        credit_s = min(MOST_CREDIT_S, (taken - self._taken_before) / SLOWEST_BYTES_PER_S)
-        if credit_s == MOST_CREDIT_S and taken > self._taken_before:
-            self._sending_since, self._taken_before = now, taken - int(MOST_CREDIT_S * SLOWEST_BYTES_PER_S)
-        return now > self._sending_since + self.options.send_timeout_s + credit_s
+        most_s = self.options.send_timeout_s + MOST_CREDIT_S
+        self._credit_s = min(most_s, self._credit_s + gained_s) - elapsed_s
+        return self._credit_s < 0
 
     def _is_body_too_slow_after_its_answer(self, now: float) -> bool:
         """A body that was refused unread, with 413 say, is read and dropped, so that its sender gets to the answer."""

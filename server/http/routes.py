@@ -73,7 +73,6 @@ class Work:
 
     def __init__(self, operation: Operation, read: Read) -> None:
         self.__name__ = str(operation)
-        self._operation = operation
         self._read = read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,7 +81,6 @@ class Work:
         if scope["query_string"].count(b"&") > MOST_PARAMETERS:
             raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters; send fewer")
         _note_model(request, service)
-        request.state.operation = self._operation
         patience_s = wire.patience_s(request.headers.get("x-request-timeout"))
         with service.admitted(peer_of(request), patience_s) as admission, ExitStack() as until_sent:
             async with service.in_time(admission):

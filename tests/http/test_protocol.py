@@ -27,6 +27,7 @@ from tests.conftest import Serve
 from tests.http.raw import QUERY, Connection, RawAnswer, connected, good, head
 from tests.http.test_errors import BODY, LEAKS, gate
 from tests.vaes import LocalVae
+from tests.waiting import until
 
 HEALTH = head("GET", "/health")
 CHUNKED = "Transfer-Encoding: chunked"
@@ -213,6 +214,18 @@ def test_a_large_answer_that_nobody_reads_is_dropped(
         assert open_sockets(large) == 1
         while open_sockets(large):
             pass
+
+
+def test_a_client_that_read_fast_and_then_stops_is_dropped(large: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has read earns it no more than `MOST_CREDIT_S`."""
+    monkeypatch.setattr(protocol, "MOST_CREDIT_S", 1.0)
+    with connected(large, receive_buffer=1 << 16, timeout_s=60) as client:
+        client.send(head("POST", LARGE, f"Content-Length: {len(LARGE_BODY)}") + LARGE_BODY)
+        received = 0
+        while received < 8 << 20:  # at 64 KiB a second it would have two minutes for that
+            received += len(client.socket.recv(1 << 20))
+        assert open_sockets(large) == 1
+        until(lambda: open_sockets(large) == 0, "the end of its connection")
 
 
 def test_a_large_answer_has_time_by_its_size(large: str) -> None:
