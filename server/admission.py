@@ -24,7 +24,8 @@ YOUNG_S = 1.0  # bodies that began so shortly ago are not given up
 class Admission:
     """One request's share of the memory. Raises QueueFull where it would be too much.
 
-    peer: the address that it came from. deadline: of the loop's clock, for the answer.
+    peer: the address that it came from.
+    deadline: time on the event loop's clock by which the answer must be made.
     """
 
     def __init__(self, admissions: Admissions, peer: str, deadline: float) -> None:
@@ -136,7 +137,7 @@ class Admissions:
             raise self._full()
 
     def make_room(self, admission: Admission, size_bytes: int) -> None:
-        """Raise QueueFull unless this request may hold so many bytes. One request alone always may."""
+        """Raise QueueFull unless this request may hold so many bytes. A request without others beside it always may."""
         while self._held_beside(admission) and self._held_beside(admission) + size_bytes > self._most_bytes:
             if not self._give_up_slowest(self._all - {admission}):
                 raise self._full()

@@ -28,7 +28,7 @@ MAX_DEATHS = 2
 MAX_TRIES = 5
 STAGED_S = 0.25  # work that takes longer does not gain by being there early
 LONG_S = 1.0  # batches that take longer give way to shorter ones between their steps
-SHORT_SHARE = 0.25  # of the time that the long batch takes: what is short beside it
+SHORT_SHARE = 0.25  # a batch is short beside a long one if it takes at most this share of the long one's time
 LOOK_AGAIN_S = 0.25  # while short work waits for its share beside long work
 WATCH_S = 1.0  # between two looks at whether a batch makes progress
 
@@ -478,7 +478,7 @@ class Dispatcher:
         return any(_holds(engine, half) or (engine, half) in self._loading for engine in alive)
 
     def _note_failure(self, engines: Sequence[Engine], half: Half, error: ModelUnavailable) -> None:
-        """Remember it, answer those who wait for it, and let the next attempt begin when the time is over."""
+        """Remember the failure, answer the jobs that wait for this load, and pump when the next attempt may begin."""
         for engine in engines:
             self._failures.note(engine, half, error)
         self._fail_if_none_loads(half)

@@ -13,7 +13,7 @@ from server.types import Half
 FIRST_GUESS_S_PER_PIXEL = 1e-6
 KEPT = 8  # measurements of each size
 FEWEST = 2  # measurements that a lower bound needs: the first one contains compilations
-LASTS_S = 120.0  # after so long without a measurement nothing is refused for it, so that it cannot refuse work for ever
+LASTS_S = 120.0  # older measurements refuse no work, so that a wrong one cannot refuse it for ever
 
 Measured = deque[tuple[float, float]]
 """When it was measured, and how many seconds a pixel took."""
@@ -30,7 +30,7 @@ class Estimates:
         self._measured: dict[Half, dict[int, Measured]] = {}
 
     def note(self, half: Half, pixels: int, seconds: float) -> None:
-        """Learn from work that took so long on the device. pixels, seconds: of one request's share of a batch."""
+        """Learn from work that took so long on the device. pixels, seconds: one request's share of its batch."""
         sizes = self._measured.setdefault(half, {})
         sizes.setdefault(_size_of(pixels), deque(maxlen=KEPT)).append((self._clock(), seconds / pixels))
 

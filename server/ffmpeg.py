@@ -51,5 +51,5 @@ def start(
         stderr=stderr,
         pass_fds=files,
         env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
-        process_group=0,  # who signals this process's group, with Ctrl-C say, lets it finish what it accepted
+        process_group=0,  # a signal to this process's group, as Ctrl-C sends it, drains: accepted videos are finished
     )

@@ -132,9 +132,8 @@ class Service:
         if known is None or known.is_assumed:
             self.check_loads(name, Operation.DECODE)  # a description that failed counts for both directions
             asked = self._descriptions.get(name)
-            if (
-                asked is None
-            ):  # all who ask at a time share one answer: a hub that cannot be reached takes half a minute
+            # Requests at the same time share one answer: a hub that cannot be reached takes half a minute to say so.
+            if asked is None:
                 asked = self._descriptions[name] = asyncio.ensure_future(self._devices.describe(name))
                 asked.add_done_callback(lambda _: self._descriptions.pop(name, None))
             self.infos[name] = await asyncio.shield(asked)
@@ -192,7 +191,7 @@ class Service:
             yield admission
 
     def check_room(self, size_bytes: int) -> None:
-        """Raise QueueFull when a request that will need so many bytes has no chance now; nothing is reserved."""
+        """Raise QueueFull if a request of so many bytes would not fit now. Reserves no memory."""
         self._admissions.check_room(size_bytes)
 
     def keep_until(self, future: asyncio.Future[Any], admission: Admission) -> None:

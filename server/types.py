@@ -198,9 +198,9 @@ class LoadedInfo:
 class VAEJob:
     """What an engine needs to decode or encode.
 
-    tensor: latents, or pixels, uint8 or float in [-1, 1]. order: the pixels' axes, a letter of BCFHW each. seed: of a
-    sample of the posterior; None is its mode. output_dtype: of a float answer; None is float16 for samples that were
-    computed in half precision, and otherwise the dtype that they were computed in.
+    tensor: latents, or pixels, uint8 or float in [-1, 1]. order: the pixels' axes, a letter of BCFHW each.
+    seed: draws a sample of the posterior; None answers its mode. output_dtype: the dtype of a float answer; None is
+    float16 for samples that were computed in half precision, and otherwise the dtype that they were computed in.
     """
 
     model: str

@@ -96,7 +96,7 @@ def test_the_device_is_free_soon_after_nobody_waits(config: Path) -> None:
     decode, encode = (seconds_after_a_client_left(config, begin) for begin in (large_decode, large_encode))
     deadline = seconds_after_a_deadline(config)
     figure(
-        "time until the device is free when nobody waits any more",
+        "time until the device is free after the last client left",
         f"{SIDE}x{SIDE} on one thread: {decode:.1f} s after the client of a decode left, {encode:.1f} s after that of an "
         f"encode, {deadline:.1f} s after the deadline of an encode",
     )
@@ -128,7 +128,7 @@ def test_small_images_do_not_wait_for_a_long_video(config: Path) -> None:
         assert len(beside) > 3, "the video was done too soon to compare with"
     figure(
         "a small image beside a video of 257 frames",
-        f"p99 of {len(beside)} requests {percentile(beside, 99):.0f} ms, alone {percentile(alone, 99):.0f} ms; "
+        f"p99 of {len(beside)} requests {percentile(beside, 99):.0f} ms, without the video {percentile(alone, 99):.0f} ms; "
         f"the video took {told[0].seconds:.1f} s",
     )
 

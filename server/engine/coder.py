@@ -13,7 +13,7 @@ from server.errors import ServerError
 from server.types import Layout
 
 Check = Callable[[], None]
-"""Called by a coder between two steps of its work. Raises Stopped when nobody waits for the result any more."""
+"""Called by a coder between two steps of its work. Raises Stopped once every client of the work has left."""
 
 Emit = Callable[[Tensor], None]
 """Receives finished images or frames in order, on the device, in the layout that was asked for."""
@@ -59,8 +59,8 @@ class Decoder(Protocol):
     ) -> Coded:
         """Decode unscaled latents `[B, C, h, w]` or `[B, C, F, h, w]`, on any device and of any dtype, to `layout`.
 
-        budget_bytes: most memory that the activations may take; None: what is free on the device now. diffusers' own
-        decoder does not know a budget. arguments: further arguments of the family's `vae.decode`.
+        budget_bytes: the memory limit of the activations; None means the memory that is free now. diffusers' own
+        decoder ignores it. arguments: further arguments of the family's `vae.decode`.
         Raises Stopped, and whatever torch raises.
         """
         ...

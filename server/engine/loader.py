@@ -419,7 +419,7 @@ def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
     """Copy every tensor, in this dtype if it holds floats. Raises ModelUnavailable where finite values overflow.
 
     Not by diffusers' torch_dtype, which sets torch's default dtype while another model may be decoding. `copy`, because
-    a float32 tensor would stay a mapping of its file: who writes to the file would change answers or end the process.
+    a float32 tensor would stay a mapping of its file: a write to the file would change answers or end the process.
     """
     overflowing = []
     for name, tensor in _tensors(vae):

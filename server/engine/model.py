@@ -15,7 +15,7 @@ from server.types import LatentSpec, LoadedInfo
 class LoadedModel:
     """One direction of a VAE, ready to run: either the decoder or the encoder is there.
 
-    budget_bytes: most memory that the activations of a run may take; None: what is free on the device at that time.
+    budget_bytes: the memory limit of a run's activations; None means the memory that is free when it begins.
     """
 
     family: Family

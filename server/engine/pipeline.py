@@ -48,7 +48,7 @@ def run(
             return list(_run(model, jobs, stream, check))
     except Stopped:
         raise
-    except Exception as error:  # noqa: BLE001  # one bad item must not fail the batch: each is run again alone
+    except Exception as error:  # noqa: BLE001  # one bad item must not fail the batch: each is run again by itself
         failure: Exception = error
     if is_out_of_memory(failure):
         _free_caches(model)

@@ -28,7 +28,7 @@ def postprocess(sample: torch.Tensor, layout: Layout) -> torch.Tensor:
 def in_dtype(values: torch.Tensor, name: str | None) -> torch.Tensor:
     """Return floats in the dtype of an answer: `name`, else float16 for bfloat16, which NumPy does not have.
 
-    float16 holds every bfloat16 of magnitude 2^-14 to 65504 exactly. What is larger becomes 65504, not infinity; a
+    float16 holds every bfloat16 of magnitude 2^-14 to 65504 exactly. Larger values become 65504, not infinity; a
     sample is about [-1, 1]. Other dtypes, uint8 pixels among them, are left as they are.
     """
     if not values.is_floating_point():

@@ -53,8 +53,8 @@ processes.set_forkserver_preload([WORKER])
 def start_forkserver() -> None:
     """Start it on the main thread, ahead of the first worker, because its imports take seconds.
 
-    It takes no signals, as its workers do: who signals the process group means the front process. What is blocked stays
-    so in a new process, and unlike what is ignored it is not lost here.
+    Like its workers it takes no signals, because a signal to the process group is meant for the front process. A
+    blocked signal stays blocked in a new process, and unlike an ignored one it is not lost in this process.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as it is loaded
     resource_tracker.ensure_running()  # else it is started in between, and unblocks them

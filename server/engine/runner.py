@@ -60,7 +60,7 @@ class Work:
         return [index for index in range(len(self.requests)) if self.listener.is_wanted(index)]
 
     def check(self) -> None:
-        """Raise Stopped when nobody waits for any of it."""
+        """Raise Stopped once the clients of all its requests have left."""
         if not any(self.listener.is_wanted(index) for index in range(len(self.requests))):
             raise Stopped
 

@@ -58,7 +58,7 @@ class Place:
 class Turn:
     """The right to use the device: one thread at a time, in the order in which they asked.
 
-    A thread that has the turn may enter again. Between the steps of long work it may give way to those who wait.
+    A thread that has the turn may enter again. Between the steps of long work it may give way to waiting threads.
     """
 
     def __init__(self) -> None:

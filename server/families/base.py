@@ -214,7 +214,7 @@ def channels_last(spec: LatentSpec, shape: tuple[int, ...], axes: str) -> WrongS
 def axis_too_many(shape: tuple[int, ...], axes: int, channels: int) -> str | None:
     """Return the shape that is meant when one axis of 1 is too many, None where none is.
 
-    axes: of the shape that is meant, channels: of its second axis.
+    axes: how many the right shape has. channels: the size of its second axis.
     """
     if len(shape) != axes + 1:
         return None

@@ -16,7 +16,7 @@ NO_ROUTE = (
 
 
 def as_json(error: ServerError, request_id: str, *, to_operator: bool = False) -> JSONResponse:
-    """The response of an error. to_operator: whoever reads it runs the server."""
+    """Return the response of an error. to_operator: the client is the operator, so the sentence says what to do."""
     body = {"error": error.told(to_operator=to_operator), "code": error.code, "request_id": request_id}
     headers = {"X-Request-Id": request_id}
     if error.retry_after_s is not None:
@@ -24,16 +24,16 @@ def as_json(error: ServerError, request_id: str, *, to_operator: bool = False) -
     if error.status == 408:
         headers["Connection"] = "close"  # the rest of the request may still come
     response = JSONResponse(body, error.status, headers)
-    if error.status == 401:  # a line each: of one line with both, Chromium reads the first alone and never asks
+    if error.status == 401:  # one header line each: Chromium reads only the first challenge of a line
         for challenge in ("Bearer", 'Basic realm="vae", charset="UTF-8"'):
             response.headers.append("WWW-Authenticate", challenge)
     return response
 
 
 def failure(request: Request, error: ServerError) -> JSONResponse:
-    """The same for a request that reached the application.
+    """Count an error of a request that reached the application, and return its response.
 
-    A server that listens on this machine, for its own names, answers the person who runs it.
+    The client is taken for the operator where the server listens on a loopback address and for loopback names only.
     """
     service = request.app.state.service
     request.state.code = error.code

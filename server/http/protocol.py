@@ -284,7 +284,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch_head(now, self._head_since)
 
     def _has_hung_up(self) -> bool:
-        """Whether the client closed its end. While a pipelined request waits, nothing is read, so no end is seen."""
+        """Whether the client closed its end; asked while a pipelined request waits and the socket is not read."""
         if not hasattr(select, "POLLRDHUP"):  # Linux only
             return False
         poll = select.poll()

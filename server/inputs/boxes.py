@@ -246,7 +246,7 @@ class _Reader:
         """Raises TooLarge."""
         if samples > self._most_samples:
             raise TooLarge(
-                f"the MP4 lists {samples} frames, and this model takes at most {self._max_frames}; send a shorter clip"
+                f"the MP4 lists {samples} frames, and this model takes at most {self._max_frames}; send a shorter video"
             )
         return samples
 

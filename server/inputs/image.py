@@ -33,7 +33,7 @@ DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, st
 
 
 def image_size(data: bytes | bytearray, *, rotate: bool) -> tuple[int, int]:
-    """Height and width, from the header alone; upright, as EXIF says, if `rotate`.
+    """Return height and width, read from the header only; upright, as EXIF says, if `rotate`.
 
     Raises BadRequest, UnsupportedBody, TooLarge.
     """
@@ -54,19 +54,19 @@ def read_image(data: bytes | bytearray, mode: str, *, rotate: bool) -> RawTensor
 
     Raises BadRequest.
     """
-    with _opened(data) as picture:
-        picture.load()  # a PNG's EXIF may follow its pixels
-        turn = UPRIGHT.get(_orientation(picture)) if rotate else None
-        image = picture.convert(mode)
-        pixels = np.asarray(image if turn is None else image.transpose(turn))  # [H, W, C]
+    with _opened(data) as image:
+        image.load()  # a PNG's EXIF may follow its pixels
+        turn = UPRIGHT.get(_orientation(image)) if rotate else None
+        converted = image.convert(mode)
+        pixels = np.asarray(converted if turn is None else converted.transpose(turn))  # [H, W, C]
     return RawTensor((1, *pixels.shape), "uint8", pixels.reshape(-1).data)
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF's, 1 to 8, where 1 is upright, as far as it was read yet. EXIF that is damaged turns nothing."""
     try:
-        # Of the base class: PngImageFile's own would decode all pixels to look for EXIF that follows them.
-        return int(Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1))
+        # The base class's method: that of PngImageFile would decode all pixels to look for EXIF that follows them.
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except DAMAGED:
         return 1
 

@@ -16,7 +16,7 @@ from server.errors import BadRequest
 from server.inputs.boxes import SKIPPED, Movie, read_movie
 from server.types import RawTensor
 
-# Whatever is in the file, ffmpeg reads no other file and no address, and runs the decoders of the usual formats alone.
+# Whatever is in the file, ffmpeg reads no other file and no address, and runs only the decoders of the usual formats.
 CODECS = "h264,hevc,av1,libdav1d,vp9,mpeg4"
 INPUT = ("-v", "error", "-xerror", "-f", "mov", "-protocol_whitelist", "file", "-codec_whitelist", CODECS)
 EXACT = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # the usual conversion darkens by about a level
@@ -33,7 +33,7 @@ BUSY = 10  # how many times longer it may take on a busy machine
 
 @dataclass(frozen=True, slots=True)
 class VideoHeader:
-    """The first video of an MP4. height, width: of a frame as it is stored, before the display matrix turns it."""
+    """The first video of an MP4. height, width: the size of a stored frame, before the display matrix turns it."""
 
     movie: Movie
     height: int
@@ -77,19 +77,19 @@ def read_video(data: bytes | bytearray, header: VideoHeader, *, rotate: bool) ->
         pixels = _run(command, path, header.memory_bytes, header.cpu_s)
     decoded = len(pixels) // (height * width * RGB)
     if decoded == 0:
-        raise BadRequest("no frame of the clip can be decoded; send a whole MP4")
+        raise BadRequest("no frame of the video can be decoded; send a whole MP4")
     return RawTensor((decoded, height, width, RGB), "uint8", memoryview(pixels))
 
 
 def _command(path: Path, most_pixels: int, *output: str, rotate: bool = True) -> list[str]:
-    """ffmpeg's arguments. most_pixels: of a frame; rotate: by the display matrix."""
+    """Return ffmpeg's arguments. most_pixels: the largest frame. rotate: apply the display matrix."""
     rotation = () if rotate else ("-noautorotate",)
     bounds = "-max_pixels", str(most_pixels)
     return [*INPUT, *THREADS, *rotation, *bounds, "-i", str(path), "-map", "0:V:0", *output, "-"]
 
 
 def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> bytes:
-    """What ffmpeg makes of the file. Raises BadRequest."""
+    """Return what ffmpeg makes of the file. Raises BadRequest."""
     inherited = [int(path.name)] if path.parent.name == "fd" else []
     limits = {"memory_bytes": memory_bytes, "cpu_s": int(cpu_s)}
     with ffmpeg.start(command, stdout=subprocess.PIPE, files=inherited, **limits) as running:
@@ -98,13 +98,13 @@ def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> byt
             made, _ = running.communicate(timeout=BUSY * cpu_s)
         except subprocess.TimeoutExpired:
             running.kill()
-        except BaseException:  # nobody waits for it any more
+        except BaseException:  # this thread ends, and ffmpeg must not outlive it
             running.kill()
             raise
-    if running.returncode < 0:
-        raise BadRequest("the clip takes far longer to decode than one of its size does; write it again with ffmpeg")
+    if running.returncode < 0:  # the limit of processor time, or the timeout above
+        raise BadRequest("the video takes far longer to decode than one of its size does; write it again with ffmpeg")
     if running.returncode:
-        raise BadRequest("the clip is damaged, cut short or not of a usual codec; send a whole MP4 with a video in it")
+        raise BadRequest("the video is damaged, cut short or not of a usual codec; send a whole MP4 with a video in it")
     return made
 
 

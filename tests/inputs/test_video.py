@@ -96,7 +96,7 @@ def test_a_small_file_of_many_frames_never_reaches_ffmpeg(monkeypatch: pytest.Mo
 def test_ffmpeg_takes_no_more_memory_than_it_may(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = read_header(whole.read_bytes(), "video/mp4", 257)
     monkeypatch.setattr(video, "BASE_BYTES", 96 << 20)
-    with pytest.raises(BadRequest, match="the clip"):
+    with pytest.raises(BadRequest, match="the video"):
         read_file(whole.read_bytes(), header, "RGB")
 
 
@@ -145,5 +145,5 @@ def test_ffmpeg_ends_with_the_process_that_started_it() -> None:
 
 def test_a_file_that_is_no_video_is_refused_by_ffmpeg() -> None:
     for data in (movie(trak(few())), FTYP + box(b"moov"), FTYP):
-        with pytest.raises(BadRequest, match=r"the MP4|the clip"):
+        with pytest.raises(BadRequest, match=r"the MP4|the video"):
             read(data)

@@ -28,7 +28,10 @@ class ExactHalf(Generic[N]):
         self.graphs = Graphs(GRAPHS) if weight.device.type == "cuda" else None
 
     def plan(self, batch: int, height: int, width: int, budget_bytes: int | None = None) -> Plan:
-        """Plan a run for inputs of height x width. budget_bytes: for the activations; None: what is free now."""
+        """Plan a run for inputs of height x width.
+
+        budget_bytes: the memory limit of the activations; None means the memory that is free now.
+        """
         need = footprint(self.network, height, width)
         free = free_bytes(self.network.device) if budget_bytes is None else budget_bytes
         return fit(need, wanted(need, batch, self.network), free)

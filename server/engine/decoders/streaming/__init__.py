@@ -103,15 +103,15 @@ class StreamingDecoder:
     ) -> Coded:
         """Decode as `Decoder.decode` says; frames are emitted as soon as all their rows are done."""
         latents = latents.to(self.device, self.dtype)
-        clips = latents if latents.ndim == 5 else latents[:, :, None]  # [B, C, F, h, w]
-        frames, ratio = self._frames(clips.shape[2]), self.spec.vae_scale_factor
-        shape = len(clips) * frames, ratio * clips.shape[3], ratio * clips.shape[4], self.network.channels
+        videos = latents if latents.ndim == 5 else latents[:, :, None]  # [B, C, F, h, w]
+        frames, ratio = self._frames(videos.shape[2]), self.spec.vae_scale_factor
+        shape = len(videos) * frames, ratio * videos.shape[3], ratio * videos.shape[4], self.network.channels
         output = Output(layout, shape, latents)
-        latent_frames, height, width = clips.shape[2:]
+        latent_frames, height, width = videos.shape[2:]
         slab_rows = self.slab_rows(latent_frames, height, width, output.tensor.nbytes, budget_bytes)
         with checking(self.decoder, check):
-            for index, clip in enumerate(torch.split(clips, 1)):  # [1, C, F, h, w]
-                self._decode(clip, output, index * frames, slab_rows, emit, arguments)
+            for index, video in enumerate(torch.split(videos, 1)):  # [1, C, F, h, w]
+                self._decode(video, output, index * frames, slab_rows, emit, arguments)
         if layout is not Layout.SAMPLE or latents.ndim == 4:
             return Coded(output.tensor, output.finite)  # [B F, ...]
         sample = output.tensor.view(-1, frames, *output.tensor.shape[1:]).transpose(1, 2)  # [B, C, F, H, W]
@@ -119,16 +119,16 @@ class StreamingDecoder:
 
     def _decode(
         self,
-        clip: Tensor,  # [1, C, F, h, w]
+        video: Tensor,  # [1, C, F, h, w]
         output: Output,
         first: int,
         slab_rows: int,
         emit: Emit | None,
         arguments: dict[str, float],
     ) -> None:
-        network, height = self.network, clip.shape[3]
+        network, height = self.network, video.shape[3]
         slabs = list(split(height, slab_rows))
-        chunks: Iterable[Tensor] = network.begin(clip)
+        chunks: Iterable[Tensor] = network.begin(video)
         chunks = chunks if len(slabs) == 1 else list(chunks)
         for slab in slabs:
             frame = first
