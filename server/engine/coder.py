@@ -41,11 +41,10 @@ class Coded:
 class Decoder(Protocol):
     """Decodes with the weights of one VAE.
 
-    name: what `GET /models` calls this implementation. is_reentrant: whether another call may run inside `check`.
+    name: what `GET /models` calls this implementation; of an `EXACT` one another call may run inside `check`.
     """
 
     name: str
-    is_reentrant: bool
 
     def decode(
         self,
@@ -70,7 +69,6 @@ class Encoder(Protocol):
     """Encodes with the weights of one VAE. The attributes are those of a Decoder."""
 
     name: str
-    is_reentrant: bool
 
     def encode(self, pixels: Tensor, *, budget_bytes: int | None = None, check: Check = go_on) -> Coded:
         """Encode pixels `[B, C, (F,) H, W]` in [-1, 1]: C is 3, or 4 for a VAE with an alpha channel.

@@ -148,7 +148,10 @@ class Runner:
 
     def _may_interleave(self, half: Half) -> bool:
         """diffusers' own coders keep state between their steps: the same one cannot run twice at a time."""
-        return self.sync.holds(*half) and (half not in self._on_device or self.sync.is_reentrant(*half))
+        info = self.sync.loaded(half.model)
+        if info is None or not info.runs(half.operation):
+            return False
+        return half not in self._on_device or info.may_run_inside_itself(half.operation)
 
     def _run(self, work: Work) -> None:
         requests, listener, wanted = work.requests, work.listener, work.wanted

@@ -15,7 +15,6 @@ class StockHalf:
     """One direction of a VAE as a user's local pipeline runs it."""
 
     name = "diffusers"
-    is_reentrant = False  # some classes keep a cache of frames between their chunks
 
     def __init__(self, vae: Any, family: Family) -> None:
         weight = next(weight for weight in vae.parameters() if not weight.is_meta)

@@ -161,18 +161,14 @@ class SyncEngine:
             dtype = torch.float32 if key.is_upcast else None
             return self._loaded.get(key) or self._keep(key, self._read(key.name, key.operation, dtype))
 
-    def is_reentrant(self, name: str, operation: Operation) -> bool:
-        """Whether jobs of this direction may run inside the check of another job of it."""
-        model = self._loaded.get(Key(name, operation))
-        return model is not None and model.coder.is_reentrant
-
     def run(
         self, jobs: Sequence[VAEJob], stream: Stream | None = None, check: Check = go_on
     ) -> list[Computed | Exception]:
         """Run jobs of one key now, loading first if needed; run again in float32 what half precision overflows.
 
         check: called between the steps of the work; other threads that want the device get it there too. It may call
-        `run` for a job of another key, or of the same one if it `is_reentrant`; such a run loads nothing.
+        `run` for a job of another key, or of the same one where `LoadedInfo.may_run_inside_itself`; such a run loads
+        nothing.
         The errors returned: NonFiniteInput, BadRequest, TooLargeForDevice. Raises ModelUnavailable, NotLoaded, Stopped.
         """
         key = Key(jobs[0].model, jobs[0].operation)

@@ -11,6 +11,7 @@ from server.engine.exact.graphs import GRAPHS, Graphs
 from server.engine.exact.kernels import Kernels
 from server.engine.exact.memory import free_bytes, kernels_for
 from server.engine.exact.plan import Network, Plan, fit, footprint, wanted
+from server.types import EXACT
 
 N = TypeVar("N", bound=Network)
 
@@ -18,8 +19,7 @@ N = TypeVar("N", bound=Network)
 class ExactHalf(Generic[N]):
     """Takes over the weights of one direction of the VAE, which are on their device in the dtype to compute in."""
 
-    name = "exact"
-    is_reentrant = True
+    name = EXACT
 
     def __init__(self, weight: Tensor, take: Callable[[Kernels], N]) -> None:
         """weight: any of the weights. take: makes the network of the VAE."""

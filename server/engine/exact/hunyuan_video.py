@@ -27,7 +27,7 @@ from server.engine.exact.network import (
 )
 from server.engine.exact.output import Output
 from server.engine.exact.structure import attention_reasons, norm_reasons
-from server.types import Layout
+from server.types import EXACT, Layout
 
 QUERY_BYTES = 256 << 20
 CPU_CHUNK_BYTES = 16 << 20
@@ -43,8 +43,7 @@ class ExactHunyuanVideoDecoder:
     bounds the chunks beside the two whole activations.
     """
 
-    name = "exact"
-    is_reentrant = True
+    name = EXACT
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:

@@ -73,7 +73,6 @@ class StreamingDecoder:
     """
 
     name = "streaming"
-    is_reentrant = False  # diffusers' modules keep a cache of frames between their chunks
 
     @staticmethod
     def unsupported_reason(vae: Any) -> str | None:
