@@ -30,8 +30,8 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
-PROMISES := tests/test_load.py tests/test_workers.py tests/test_fairness.py tests/http/test_malformed.py \
-	tests/http/test_slow_clients.py tests/http/test_held.py
+PROMISES := tests/test_load.py tests/workers/test_workers.py tests/scheduling/test_fairness.py tests/web/test_malformed.py \
+	tests/web/test_slow_clients.py tests/web/test_held.py
 
 torture: $(INSTALLED) ## A million malformed requests, 100 kills, 50 drains, 10,000 compared answers (SCALE=5, hours)
 	VAE_TEST_MALFORMED=$(or $(COUNT),1000000) VAE_TEST_SCALE=$(or $(SCALE),5) $(BIN)/python -m pytest -s $(PROMISES) $(ARGS)
@@ -62,8 +62,8 @@ test-contract: $(INSTALLED) ## The contract's cases, with diffusers' own client,
 test-ray: $(INSTALLED) ## The contract, kills and scaling on a local Ray Serve with two CPU replicas
 	$(BIN)/python -m pytest tests/test_ray_serve.py $(ARGS)
 
-FAST := tests/http/test_wire.py tests/test_config.py tests/test_dockerfile.py tests/families tests/outputs \
-	tests/test_batching.py tests/test_dispatch.py tests/test_service.py tests/test_admission.py tests/test_walls.py
+FAST := tests/contract tests/config tests/test_dockerfile.py tests/families tests/outputs \
+	tests/scheduling tests/test_walls.py
 
 check: $(INSTALLED) ## Lint, types, layers and the fast tests, in seconds
 	$(BIN)/ruff check .

@@ -6,15 +6,15 @@ from typing import Any
 
 from PIL import Image
 
-from server import toolkit
 from server.config import load_settings
-from server.direct import Direct
+from server.contract import read_base64
 from server.errors import BadRequest
-from server.http.wire import read_base64
+from server.inprocess import toolkit
+from server.inprocess.direct import Direct
 from server.outputs import IMAGE, format_named
 from server.outputs.image import picture
 from server.outputs.tensor import as_json
-from server.types import RawTensor
+from server.values import RawTensor
 
 
 class EndpointHandler:
@@ -30,7 +30,7 @@ class EndpointHandler:
             self.direct = Direct(settings, toolkit.take_over(app, settings))
         else:
             self.direct = Direct(settings)
-            self.direct.engine.load(settings.default)
+            self.direct.models.load(settings.default)
 
     def __call__(self, data: dict[str, Any]) -> Image.Image | dict[str, object]:
         """Decode one request.
@@ -50,13 +50,13 @@ class EndpointHandler:
         if name is None:
             raise BadRequest(f"no such model; known: {', '.join(self.direct.settings.models)}")
         request = self.direct.parse(name, parameters, content, str(parameters.pop("accept", "*/*")))
-        decoded = self.direct.run(request)
-        chosen = format_named(request.format)
+        result = self.direct.run(request)
+        chosen = format_named(request.job.format)
         if not chosen.is_encoded:
-            return as_json(decoded.tensor)
+            return as_json(result.body)
         if chosen.kinds == IMAGE:
-            return picture(decoded.tensor)  # the toolkit encodes it, once
-        body = self.direct.render(request, decoded).body
+            return picture(result.body)  # the toolkit encodes it, once
+        body = self.direct.render(request, result).body
         encoded = as_json(RawTensor((len(body),), "uint8", body))
         return {**encoded, "parameters": {"content_type": chosen.media_types[0]}}
 

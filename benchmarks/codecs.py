@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server.outputs import format_named, png
-from server.types import RawTensor, RenderOptions
+from server.values import RawTensor, RenderOptions
 
 Pixels = NDArray[np.uint8]
 Encoder = Callable[[Pixels], bytes]

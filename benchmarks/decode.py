@@ -32,10 +32,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from server.engine.exact import ExactKLDecoder
-from server.engine.exact.network import Attention, Network, Resnet, Upsample
-from server.engine.exact.plan import RECOMPUTED_BAND_BYTES, Plan, footprint
-from server.types import Layout
+from server.engine.coders.image.decoder import ExactKLDecoder
+from server.engine.coders.image.layers import Attention, DecoderWeights, Resnet, Upsample
+from server.engine.coders.image.plan import RECOMPUTED_BAND_BYTES, Plan, footprint
+from server.values import Layout
 
 Variant = Callable[[Tensor], Tensor]
 MEGA = 1e6
@@ -98,7 +98,7 @@ def main() -> None:
         (RESULTS / f"{arguments.save}.json").write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def variants(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, Variant], Network]:
+def variants(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, Variant], DecoderWeights]:
     vae = full_size_vae().to(device)
     half = copy.deepcopy(vae).to(torch.bfloat16)
     decoder = ExactKLDecoder(copy.deepcopy(half))
@@ -187,7 +187,7 @@ def at_budget(decoder: ExactKLDecoder, budget_bytes: int) -> Variant:
 
 
 def table(
-    size: int, chosen: dict[str, Variant], network: Network, rate: float, device: torch.device, repeats: int
+    size: int, chosen: dict[str, Variant], network: DecoderWeights, rate: float, device: torch.device, repeats: int
 ) -> list[dict[str, Any]]:
     latents = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(size)).to(device)
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
@@ -290,7 +290,7 @@ def psnr(picture: Tensor, reference: Tensor | None) -> float:
     return math.inf if error == 0 else 10 * math.log10(4 / error)  # the sample spans [-1, 1]
 
 
-def folded_flops(network: Network, side: int) -> float:
+def folded_flops(network: DecoderWeights, side: int) -> float:
     """Multiply-adds counted twice: every convolution, the upsamples as four 2x2 phases, and the attention."""
     pixels, channels = side * side, network.conv_in.out_channels
     total = 2.0 * pixels * channels * 9 * 4

@@ -23,21 +23,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from benchmarks.decode import (
-    BF16,
-    FP32,
-    LONG_S,
-    MEGA,
-    RESULTS,
-    Variant,
-    device_name,
-    full_size_vae,
-    peak_of,
-    timed,
-)
-from server.engine.exact import preferred_cpu_dtype
-from server.engine.exact.encoder import ExactKLEncoder
-from server.engine.exact.plan import RECOMPUTED_BAND_BYTES
+from benchmarks.decode import BF16, FP32, LONG_S, MEGA, RESULTS, Variant, device_name, full_size_vae, peak_of, timed
+from server.engine.coders.image.encoder import ExactKLEncoder
+from server.engine.coders.image.plan import RECOMPUTED_BAND_BYTES
+from server.engine.kernels.cpu import preferred_cpu_dtype
 
 HEADER = "| size | encode | s | s (best) | ratio | against fp32 | peak activations MB | largest error | PSNR dB |"
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode import MEGA, RESULTS, device_name, peak_of
-from server.engine.decoders.stock import StockDecoder
-from server.engine.decoders.streaming import StreamingDecoder
-from server.engine.postprocess import postprocess
+from server.engine.coders.layouts import postprocess
+from server.engine.coders.stock import StockDecoder
+from server.engine.coders.video.streaming import StreamingDecoder
 from server.families import Family, family_of_class
-from server.types import Layout
+from server.values import Layout
 from tests.engine.live import LiveBytes
 
 CPU = torch.device("cpu")

@@ -18,11 +18,12 @@ import torch
 from fastapi import Depends, Request
 from fastapi.responses import Response
 
+from server import contract as wire
 from server.config import Settings, load_settings
-from server.engine.sync import SyncEngine
-from server.http import wire
+from server.engine.models import LoadedModels
 from server.outputs import format_named
-from server.types import Computed, VAERequest
+from server.values import Request as VaeRequest
+from server.values import TensorResult
 
 TIMEOUT_S = 300
 
@@ -40,7 +41,7 @@ async def read(request: Request) -> Sent:
     return Sent(request.query_params.multi_items(), request.headers.get("accept", ""), await request.body())
 
 
-Work = tuple[VAERequest, Computed]
+Work = tuple[VaeRequest, TensorResult]
 
 
 class DecodeAPI(litserve.LitAPI):
@@ -54,24 +55,25 @@ class DecodeAPI(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         torch.set_num_threads(self._threads)
-        self._engine = SyncEngine(self._settings)
+        self._engine = LoadedModels(self._settings)
         self._infos = {name: self._engine.describe(name) for name in self._settings.models}
         self._defaults = wire.RenderDefaults()
         for name in self._settings.models:
             self._engine.load(name)
 
-    def decode_request(self, request: Annotated[Sent, Depends(read)]) -> VAERequest:
+    def decode_request(self, request: Annotated[Sent, Depends(read)]) -> VaeRequest:
         parameters = wire.Parameters(request.query)
         info = self._infos[parameters.text("model") or self._settings.default]
-        return wire.prepare(parameters, request.accept, info, self._defaults).with_data(request.body)
+        job = wire.decode_job(parameters, request.accept, info, self._defaults)
+        return wire.with_data(job, request.body)
 
-    def batch(self, inputs: Sequence[VAERequest]) -> Sequence[VAERequest]:
+    def batch(self, inputs: Sequence[VaeRequest]) -> Sequence[VaeRequest]:
         return inputs
 
     def predict(self, x: Any) -> Any:
         """One request to one result, or with batching a list of them to as many; the benchmark's are all alike."""
         requests = x if self._batches else [x]
-        outcomes = self._engine.decode([request.job for request in requests])
+        outcomes = self._engine.run(requests)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -82,8 +84,8 @@ class DecodeAPI(litserve.LitAPI):
         return output
 
     def encode_response(self, output: Work) -> Response:
-        request, decoded = output
-        rendered = format_named(request.format).render(decoded.tensor, request.render)
+        request, result = output
+        rendered = format_named(request.job.format).render(result.body, request.job.render)
         return Response(bytes(rendered.body), headers=rendered.headers, media_type=rendered.media_type)
 
 

@@ -20,7 +20,7 @@ import torch
 from diffusers.utils.remote_utils import remote_decode
 
 from server.config import SHIPPED_MODELS_YAML, load_settings
-from server.direct import Direct
+from server.inprocess.direct import Direct
 
 FACTOR = 0.37304
 

@@ -31,21 +31,10 @@ import torch
 import uvloop
 
 from benchmarks.load import Tally, closed_loop
-from benchmarks.peers import (
-    HOSTED,
-    LIT,
-    LIT_BATCHED,
-    LIT_WORKERS,
-    OURS,
-    OURS_WORKERS,
-    RAY,
-    RAY_REPLICAS,
-    Peer,
-    running,
-)
+from benchmarks.peers import HOSTED, LIT, LIT_BATCHED, LIT_WORKERS, OURS, OURS_WORKERS, RAY, RAY_REPLICAS, Peer, running
 from benchmarks.traffic import ANSWERS, CASES, Work, write_models
 from server.config import load_settings
-from server.direct import Direct
+from server.inprocess.direct import Direct
 
 RESULTS = Path(__file__).parent / "results"
 BARE = "bare"
@@ -84,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models_yaml = write_models(Path(folder))
         direct = Direct(load_settings(config=models_yaml))
-        loaded = [direct.engine.load(name).info for name in direct.settings.models]
+        loaded = [direct.models.load(name).info for name in direct.settings.models]
         machine = machine_name(f"{loaded[0].dtype} {loaded[0].decoder} decoder")
         print(f"{machine}\n")
         with running(models_yaml, loaded[0].dtype, max(arguments.clients), arguments.servers) as peers:

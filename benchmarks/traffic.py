@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from benchmarks.load import WrongAnswer
 from server.config import SHIPPED_MODELS_YAML
-from server.direct import Direct
-from server.types import VAERequest
+from server.inprocess.direct import Direct
+from server.values import Request
 
 DEMO = SHIPPED_MODELS_YAML.parent / "server" / "demo"
 PHOTOS = ("astronaut", "chelsea", "coffee")
@@ -76,7 +76,7 @@ class Work:
         )
         return head.encode() + data
 
-    def _job(self, model: str, data: bytes) -> VAERequest:
+    def _job(self, model: str, data: bytes) -> Request:
         return self.direct.parse(model, self._parameters(model), data, ANSWERS[self.answer]["Accept"])
 
     def check_length(self, index: int, body: bytes, lengths: dict[int, int]) -> None:

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from benchmarks.decode import MEGA, Variant, device_name, matrix_rate, peak_of, psnr, timed
-from server.engine.exact import ExactHunyuanVideoDecoder
-from server.types import Layout
+from server.engine.coders.video.hunyuan_decoder import ExactHunyuanVideoDecoder
+from server.values import Layout
 
 
 def full_size_vae() -> AutoencoderKLHunyuanVideo:

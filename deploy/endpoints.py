@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMAGE = "deploy/endpoints-constraints.txt"
-TESTS = ("tests/test_handler.py", "tests/test_toolkit.py", "tests/http/test_remote_decode.py")
+TESTS = ("tests/inprocess/test_handler.py", "tests/inprocess/test_toolkit.py", "tests/web/test_remote_decode.py")
 TEST_PACKAGES = ("pytest>=9", "pytest-timeout")
 
 

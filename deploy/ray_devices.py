@@ -15,11 +15,13 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from server.dispatch import MAX_DEATHS, MAX_TRIES, Job
-from server.engine.messages import Failure
 from server.errors import Broken, ConfigError, ModelUnavailable, QueueFull, ServerError, WorkerCrashed
-from server.load_failures import LoadFailures
-from server.types import Done, Half, LoadedInfo, ModelInfo, Operation, VAERequest
+from server.model_info import CoderId, Direction, LoadedInfo, ModelInfo
+from server.scheduling.dispatcher import MAX_DEATHS, MAX_TRIES
+from server.scheduling.engines import Pending
+from server.scheduling.load_failures import LoadFailures
+from server.values import RenderedResult, Request
+from server.workers.messages import Failure
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +33,20 @@ LOOK_EVERY_S = 2.0
 class Ask(msgspec.Struct, frozen=True):
     """A request on its way to a replica. patience_s: until its deadline, for clocks differ."""
 
-    request: VAERequest
+    request: Request
     seconds: float
     patience_s: float
     is_alone: bool
     least_seconds: float = 0.0
 
     @staticmethod
-    def of(job: Job) -> Ask:
-        patience_s = job.deadline - asyncio.get_running_loop().time()
-        return Ask(job.request, job.seconds, patience_s, job.is_alone, job.least_seconds)
+    def of(pending: Pending) -> Ask:
+        patience_s = pending.deadline - asyncio.get_running_loop().time()
+        return Ask(pending.request, pending.seconds, patience_s, pending.is_alone, pending.least_seconds)
 
-    def job(self) -> Job:
+    def pending(self) -> Pending:
         deadline = asyncio.get_running_loop().time() + self.patience_s
-        return Job.of(
+        return Pending.of(
             self.request,
             seconds=self.seconds,
             least_seconds=self.least_seconds,
@@ -58,32 +60,32 @@ class Reply(msgspec.Struct, frozen=True):
 
     replica: str
     held: dict[str, LoadedInfo]
-    done: Done | None = None
+    result: RenderedResult | None = None
     info: ModelInfo | None = None
     failure: Failure | None = None
 
 
-def id_of(half: Half) -> str:
-    """The name that Ray's multiplexing knows half a model by."""
-    return f"{half.model}/{half.operation}"
+def id_of(coder: CoderId) -> str:
+    """The name that Ray's multiplexing knows coder a model by."""
+    return f"{coder.model}/{coder.direction}"
 
 
-def half_of(model_id: str) -> Half:
-    model, _, operation = model_id.partition("/")
-    return Half(model, Operation(operation))
+def coder_of(model_id: str) -> CoderId:
+    model, _, direction = model_id.partition("/")
+    return CoderId(model, Direction(direction))
 
 
 class RayDevices:
-    """The replicas of one deployment. There is no queue here: every job goes to Ray's router at once."""
+    """The replicas of one deployment. There is no queue here: every pending goes to Ray's router at once."""
 
-    is_alive = True  # a job waits while Ray brings a replica back, or starts the first one
+    is_alive = True  # a pending waits while Ray brings a replica back, or starts the first one
 
     def __init__(self, replicas: DeploymentHandle[Any], models: Sequence[str]) -> None:
         self.count = 1
         self._replicas = replicas
         self._models = models
         self._here: list[Reply] = []  # of each model, when this started
-        self._jobs: set[Job] = set()
+        self._jobs: set[Pending] = set()
         self._failures = LoadFailures(lambda: asyncio.get_running_loop().time())
         self._held: OrderedDict[str, dict[str, LoadedInfo]] = OrderedDict()  # by replica, the last to tell at the end
         self._counting: asyncio.Task[None] | None = None
@@ -94,11 +96,11 @@ class RayDevices:
 
     @property
     def running(self) -> int:
-        return sum(job.started is not None for job in self._jobs)
+        return sum(pending.started is not None for pending in self._jobs)
 
     @property
     def seconds_ahead(self) -> float:
-        return sum(job.seconds for job in self._jobs) / self.count
+        return sum(pending.seconds for pending in self._jobs) / self.count
 
     async def start(self) -> None:
         """Once there is a replica, or none is wanted."""
@@ -114,7 +116,7 @@ class RayDevices:
             try:
                 return info_of(reply)
             except ServerError as error:
-                raise self._noted(error, [Half(model, operation) for operation in Operation]) from None
+                raise self._noted(error, [CoderId(model, direction) for direction in Direction]) from None
         if not self._here:  # all at once: a replica's places are for decodes
             self._here = await self._described(self._models, is_local_only=True)
         return info_of(self._here[self._models.index(model)])
@@ -125,51 +127,51 @@ class RayDevices:
     def loaded(self, model: str) -> list[LoadedInfo]:
         return [held[model] for held in self._held.values() if model in held]
 
-    def load_failure(self, half: Half) -> ModelUnavailable | None:
+    def load_failure(self, coder: CoderId) -> ModelUnavailable | None:
         """One replica may lack the memory or the network that another one has, so a failure ends where one holds it."""
-        if any(info.runs(half.operation) for info in self.loaded(half.model)):
+        if any(info.runs(coder.direction) for info in self.loaded(coder.model)):
             return None
-        return self._failures.find([self], half)
+        return self._failures.find([self], coder)
 
-    async def answer(self, job: Job) -> Done:
-        if failure := self.load_failure(job.model):
+    async def answer(self, pending: Pending) -> RenderedResult:
+        if failure := self.load_failure(pending.coder):
             raise failure
-        self._jobs.add(job)
+        self._jobs.add(pending)
         try:
             while True:
                 try:
-                    return await self._ask(job)
+                    return await self._ask(pending)
                 except LOST as error:
                     log.warning("a replica ended with a request in hand: %s", type(error).__name__)
-                    self._count_death(job)
+                    self._count_death(pending)
                 except BackPressureError as error:
-                    if not job.tries:
+                    if not pending.tries:
                         raise self._queue_full(error) from None
                     await asyncio.sleep(PAUSE_S)  # it was let in once
         finally:
-            self._jobs.discard(job)
+            self._jobs.discard(pending)
 
     async def close(self) -> None:
         if self._counting:
             self._counting.cancel()
 
-    async def _ask(self, job: Job) -> Done:
-        replicas = self._replicas.options(method_name="run", stream=True, multiplexed_model_id=id_of(job.model))
-        async for reply in self._replies(replicas, msgspec.msgpack.encode(Ask.of(job))):
+    async def _ask(self, pending: Pending) -> RenderedResult:
+        replicas = self._replicas.options(method_name="run", stream=True, multiplexed_model_id=id_of(pending.coder))
+        async for reply in self._replies(replicas, msgspec.msgpack.encode(Ask.of(pending))):
             last = reply
-            if not (reply.done or reply.failure):
-                job.start()
+            if not (reply.result or reply.failure):
+                pending.note_started()
         if last.failure:
-            raise self._noted(last.failure.error(), [job.model])
-        assert last.done
-        return last.done
+            raise self._noted(last.failure.error(), [pending.coder])
+        assert last.result
+        return last.result
 
-    def _noted(self, error: ServerError, halves: Sequence[Half]) -> ServerError:
+    def _noted(self, error: ServerError, coders: Sequence[CoderId]) -> ServerError:
         """Remember the error of a load: replicas are alike, so that what one cannot load none can."""
         if isinstance(error, ModelUnavailable):
             log.error("%s", error.detail)
-            for half in halves:
-                self._failures.note(self, half, error)
+            for coder in coders:
+                self._failures.note(self, coder, error)
         return error
 
     async def _described(self, models: Sequence[str], *, is_local_only: bool) -> list[Reply]:
@@ -204,12 +206,12 @@ class RayDevices:
         if len(self._held) > self.count:
             self._held.popitem(last=False)
 
-    def _count_death(self, job: Job) -> None:
-        """As the dispatcher does: a job that was in work, twice, is to blame."""
-        job.tries += 1
-        job.deaths += job.started is not None
-        job.is_alone, job.started = job.deaths > 0, None
-        if job.deaths >= MAX_DEATHS or job.tries >= MAX_TRIES:
+    def _count_death(self, pending: Pending) -> None:
+        """As the dispatcher does: a pending that was in work, twice, is to blame."""
+        pending.tries += 1
+        pending.deaths += pending.started is not None
+        pending.is_alone, pending.started = pending.deaths > 0, None
+        if pending.deaths >= MAX_DEATHS or pending.tries >= MAX_TRIES:
             raise WorkerCrashed("the replica that ran this request ended again") from None
 
     def _queue_full(self, error: BackPressureError) -> QueueFull:

@@ -16,8 +16,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import DeadlinePassed, ServerError, Unavailable
-from server.http.failures import as_json
-from server.http.frame import REQUEST_ID
+from server.web.failures import as_json
+from server.web.request_scope import REQUEST_ID
 
 RAYS_OWN = "/-/"  # /-/healthz and /-/routes
 START_S = 30.0

@@ -18,16 +18,17 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
-from deploy.ray_devices import Ask, RayDevices, Reply, half_of, id_of
+from deploy.ray_devices import Ask, RayDevices, Reply, coder_of, id_of
 from deploy.ray_proxy import BehindProxy
 from server.config import Settings, load_settings
-from server.dispatch import Dispatcher, Job
-from server.engine.process import SPIN_COUNT
-from server.http.app import create_app
 from server.logs import write_logs
 from server.metrics import Metrics
-from server.service import Service, State
-from server.types import Half
+from server.model_info import CoderId
+from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.engines import Pending
+from server.scheduling.service import Service, State
+from server.web.app import create_app
+from server.workers.process import SPIN_COUNT
 
 if TYPE_CHECKING:  # the front never imports torch
     from server.engine.local import LocalEngine
@@ -88,13 +89,13 @@ class VAE:
         self._bring = multiplexed(engine, models_per_replica)
         for name, entry in self._settings.models.items():
             if entry.preload or entry.warmup:
-                await self._bring(id_of(Half(name)))
+                await self._bring(id_of(CoderId(name)))
 
     async def run(self, message: bytes) -> AsyncIterator[bytes]:
         """An Ask in; Replies out, one as it begins and one with the answer."""
         ask = msgspec.msgpack.decode(message, type=Ask)
         begun = asyncio.Event()
-        answer = asyncio.create_task(self._answer(ask.job(), begun))
+        answer = asyncio.create_task(self._answer(ask.pending(), begun))
         beginning = asyncio.create_task(begun.wait())
         try:
             await asyncio.wait((answer, beginning), return_when=asyncio.FIRST_COMPLETED)
@@ -105,12 +106,12 @@ class VAE:
             answer.cancel()
             beginning.cancel()
 
-    async def _answer(self, job: Job, begun: asyncio.Event) -> bytes:
-        job.on_start = begun.set
+    async def _answer(self, pending: Pending, begun: asyncio.Event) -> bytes:
+        pending.on_start = begun.set
         try:
             # To its end, whoever leaves: Ray would go on telling of a load that was broken off.
-            await asyncio.shield(self._bring(id_of(job.model)))
-            return self._reply(done=await self._dispatcher.answer(job))
+            await asyncio.shield(self._bring(id_of(pending.coder)))
+            return self._reply(result=await self._dispatcher.answer(pending))
         except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
             return self._reply(failure=self._failure_of(error))
 
@@ -135,7 +136,7 @@ def multiplexed(engine: "LocalEngine", most: int) -> Callable[[str], Awaitable[s
     """
 
     async def bring(model_id: str) -> str:
-        await engine.load(*half_of(model_id))
+        await engine.load(coder_of(model_id))
         return model_id
 
     brought: Callable[[str], Awaitable[str]] = serve.multiplexed(bring, max_num_models_per_replica=most)

@@ -19,12 +19,12 @@ import requests
 from PIL import Image as Picture
 
 from deploy.engine import IMAGE, Engine, Failed
-from server.files import read_latents
+from server.commands.local_files import read_latents
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE = REPOSITORY / "server/demo/latents/astronaut.safetensors"
 SAMPLE_SIZE = (512, 512)
-CONTRACT = (sys.executable, "-m", "tests.contract")
+CONTRACT = (sys.executable, "-m", "tests.contract.__main__")
 
 USER, PORT = "10001", 8000
 # What the image's user may write: the volume, and what Debian itself leaves open.

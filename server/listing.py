@@ -7,9 +7,10 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from server.config import Settings
-from server.outputs import FORMATS
-from server.types import LATENT_DTYPES, LatentSpec, ModelInfo, Weights
+from .config import Settings
+from .model_info import LatentSpec, ModelInfo, Weights
+from .outputs import FORMATS
+from .values import LATENT_DTYPES
 
 INPUTS = {
     "image": ["image/png", "image/jpeg", "image/webp", "tensor/binary"],
@@ -26,7 +27,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
         "subfolder": entry.subfolder,
         "revision": entry.revision,
         "aliases": list(entry.aliases),
-        "limits": entry.limits.model_dump(),
+        "limits": asdict(entry.limits),
         "dtypes": list(LATENT_DTYPES),
     }
     if info is None:

@@ -55,7 +55,7 @@ class Metrics:
         )
         self.out_of_memory = Counter("vae_oom", "Decodes that ran out of memory", ["step"], registry=registry)
         self.nonfinite = Counter(
-            "vae_nonfinite", "Half-precision overflows, decoded again in float32", ["where"], registry=registry
+            "vae_nonfinite", "CoderId-precision overflows, decoded again in float32", ["where"], registry=registry
         )
         self.cancelled = Counter(
             "vae_cancelled", "Clients that left, or read their answer too slowly", ["stage"], registry=registry

@@ -15,14 +15,14 @@ import torch
 import uvicorn
 import yaml
 
-from server.cli import bind
+from server.commands.cli import bind
 from server.config import Settings, load_settings
-from server.dispatch import Dispatcher
 from server.engine.local import LocalEngine
-from server.http.app import create_app
-from server.http.protocol import uvicorn_config
 from server.metrics import Metrics
-from server.service import Service
+from server.scheduling.dispatcher import Dispatcher
+from server.scheduling.service import Service
+from server.web.app import create_app
+from server.web.protocol import uvicorn_config
 from tests.vaes import LocalVae, build_all, write_entries
 from tests.waiting import PATIENCE_S, until
 

@@ -12,11 +12,11 @@ kept: list[bytes] = []
 
 
 def main(connection: socket.socket, settings: Settings) -> None:
-    render = runner.Runner._render
+    render = runner._render
 
-    def keeping(self: Any, request: Any, decoded: Any, *rest: Any) -> None:
-        kept.append(bytes(decoded.tensor.data) + b"\1" * 65536)
-        render(self, request, decoded, *rest)
+    def keeping(request: Any, result: Any, *rest: Any) -> None:
+        kept.append(bytes(result.body.data) + b"\1" * 65536)
+        render(request, result, *rest)
 
-    runner.Runner._render = keeping
+    runner._render = keeping
     worker.main(connection, settings)

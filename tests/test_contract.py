@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from server.config import load_settings
-from tests import contract
+from tests.contract import __main__ as contract
 from tests.vaes import LocalVae, build_all, read_all, write_entries
 
 CASES_WANTED = 40

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from server import outputs
+from server.commands.checks import describe_all
 from server.config import load_settings
-from server.inspect import describe_all
 from server.listing import families_table
 from tests.conftest import REPOSITORY
 

@@ -17,9 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from server.config import ServerOptions
-from server.http.routes import routes
+from server.web.routes import all_routes
 from tests.conftest import REPOSITORY
-from tests.test_toolkit import STAND_IN, launched
+from tests.inprocess.test_toolkit import STAND_IN, launched
 
 PAGE = REPOSITORY / "deploy" / "endpoints.md"
 
@@ -76,7 +76,7 @@ def test_the_endpoint_is_one_that_huggingface_hub_can_make(monkeypatch: pytest.M
 def test_the_custom_container_is_asked_where_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     image = asked_to_make("import huggingface_hub", monkeypatch)["custom_image"]
     assert image["port"] == ServerOptions.model_fields["port"].default
-    assert image["healthRoute"] in {route.path for route in routes}
+    assert image["healthRoute"] in {route.path for route in all_routes(ServerOptions())}
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a clone")

@@ -20,7 +20,7 @@ from server.families.hunyuan_video import HunyuanVideo
 from server.families.kl import KL
 from server.outputs import FORMATS, Format
 from server.outputs.image import picture
-from server.types import RawTensor, Rendered, RenderOptions
+from server.values import RawTensor, Rendered, RenderOptions
 from tests.conftest import Serve
 from tests.vaes import LocalVae
 

@@ -16,9 +16,9 @@ from diffusers.utils.remote_utils import remote_encode
 
 from server.config import load_settings
 from tests.conftest import Serve, running, write_models_yaml
-from tests.http.test_remote_decode import decode_quietly
 from tests.pipelines import IMAGE_TO_LATENTS, SAMPLES, Sample
 from tests.pipelines.encoding import certain, vae_input
+from tests.web.test_remote_decode import decode_quietly
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
 

@@ -10,12 +10,13 @@ import torch
 from diffusers.utils.remote_utils import remote_decode
 
 from server.config import load_settings
-from server.engine.sync import SyncEngine
+from server.contract import Parameters
+from server.engine.models import LoadedModels
 from server.errors import TooLargeForDevice
 from server.families import FAMILIES
-from server.http.wire import Parameters
-from server.types import Geometry, Layout, RawTensor, Scaling, VAEJob
+from server.values import Geometry, Request
 from tests.conftest import Serve, write_models_yaml
+from tests.requests import decode_job
 from tests.vaes import LocalVae
 
 pytestmark = [
@@ -45,17 +46,17 @@ def test_a_gpu_decodes_what_a_cpu_does(serve: Serve, vaes: Vaes, name: str, dtyp
 
 def test_a_decode_that_does_not_fit_is_refused_and_the_next_one_goes_on(vaes: Vaes, tmp_path: Path) -> None:
     models = {"sd": {"repo": str(vaes["sd"].folder), "device": "cuda", "decoder": "diffusers"}}
-    engine = SyncEngine(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "sd")))
+    engine = LoadedModels(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "sd")))
 
-    def job(side: int) -> VAEJob:
+    def request(side: int) -> Request:
         shape = (1, 4, side, side)
-        geometry: Geometry = FAMILIES["kl"].geometry(engine.describe("sd").latents, shape, Parameters([]))
-        return VAEJob("sd", RawTensor(shape, "float32", bytes(16 * side * side)), geometry, Scaling(), Layout.PIXELS)
+        geometry: Geometry = FAMILIES["kl"].decode_geometry(engine.describe("sd").latents, shape, Parameters([]))
+        return Request(decode_job("sd", geometry), memoryview(bytes(16 * side * side)))
 
-    engine.run([job(16)])
+    engine.run([request(16)])
     torch.cuda.set_per_process_memory_fraction(0.02)
     try:
-        assert isinstance(engine.run([job(2048)])[0], TooLargeForDevice)
-        assert engine.run([job(16)])[0].tensor.shape == (1, 128, 128, 3)
+        assert isinstance(engine.run([request(2048)])[0], TooLargeForDevice)
+        assert engine.run([request(16)])[0].body.shape == (1, 128, 128, 3)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

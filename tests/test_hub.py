@@ -14,7 +14,8 @@ import torch
 from diffusers.utils.remote_utils import remote_decode
 
 from server.config import load_settings
-from server.engine.loader import read_info, source_of
+from server.engine.weights.config_json import read_info
+from server.engine.weights.hub import source_of
 from server.errors import ModelUnavailable
 from tests.conftest import Serve
 

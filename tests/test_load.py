@@ -24,8 +24,8 @@ import psutil
 import pytest
 
 from server.config import Settings, load_settings
-from server.engine.process import ProcessEngine
 from server.metrics import Metrics
+from server.workers.process import ProcessEngine
 from tests.conftest import running, write_models_yaml
 from tests.figures import figure
 from tests.load import Ask, Connection, Told, all_of, error_of, percentile, process, tree_bytes

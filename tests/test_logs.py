@@ -14,8 +14,8 @@ import pytest
 
 from server.logs import JsonFormatter, TextFormatter, write_logs
 from tests.conftest import Serve
-from tests.http.test_errors import BINARY, post
 from tests.vaes import LocalVae
+from tests.web.test_errors import BINARY, post
 
 NASTY = "one\r\ntwo\x1b[31m\x00\x85\u2028three"
 

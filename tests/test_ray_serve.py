@@ -23,10 +23,10 @@ import requests
 import yaml
 
 from tests.conftest import REPOSITORY
-from tests.contract import CASES, Case
-from tests.http.test_errors import assert_refused
+from tests.contract.__main__ import CASES, Case
 from tests.vaes import LocalVae
 from tests.waiting import PATIENCE_S, until
+from tests.web.test_errors import assert_refused
 
 serve_schema = pytest.importorskip("ray.serve.schema", reason="needs deploy/ray-requirements.txt")
 from ray.serve.config import AutoscalingConfig  # noqa: E402  # once Ray is known to be there

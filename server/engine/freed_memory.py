@@ -12,7 +12,7 @@ import struct
 
 import torch
 
-from server.types import RawTensor
+from ..values import RawTensor
 
 ABSURD = 1e4
 ADDRESSES = range(0x5500_0000_0000, 0x8000_0000_0000, 16)  # of a process's heap and libraries on 64-bit Linux

@@ -1,21 +1,22 @@
-"""The whole story of a batch on the device: bytes -> unpack -> unscale -> decode -> postprocess -> bytes, and back."""
+"""A batch on the device: bytes -> unpack -> unscale -> decode -> postprocess -> bytes, or the reverse to encode."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from server.engine.coder import Check, Coded, Emit, Stopped, go_on
-from server.engine.encoders.posterior import latents_of
-from server.engine.inputs import prepared
-from server.engine.model import LoadedModel
-from server.engine.postprocess import in_dtype
-from server.engine.tensors import NAMES, to_host
-from server.errors import ServerError, TooLargeForDevice
-from server.types import Computed, Operation, RawTensor, VAEJob
+from ..errors import ServerError, TooLargeForDevice
+from ..model_info import Direction
+from ..values import Job, RawTensor, Request, Result, TensorResult
+from .coders.interface import Check, Coded, Decoder, Emit, Encoder, Stopped, go_on
+from .coders.layouts import in_dtype
+from .coders.posterior import latents_of
+from .input_tensors import input_tensor
+from .loaded_model import LoadedModel
+from .tensors import NAMES, to_host
 
 STEPS = ("", "free_caches", "smallest_bands")  # of a batch that runs out of memory
 NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
@@ -23,101 +24,103 @@ SMALLEST_BUDGET_BYTES = 1  # an exact decoder then takes its lowest bands and re
 
 
 class NonFiniteOutput(ServerError):
-    """Half precision overflowed: the batch is worth another try in float32."""
+    """Half precision overflowed. The request is worth another try in float32."""
 
 
 class Stream(Protocol):
-    """Where the frames of one clip go as they are done. What was written must not be used once it is abandoned."""
+    """Where the frames of one video go as soon as they are done."""
 
-    def write(self, frames: torch.Tensor) -> None: ...
+    def write(self, frames: torch.Tensor) -> None:
+        """Take the next frames."""
+        ...
 
-    def abandon(self) -> None: ...
+    def abandon(self) -> None:
+        """Discard everything that was written: the decode failed, or will be repeated."""
+        ...
 
 
 def run(
-    model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None = None, check: Check = go_on
-) -> list[Computed | Exception]:
-    """Run jobs of one key together; each gets what it would have got alone, or its own error.
+    model: LoadedModel[Any], requests: Sequence[Request], stream: Stream | None = None, check: Check = go_on
+) -> list[TensorResult | Exception]:
+    """Run the requests of one batch together. Each gets the result that it would have got by itself, or its own error.
 
-    stream: for one job, receives its frames as they are done. check: called between the steps of the work.
-    The errors returned: BadRequest, TooLargeForDevice, NonFiniteOutput where half precision overflowed, and whatever
+    stream: for a single request, receives its frames as they are done. check: called between the steps of the work.
+    The errors returned are BadRequest, TooLargeForDevice, NonFiniteOutput if half precision overflowed, and whatever
     torch raises. Raises Stopped.
     """
     try:
         with torch.inference_mode():
-            return list(_run(model, jobs, stream, check))
+            return list(_run(model, requests, stream, check))
     except Stopped:
         raise
-    except Exception as error:  # noqa: BLE001  # one bad item must not fail the batch: each is run again by itself
+    except Exception as error:  # noqa: BLE001  # one bad request must not fail the batch: each is run again by itself
         failure: Exception = error
     if is_out_of_memory(failure):
         _free_caches(model)
-        failure = _too_large(jobs[0])
-    if len(jobs) > 1:
-        return [run(model, [job], check=check)[0] for job in jobs]
+        failure = _too_large(requests[0].job)
+    if len(requests) > 1:
+        return [run(model, [request], check=check)[0] for request in requests]
     return [failure]
 
 
 def _run(
-    model: LoadedModel, jobs: Sequence[VAEJob], stream: Stream | None, check: Check
-) -> list[Computed | ServerError]:
+    model: LoadedModel[Any], requests: Sequence[Request], stream: Stream | None, check: Check
+) -> list[TensorResult | ServerError]:
     started = time.perf_counter()
-    inputs = [prepared(model, job) for job in jobs]
+    inputs = [input_tensor(model, request) for request in requests]
     good = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor)]
     if not good:
         return [error for error in inputs if isinstance(error, ServerError)]
-    compute = _encode if jobs[0].operation is Operation.ENCODE else _decode
-    output, oom_steps = compute(model, torch.cat(good), jobs[0], stream, check)
-    rows = output.shape[0] // sum(len(tensor) for tensor in good)  # a clip's frames may be the first axis
+    compute = _encode if requests[0].job.direction is Direction.ENCODE else _decode
+    output, oom_steps = compute(model, torch.cat(good), requests[0].job, stream, check)
+    rows = output.shape[0] // sum(len(tensor) for tensor in good)  # the first axis may count frames
     parts = iter(torch.split(output, [rows * len(tensor) for tensor in good]))
     outcomes = [
-        _answer(model, next(parts), job) if isinstance(tensor, torch.Tensor) else tensor
-        for tensor, job in zip(inputs, jobs, strict=True)
+        _answer(model, next(parts), request.job) if isinstance(tensor, torch.Tensor) else tensor
+        for tensor, request in zip(inputs, requests, strict=True)
     ]
     device_ms = (time.perf_counter() - started) * 1e3
     return [
-        Computed(outcome, device_ms, len(good), oom_steps) if isinstance(outcome, RawTensor) else outcome
+        Result(outcome, device_ms, batch_size=len(good), oom_steps=oom_steps)
+        if isinstance(outcome, RawTensor)
+        else outcome
         for outcome in outcomes
     ]
 
 
 def _decode(
-    model: LoadedModel, latents: torch.Tensor, job: VAEJob, stream: Stream | None, check: Check
+    model: LoadedModel[Decoder], latents: torch.Tensor, job: Job, stream: Stream | None, check: Check
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Return the pixels in the layout asked for, and the steps taken for lack of memory."""
-    decoder = model.decoder
-    assert decoder is not None
+    """Return the pixels in the job's layout, and the measures that were taken when memory ran out."""
 
     def compute(budget_bytes: int | None, emit: Emit | None) -> Coded:
         arguments = dict(job.geometry.arguments)
-        return decoder.decode(latents, job.layout, budget_bytes=budget_bytes, emit=emit, check=check, **arguments)
+        return model.coder.decode(latents, job.layout, budget_bytes=budget_bytes, emit=emit, check=check, **arguments)
 
     return _within_memory(model, stream, compute)
 
 
 def _encode(
-    model: LoadedModel, pixels: torch.Tensor, job: VAEJob, stream: Stream | None, check: Check
+    model: LoadedModel[Encoder], pixels: torch.Tensor, job: Job, stream: Stream | None, check: Check
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Return the posterior's parameters, or latents where there is no posterior, and the steps taken for memory."""
-    encoder = model.encoder
-    assert encoder is not None
+    """Return the parameters of the posterior (or latents, without a posterior), and the measures as `_decode` does."""
 
     def compute(budget_bytes: int | None, _emit: Emit | None) -> Coded:
-        return encoder.encode(pixels, budget_bytes=budget_bytes, check=check)
+        return model.coder.encode(pixels, budget_bytes=budget_bytes, check=check)
 
     return _within_memory(model, None, compute)
 
 
-def _answer(model: LoadedModel, output: torch.Tensor, job: VAEJob) -> RawTensor:
-    if job.operation is Operation.DECODE:
+def _answer(model: LoadedModel[Any], output: torch.Tensor, job: Job) -> RawTensor:
+    if job.direction is Direction.DECODE:
         return to_host(in_dtype(output, job.output_dtype))
     latents = latents_of(output, job.seed) if model.spec.has_posterior else output
-    scaled = model.family.finish(latents.float(), model.spec, job.scaling)
+    scaled = model.family.latents_out(latents.float(), model.spec, job.scaling)
     return to_host(in_dtype(scaled, job.output_dtype or NAMES[model.dtype]))
 
 
 def _within_memory(
-    model: LoadedModel,
+    model: LoadedModel[Any],
     stream: Stream | None,
     compute: Callable[[int | None, Emit | None], Coded],
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -159,15 +162,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
 
 
-def _free_caches(model: LoadedModel) -> None:
+def _free_caches(model: LoadedModel[Any]) -> None:
     if model.device.type == "cuda":
-        graphs = getattr(model.coder, "graphs", None)
-        if graphs is not None:
-            graphs.clear()
+        model.coder.free_caches()
         torch.cuda.empty_cache()
 
 
-def _too_large(job: VAEJob) -> TooLargeForDevice:
+def _too_large(job: Job) -> TooLargeForDevice:
     g = job.geometry
     return TooLargeForDevice(
         f"{g.batch} x {g.num_frames} x {g.height}x{g.width} does not fit this server's memory; "

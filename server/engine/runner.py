@@ -1,62 +1,75 @@
-"""One device's batches, decoded one after another on one thread and rendered on others, so that neither waits."""
+"""Computes the batches of one device on one thread, and renders answers on others, so that neither waits."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import torch
-
-from server.config import Settings
-from server.engine.coder import Stopped
-from server.engine.sync import NotLoaded, SyncEngine
-from server.engine.tensors import to_host
-from server.errors import ServerError, TooLargeForDevice
-from server.outputs import format_named
-from server.types import Computed, Done, Half, RawTensor, Rendered, VAERequest
+from ..config import Settings
+from ..errors import ServerError, TooLargeForDevice
+from ..model_info import CoderId
+from ..outputs import format_named
+from ..values import RawTensor, Rendered, RenderedResult, Request, TensorResult
+from .coders.interface import Stopped
+from .models import LoadedModels, NotLoaded
+from .video_render import VideoRender
 
 log = logging.getLogger(__name__)
 
-
-FRAMES_AT_ONCE = 16  # of a whole video that is rendered: between two of them the render may be stopped
+FRAMES_AT_ONCE = 16  # frames of a whole video that are rendered between two looks at whether the client has left
 
 
 class Listener(Protocol):
-    """Told how a batch goes, from any thread. `decoded` is told once, whatever happens; then the device is free.
+    """Is told what happens to a batch, from any thread.
 
-    Each request gets `done` or `failed` once, also one that is no longer wanted.
+    `computed` is called exactly once, and then the device is free. For each request, either `finished` or `failed` is
+    called exactly once, also if the request is no longer wanted.
     """
 
-    def is_wanted(self, index: int) -> bool: ...
-    def started(self) -> None: ...
-    def decoded(self) -> None: ...
-    def done(self, index: int, done: Done) -> None: ...
-    def failed(self, index: int, error: Exception) -> None: ...
+    def is_wanted(self, index: int) -> bool:
+        """Return whether the client of a request still waits for its answer."""
+        ...
+
+    def started(self) -> None:
+        """Note that the device has begun."""
+        ...
+
+    def computed(self) -> None:
+        """Note that the device is free. Answers may still be rendered."""
+        ...
+
+    def finished(self, index: int, result: RenderedResult) -> None:
+        """Take the answer to a request."""
+        ...
+
+    def failed(self, index: int, error: Exception) -> None:
+        """Take the error of a request."""
+        ...
 
 
 @dataclass(eq=False)
 class Work:
-    """A batch that was submitted. is_taken: whether a thread runs it, or did."""
+    """A batch that was submitted. is_taken: a thread runs it, or did."""
 
-    requests: Sequence[VAERequest]
+    requests: Sequence[Request]
     listener: Listener
     is_taken: bool = False
 
     @property
-    def half(self) -> Half:
-        job = self.requests[0].job
-        return Half(job.model, job.operation)
+    def coder(self) -> CoderId:
+        """The direction of the model that runs it."""
+        return self.requests[0].job.coder
 
     @property
     def wanted(self) -> list[int]:
+        """The requests that a client still waits for, by index."""
         return [index for index in range(len(self.requests)) if self.listener.is_wanted(index)]
 
     def check(self) -> None:
@@ -64,57 +77,45 @@ class Work:
         if not any(self.listener.is_wanted(index) for index in range(len(self.requests))):
             raise Stopped
 
+    def fail(self, error: Exception) -> None:
+        """Answer every request with this error, and free the device."""
+        for index in self.wanted:
+            self.listener.failed(index, error)
+        self.listener.computed()
+
 
 class Runner:
-    """Owns the threads: one computes, others render and load.
+    """Owns the threads of a device: one computes, the others render.
 
-    steps: how many steps of work have begun on the device, so that others can tell slow work from work that hangs.
+    steps: how many steps of work have begun on the device, by which slow work can be told from work that hangs.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.sync = SyncEngine(settings)
+    def __init__(self, settings: Settings, models: LoadedModels) -> None:
         self.steps = 0
+        self._models = models
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._renders = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
-        # Of their own: they take as long as their decode, and other answers must not wait for them.
-        self._films = ThreadPoolExecutor(2, thread_name_prefix="film")
+        # Threads of their own, because they are busy as long as the decode, and other answers must not wait for them.
+        self._video_renders = ThreadPoolExecutor(2, thread_name_prefix="video")
         self._taking = threading.Lock()
         self._short: deque[Work] = deque()  # may run between the steps of longer work
-        self._on_device: list[Half] = []  # what runs, and what runs between its steps
+        self._on_device: list[CoderId] = []  # what runs, and what runs between its steps
 
-    def submit(self, requests: Sequence[VAERequest], listener: Listener, *, is_short: bool = False) -> None:
-        """Run requests of one model and one key; returns at once.
+    def submit(self, requests: Sequence[Request], listener: Listener, *, is_short: bool = False) -> None:
+        """Run the requests of one batch, and return at once.
 
-        is_short: they may run between the steps of work that is on the device already.
+        is_short: the batch may run between the steps of work that is already on the device.
         """
         work = Work(requests, listener)
-        if self.sync.holds(*work.half):
-            self._submit(work, is_short)
-            return
-
-        def load_first() -> None:
-            try:
-                self.sync.load(*work.half)
-            except Exception as error:  # noqa: BLE001  # the border of a load: every waiter is answered
-                for index in range(len(requests)):
-                    listener.failed(index, error)
-                listener.decoded()
-            else:
-                self._submit(work, is_short)
-
-        # A thread that ends with the load. Each thread that ever ran torch keeps its OpenMP workers, and once there are
-        # more of those than cores, libgomp stops waiting actively: a 512² demo decode then takes 330 ms, not 220.
-        threading.Thread(target=load_first, name="load", daemon=True).start()
-
-    def close(self) -> None:
-        for pool in (self._device, self._renders, self._films):
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _submit(self, work: Work, is_short: bool) -> None:
         if is_short:
             with self._taking:
                 self._short.append(work)
         self._device.submit(self._run_unless_taken, work)
+
+    def close(self) -> None:
+        """End the threads. Work in progress is not waited for."""
+        for pool in (self._device, self._renders, self._video_renders):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _run_unless_taken(self, work: Work) -> None:
         with self._taking:
@@ -129,69 +130,72 @@ class Runner:
             self._short.remove(work)
 
     def _run_short_work(self) -> None:
-        """Run one short batch now, between two steps of another one, unless one is being run so."""
+        """Run one short batch between two steps of another one, unless this is already such a run."""
         if not self._short or len(self._on_device) > 1:
             return
         with self._taking:
-            fitting = (work for work in self._short if self._may_interleave(work.half))
+            fitting = (work for work in self._short if self._may_interleave(work.coder))
             work = next(fitting, None)
             if work is None:
                 return
             self._take(work)
         try:
             self._run(work)
-        except Exception as error:  # the border of a batch: what runs beside it must not pay for it
+        except Exception as error:  # the border of a batch: the batch that runs beside it must not fail with it
             log.exception("a batch failed between the steps of another one")
-            for index in work.wanted:
-                work.listener.failed(index, error)
-            work.listener.decoded()
+            work.fail(error)
 
-    def _may_interleave(self, half: Half) -> bool:
-        """diffusers' own coders keep state between their steps: the same one cannot run twice at a time."""
-        info = self.sync.loaded(half.model)
-        if info is None or not info.runs(half.operation):
+    def _may_interleave(self, coder: CoderId) -> bool:
+        """Return whether a coder can run between the steps of the current work.
+
+        diffusers' own coders keep state between their steps, so that none of them can run inside itself.
+        """
+        info = self._models.loaded(coder.model)
+        if info is None or not info.runs(coder.direction):
             return False
-        return half not in self._on_device or info.may_run_inside_itself(half.operation)
+        return coder not in self._on_device or info.may_run_inside_itself(coder.direction)
 
     def _run(self, work: Work) -> None:
         requests, listener, wanted = work.requests, work.listener, work.wanted
         for index in set(range(len(requests))).difference(wanted):
             listener.failed(index, Stopped())
         if not wanted:
-            listener.decoded()
+            listener.computed()
             return
         listener.started()
-        film = self._film(requests[wanted[0]], listener, wanted[0]) if len(wanted) == 1 else None
-        outcomes = self._compute(work, wanted, film)
+        video = self._video_render(requests[wanted[0]], listener, wanted[0]) if len(wanted) == 1 else None
+        outcomes = self._compute(work, wanted, video)
         if self._on_device and any(isinstance(outcome, NotLoaded | TooLargeForDevice) for outcome in outcomes):
-            # What runs beside it holds the memory, or its model has just been unloaded: it gets the device to itself.
-            if film:
-                film.abandon()
+            # The work beside it holds the memory, or its model was unloaded just now. Try again with the whole device.
+            if video:
+                video.abandon()
             self._device.submit(self._run, work)
             return
-        if film and isinstance(outcomes[0], Exception):
-            film.abandon()
-        listener.decoded()
+        if video and isinstance(outcomes[0], Exception):
+            video.abandon()
+        listener.computed()
         for index, outcome in zip(wanted, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 if not isinstance(outcome, ServerError):
-                    log.error("a job failed", exc_info=outcome)
+                    log.error("a request failed", exc_info=outcome)
                 listener.failed(index, outcome)
-            elif film and not film.is_abandoned:
-                film.finish()
-                film.rendered.add_done_callback(partial(self._deliver, outcome, index, listener, time.perf_counter()))
+            elif video and not video.is_abandoned:
+                video.close()
+                video.rendered.add_done_callback(partial(_deliver, outcome, index, listener, time.perf_counter()))
             else:
-                self._renders.submit(self._render, requests[index], outcome, index, listener)
+                self._renders.submit(_render, requests[index], outcome, index, listener)
 
-    def _compute(self, work: Work, wanted: Sequence[int], film: Film | None) -> Sequence[Computed | Exception]:
+    def _compute(
+        self, work: Work, wanted: Sequence[int], video: VideoRender | None
+    ) -> Sequence[TensorResult | Exception]:
         def between_steps() -> None:
             self.steps += 1
             work.check()
             self._run_short_work()
 
-        self._on_device.append(work.half)
+        self._on_device.append(work.coder)
         try:
-            return self.sync.run([work.requests[index].job for index in wanted], film, between_steps)
+            return self._models.run([work.requests[index] for index in wanted], video, between_steps)
         except Exception as error:  # the border of a batch: every waiter is answered
             if not isinstance(error, ServerError):
                 log.exception("a batch failed")
@@ -199,44 +203,41 @@ class Runner:
         finally:
             self._on_device.pop()
 
-    def _film(self, request: VAERequest, listener: Listener, index: int) -> Film | None:
-        return (
-            Film(self._films, request, partial(listener.is_wanted, index))
-            if format_named(request.format).render_frames
-            else None
-        )
-
-    def _render(self, request: VAERequest, decoded: Computed, index: int, listener: Listener) -> None:
-        rendered: Future[Rendered] = Future()
-        started = time.perf_counter()
-        try:
-            rendered.set_result(_rendered(request, decoded.tensor, index, listener))
-        except Exception as error:  # noqa: BLE001  # the border of a render: its waiter is answered
-            rendered.set_exception(error)
-        self._deliver(decoded, index, listener, started, rendered)
-
-    def _deliver(
-        self, decoded: Computed, index: int, listener: Listener, started: float, rendered: Future[Rendered]
-    ) -> None:
-        """Answer with what was rendered, or with why it was not. started: when only rendering was left to do."""
-        error = rendered.exception()
-        if error is None:
-            render_ms = (time.perf_counter() - started) * 1e3
-            facts = decoded.device_ms, render_ms, decoded.batch_size, decoded.oom_steps, decoded.is_upcast
-            listener.done(index, Done(rendered.result(), *facts))
-            return
-        if not isinstance(error, ServerError):
-            log.error("a render failed", exc_info=error)
-        listener.failed(index, error if isinstance(error, Exception) else ServerError())
+    def _video_render(self, request: Request, listener: Listener, index: int) -> VideoRender | None:
+        """Return the render that takes frames while they are decoded, for a format that has one."""
+        if format_named(request.job.format).render_frames is None:
+            return None
+        return VideoRender(self._video_renders, request.job, partial(listener.is_wanted, index))
 
 
-def _rendered(request: VAERequest, tensor: RawTensor, index: int, listener: Listener) -> Rendered:
-    """Render a whole tensor. Raises Stopped as soon as it is noticed that the client left."""
+def _render(request: Request, result: TensorResult, index: int, listener: Listener) -> None:
+    rendered: Future[Rendered] = Future()
+    started = time.perf_counter()
+    try:
+        rendered.set_result(_rendered(request, result.body, index, listener))
+    except Exception as error:  # noqa: BLE001  # the border of a render: its waiter is answered
+        rendered.set_exception(error)
+    _deliver(result, index, listener, started, rendered)
+
+
+def _deliver(result: TensorResult, index: int, listener: Listener, started: float, rendered: Future[Rendered]) -> None:
+    """Answer with what was rendered, or with the error. started: when only the rendering was left to do."""
+    error = rendered.exception()
+    if error is None:
+        listener.finished(index, result.rendered(rendered.result(), (time.perf_counter() - started) * 1e3))
+        return
+    if not isinstance(error, ServerError):
+        log.error("a render failed", exc_info=error)
+    listener.failed(index, error if isinstance(error, Exception) else ServerError())
+
+
+def _rendered(request: Request, tensor: RawTensor, index: int, listener: Listener) -> Rendered:
+    """Render a whole tensor. Raises Stopped soon after the client has left."""
     if not listener.is_wanted(index):
         raise Stopped
-    chosen = format_named(request.format)
+    chosen = format_named(request.job.format)
     if chosen.render_frames is None:
-        return chosen.render(tensor, request.render)
+        return chosen.render(tensor, request.job.render)
 
     def chunks() -> Iterator[RawTensor]:
         frame_bytes = tensor.data.nbytes // tensor.shape[0]
@@ -247,38 +248,4 @@ def _rendered(request: VAERequest, tensor: RawTensor, index: int, listener: List
             data = tensor.data[first * frame_bytes : (first + count) * frame_bytes]
             yield RawTensor((count, *tensor.shape[1:]), tensor.dtype, data)
 
-    return chosen.render_frames(chunks(), request.render)
-
-
-class Abandoned(Exception):
-    """No more frames will come."""
-
-
-class Film:
-    """A video that is rendered while it is decoded: frames go in one by one, and the answer comes out."""
-
-    def __init__(self, renders: ThreadPoolExecutor, request: VAERequest, is_wanted: Callable[[], bool]) -> None:
-        self._is_wanted = is_wanted
-        self._chunks: queue.SimpleQueue[RawTensor | Abandoned | None] = queue.SimpleQueue()
-        self.is_abandoned = False
-        render_frames = format_named(request.format).render_frames
-        assert render_frames is not None
-        self.rendered: Future[Rendered] = renders.submit(render_frames, self._frames(), request.render)
-
-    def write(self, frames: torch.Tensor) -> None:
-        self._chunks.put(to_host(frames))
-
-    def finish(self) -> None:
-        self._chunks.put(None)
-
-    def abandon(self) -> None:
-        self.is_abandoned = True
-        self._chunks.put(Abandoned())
-
-    def _frames(self) -> Iterator[RawTensor]:
-        while (chunk := self._chunks.get()) is not None:
-            if isinstance(chunk, Abandoned) or self.is_abandoned:
-                raise Abandoned
-            if not self._is_wanted():
-                raise Stopped
-            yield chunk
+    return chosen.render_frames(chunks(), request.job.render)

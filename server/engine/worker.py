@@ -1,4 +1,4 @@
-"""The process that owns a device: reads requests from the front process, answers, ends with it. Knows no HTTP."""
+"""The process that owns a device: receives requests from the front process, answers them, and ends with it."""
 
 from __future__ import annotations
 
@@ -7,117 +7,107 @@ import os
 import signal
 import socket
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 import torch
 
-from server.config import Settings
-from server.engine import messages
-from server.engine.loader import choose_device
-from server.engine.pipeline import is_out_of_memory
-from server.engine.runner import Runner
-from server.logs import write_logs
-from server.types import Done, LoadedInfo
+from ..config import Settings
+from ..logs import write_logs
+from ..model_info import LoadedInfo, ModelInfo
+from ..values import RenderedResult
+from ..workers import messages
+from .host import Host
+from .pipeline import is_out_of_memory
+from .weights.placement import choose_device
 
 log = logging.getLogger(__name__)
 
 LOST_DEVICE_STATUS = 70
-HOUSEKEEPING_S = 1.0
 
 
 def main(connection: socket.socket, settings: Settings) -> None:
     """Serve until the front process closes the connection."""
-    # Whoever signals a process group means the front process: it drains, and then closes the connection.
+    # A signal to the process group is meant for the front process, which drains and then closes the connection.
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.SIG_IGN)
     write_logs(settings.options.log_level, settings.options.log_format)
     Worker(connection, settings).serve()
     logging.shutdown()
-    os._exit(0)  # a decode may be running: nobody waits for it any more
+    os._exit(0)  # a decode may still be running, but nobody waits for it any more
 
 
 class Worker:
-    """One connection, one device."""
+    """Serves one connection with one device."""
 
     def __init__(self, connection: socket.socket, settings: Settings) -> None:
         self._connection = connection
         self._settings = settings
         self._sending = threading.Lock()
-        if settings.options.threads is not None:
-            torch.set_num_threads(settings.options.threads)
-        self._runner = Runner(settings)
-        # As many as there are models: one that waits for the hub keeps no other one waiting.
-        self._files = ThreadPoolExecutor(len(settings.models), thread_name_prefix="files")
+        self._buffer = bytearray()  # of the message that is being sent
         self._batches: dict[int, BatchListener] = {}
         self._held: dict[str, LoadedInfo] = {}
+        self._host = Host(settings, on_unload=self.tell_models)
 
     def serve(self) -> None:
+        """Receive messages until the front process closes the connection."""
         try:
             device = choose_device(self._settings.options.device)
         except ValueError as error:
             self.send(messages.Unusable(str(error)))
             return
         self.send(messages.Ready(str(device), torch.cuda.device_count() if device.type == "cuda" else 1))
-        threading.Thread(target=self._keep_house, name="house", daemon=True).start()
         while (message := messages.receive(self._connection)) is not None:
             match message:
-                case messages.Decode(batch, requests, is_short):
+                case messages.Run(batch, requests, is_short):
                     self._batches[batch] = BatchListener(self, batch, len(requests))
-                    self._runner.submit(requests, self._batches[batch], is_short=is_short)
+                    self._host.run(requests, self._batches[batch], is_short=is_short)
                 case messages.Ping():
-                    self.send(messages.Pong(self._runner.steps))
+                    self.send(messages.Pong(self._host.steps))
                 case messages.Drop(batch, index):
-                    if listener := self._batches.get(batch):  # it may end meanwhile
+                    if listener := self._batches.get(batch):  # the batch may have ended meanwhile
                         listener.dropped.add(index)
-                case messages.Describe():
-                    self._files.submit(self._describe, message)
-                case messages.Load():
-                    threading.Thread(target=self._load, args=(message,), name="load", daemon=True).start()
+                case messages.Describe(call, model, is_local_only):
+                    self._host.describe(model, is_local_only).add_done_callback(partial(self._reply_info, call))
+                case messages.Load(call, coder):
+                    self._host.load(coder).add_done_callback(partial(self._reply_loaded, call))
 
     def send(self, message: messages.FromWorker) -> None:
+        """Send a message. If the front process is gone, this process ends."""
         with self._sending:
             try:
-                self._connection.sendall(messages.encode(message))
+                self._connection.sendall(messages.encode(message, self._buffer))
             except OSError:
-                os._exit(0)  # the front process is gone
+                os._exit(0)
 
     def forget(self, batch: int) -> None:
+        """Forget a batch whose requests are all answered."""
         self._batches.pop(batch, None)
         self.tell_models()
 
     def tell_models(self) -> None:
-        """What is loaded, if that changed."""
-        held = {name: info for name in self._settings.models if (info := self._runner.sync.loaded(name)) is not None}
+        """Tell the front process what is loaded, if that has changed."""
+        held = self._host.models.all_loaded()
         if held != self._held:
             self._held = held
             self.send(messages.Holds(held))
 
-    def _describe(self, message: messages.Describe) -> None:
-        try:
-            info = self._runner.sync.describe(message.model, message.is_local_only)
-            self.send(messages.Replied(message.call, info=info))
-        except Exception as error:  # noqa: BLE001  # the border of a call: it is answered
-            self.send(messages.Replied(message.call, failure=failure_of(error)))
+    def _reply_info(self, call: int, described: Future[ModelInfo]) -> None:
+        if error := described.exception():
+            self.send(messages.Replied(call, failure=failure_of(error)))
+        else:
+            self.send(messages.Replied(call, info=described.result()))
 
-    def _load(self, message: messages.Load) -> None:
-        try:
-            self._runner.sync.load(message.model, message.operation)
-        except Exception as error:  # noqa: BLE001  # the border of a call: it is answered
-            self.send(messages.Replied(message.call, failure=failure_of(error)))
+    def _reply_loaded(self, call: int, loaded: Future[LoadedInfo]) -> None:
+        if error := loaded.exception():
+            self.send(messages.Replied(call, failure=failure_of(error)))
         else:
             self.tell_models()
-            self.send(messages.Replied(message.call))
-
-    def _keep_house(self) -> None:
-        while True:
-            time.sleep(HOUSEKEEPING_S)
-            if self._runner.sync.unload_idle():
-                self.tell_models()
+            self.send(messages.Replied(call))
 
 
 class BatchListener:
-    """Tells the front process how a batch goes."""
+    """Tells the front process what happens to a batch."""
 
     def __init__(self, worker: Worker, batch: int, size: int) -> None:
         self._worker = worker
@@ -132,12 +122,12 @@ class BatchListener:
     def started(self) -> None:
         self._worker.send(messages.Started(self._batch))
 
-    def decoded(self) -> None:
+    def computed(self) -> None:
         self._worker.tell_models()
-        self._worker.send(messages.Decoded(self._batch))
+        self._worker.send(messages.Computed(self._batch))
 
-    def done(self, index: int, done: Done) -> None:
-        self._worker.send(messages.Answered(self._batch, index, done))
+    def finished(self, index: int, result: RenderedResult) -> None:
+        self._worker.send(messages.Finished(self._batch, index, result))
         self._close_one()
 
     def failed(self, index: int, error: Exception) -> None:
@@ -153,8 +143,8 @@ class BatchListener:
             self._worker.forget(self._batch)
 
 
-def failure_of(error: Exception) -> messages.Failure:
-    """A device that is lost stays lost in this process: end it, and the front process starts another."""
+def failure_of(error: BaseException) -> messages.Failure:
+    """Return an error as a message. If the device is lost, end this process, and the front process starts another."""
     if is_lost_device(error) or is_lost_device(error.__cause__):
         log.critical("the device is lost (%s); this worker ends and another one starts", type(error).__name__)
         logging.shutdown()
@@ -163,7 +153,7 @@ def failure_of(error: Exception) -> messages.Failure:
 
 
 def is_lost_device(error: BaseException | None) -> bool:
-    """CUDA's sticky errors: every later call of this process fails with them too. A lack of memory is none of them."""
+    """Return whether it is an error of CUDA after which every later call of this process fails too."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return False
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from server.families.base import Family, check_limits
-from server.families.cogvideox import CogVideoX
-from server.families.flux import Flux
-from server.families.flux2 import Flux2
-from server.families.hunyuan_video import HunyuanVideo
-from server.families.kl import KL
-from server.families.ltx import LTX, LTX2
-from server.families.more_images import DC, HunyuanImage, Tiny
-from server.families.more_video import Allegro, Cosmos, HunyuanVideo15, Magvit, Mochi
-from server.families.plain import PlainImage, PlainVideo, is_video
-from server.families.qwen_image import QwenImage, QwenImage21
-from server.families.stable_video import StableVideo
-from server.families.wan import Wan
+from .base import Family, check_limits
+from .cogvideox import CogVideoX
+from .flux import Flux
+from .flux2 import Flux2
+from .hunyuan_video import HunyuanVideo
+from .kl import KL
+from .ltx import LTX, LTX2
+from .more_images import DC, HunyuanImage, Tiny
+from .more_video import Allegro, Cosmos, HunyuanVideo15, Magvit, Mochi
+from .plain import PlainImage, PlainVideo, is_video
+from .qwen_image import QwenImage, QwenImage21
+from .stable_video import StableVideo
+from .wan import Wan
 
 PICTURES: tuple[Family, ...] = (KL(), Flux(), Flux2(), QwenImage(), QwenImage21(), HunyuanImage(), DC(), Tiny())
 CLIPS: tuple[Family, ...] = (

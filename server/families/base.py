@@ -9,8 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from server.errors import Impossible, TooLarge, WrongChannels, WrongShape
-from server.types import Geometry, Kind, LatentSpec, Limits, Scaling
+from ..errors import Impossible, TooLarge, WrongChannels, WrongShape
+from ..model_info import Kind, LatentSpec, Limits
+from ..values import Geometry, Scaling
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +52,11 @@ class Family(ABC):
         """Spatial and temporal compression of a VAE with this config.json."""
 
     @abstractmethod
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """The sizes of latents sent in this shape. Raises WrongShape."""
 
     @abstractmethod
-    def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
+    def encode_geometry(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
         """The sizes of pictures or a clip to encode, with the pixels that `grid` leaves. Raises Impossible."""
 
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
@@ -91,7 +92,7 @@ class Family(ABC):
         frames = (1,) if spec.kind == "video" else ()
         return (1, spec.channels, *frames, height // spec.vae_scale_factor, width // spec.vae_scale_factor)
 
-    def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+    def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
         """Latents as sent to what the VAE takes. A family that packs what it has scaled overrides the order."""
         return self.unscale(self.unpack(latents, geometry), spec, scaling)
 
@@ -109,7 +110,7 @@ class Family(ABC):
         parameters: torch.Tensor = getattr(encoded, "parameters", encoded)
         return parameters
 
-    def finish(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
+    def latents_out(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
         """What the VAE gives to what is answered: scaled when asked, in the layout of the pipeline's latents."""
         return self.scale(latents, spec, scaling)
 
@@ -164,7 +165,7 @@ def _per_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
     return like.new_tensor(values).reshape(1, channels, -1, 1, 1)[:, :, : like.shape[2]]  # [C F] -> [1, C, F, 1, 1]
 
 
-def times(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     """A shape as people write it: `1x4x64x64`."""
     return "x".join(map(str, shape))
 
@@ -192,7 +193,7 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
             operator_task="raise max_batch in models.yaml",
         )
     if 0 in geometry.latent_shape:
-        raise Impossible(f"latents {times(geometry.latent_shape)} are empty; every dimension must be at least 1")
+        raise Impossible(f"latents {shape_text(geometry.latent_shape)} are empty; every dimension must be at least 1")
 
 
 def channels_last(spec: LatentSpec, shape: tuple[int, ...], axes: str) -> WrongShape | None:
@@ -206,7 +207,7 @@ def channels_last(spec: LatentSpec, shape: tuple[int, ...], axes: str) -> WrongS
     order = ", ".join(str(sent.index(axis)) for axis in axes)
     expected = ", ".join(axes).replace("C", str(spec.channels))
     return WrongShape(
-        f"latents of shape {times(shape)} look channels-last; send [{expected}], "
+        f"latents of shape {shape_text(shape)} look channels-last; send [{expected}], "
         f"in torch latents.permute({order}).contiguous()"
     )
 
@@ -219,7 +220,7 @@ def axis_too_many(shape: tuple[int, ...], axes: int, channels: int) -> str | Non
     if len(shape) != axes + 1:
         return None
     without = [shape[:axis] + shape[axis + 1 :] for axis, size in enumerate(shape) if size == 1]
-    return next((times(each) for each in without if each[1] == channels), None)
+    return next((shape_text(each) for each in without if each[1] == channels), None)
 
 
 def wrong_channels(spec: LatentSpec, found: int, expected_shape: str) -> WrongChannels:

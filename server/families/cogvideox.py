@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.errors import WrongShape
-from server.families.base import Sent
-from server.families.video import Video
-from server.types import Geometry, LatentSpec, Scaling
+from ..errors import WrongShape
+from ..model_info import LatentSpec
+from ..values import Geometry, Scaling
+from .base import Sent
+from .video_base import Video
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +41,9 @@ class CogVideoX(Video):
         ratio = spec.temporal_compression_ratio
         return ratio * (latent_frames - 1) + 1 if latent_frames % 2 else ratio * latent_frames
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """`num_frames` says how many of the latent frames are the clip: those before it are dropped."""
-        found = super().geometry(spec, shape, sent)
+        found = super().decode_geometry(spec, shape, sent)
         asked = sent.integer("num_frames")
         if not asked:
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.families.kl import KL
+from .kl import KL
 
 
 class Flux(KL):

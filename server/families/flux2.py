@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.errors import WrongShape
-from server.families.base import Sent, times
-from server.families.kl import KL, patchify, unpatchify
-from server.types import Geometry, LatentSpec, Scaling
+from ..errors import WrongShape
+from ..model_info import LatentSpec
+from ..values import Geometry, Scaling
+from .base import Sent, shape_text
+from .kl import KL, patchify, unpatchify
 
 if TYPE_CHECKING:
     import torch
@@ -29,21 +30,21 @@ class Flux2(KL):
     def grid(self, spec: LatentSpec) -> int:
         return 2 * spec.vae_scale_factor
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """Tokens `[B, S, 128]`, patches `[B, 128, H / 2, W / 2]`, or what the VAE takes, `[B, 32, H, W]`."""
         if len(shape) == 4 and shape[1] == 4 * spec.channels:
             shape = shape[0], spec.channels, 2 * shape[2], 2 * shape[3]
-        found = super().geometry(spec, shape, sent)
+        found = super().decode_geometry(spec, shape, sent)
         if any(side % 2 for side in found.latent_shape[2:]):
-            raise WrongShape(f"latents {times(shape)} do not make whole 2x2 patches; send even heights and widths")
+            raise WrongShape(f"latents {shape_text(shape)} do not make whole 2x2 patches; send even heights and widths")
         return found
 
-    def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+    def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
         if latents.ndim == 4 and latents.shape[1] == 4 * spec.channels:
             return unpatchify(self.unscale(latents, spec, scaling))
         unpacked = self.unpack(latents, geometry)  # [B, C, h, w]
         return unpatchify(self.unscale(patchify(unpacked), spec, scaling)) if scaling != Scaling() else unpacked
 
-    def finish(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
+    def latents_out(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
         """With the model's own statistics in patches, as the pipeline keeps them."""
         return self.scale(patchify(latents) if scaling.from_model else latents, spec, scaling)

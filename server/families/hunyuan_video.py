@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from server.families.video import Video
+from .video_base import Video
 
 
 class HunyuanVideo(Video):

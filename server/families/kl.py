@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from server.errors import BadRequest, WrongChannels, WrongShape
-from server.families.base import Family, Sent, axis_too_many, channels_last, on_grid, times, wrong_channels
-from server.types import Geometry, LatentSpec
+from ..errors import BadRequest, WrongChannels, WrongShape
+from ..model_info import LatentSpec
+from ..values import Geometry
+from .base import Family, Sent, axis_too_many, channels_last, on_grid, shape_text, wrong_channels
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ class KL(Family):
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return 2 ** (len(config["block_out_channels"]) - 1), 1
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         if len(shape) == 5 and shape[1] == 1 and shape[4] == spec.channels:  # Kandinsky 5: [B, 1, h, w, C]
             return replace(self._unpacked(spec, (shape[0], shape[4], *shape[2:4])), axes="BHWC")
         if len(shape) == 4:
@@ -46,13 +47,13 @@ class KL(Family):
         if len(shape) == 3:
             return self._three_axes(spec, shape, sent)
         if meant := axis_too_many(shape, 4, spec.channels):
-            raise WrongShape(f"shape {times(shape)} has {len(shape)} dimensions, one too many; send shape {meant}")
+            raise WrongShape(f"shape {shape_text(shape)} has {len(shape)} dimensions, one too many; send shape {meant}")
         raise WrongShape(
-            f"shape {times(shape)} has {len(shape)} dimensions; this model takes latents [B, {spec.channels}, H, W], "
-            f"one latent [{spec.channels}, H, W], or packed latents [B, S, {spec.patch_size**2 * spec.channels}]"
+            f"shape {shape_text(shape)} has {len(shape)} dimensions; "
+            f"this model takes latents [B, {spec.channels}, H, W], one latent [{spec.channels}, H, W], or packed latents [B, S, {spec.patch_size**2 * spec.channels}]"
         )
 
-    def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
+    def encode_geometry(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
         grid = self.grid(spec)
         height, width = on_grid(height, grid, "height"), on_grid(width, grid, "width")
         h, w = height // spec.vae_scale_factor, width // spec.vae_scale_factor
@@ -98,7 +99,7 @@ class KL(Family):
         if error := channels_last(spec, shape, "CHW"):
             raise error
         raise WrongChannels(
-            f"shape {times(shape)} is neither one latent [{spec.channels}, H, W] nor packed latents "
+            f"shape {shape_text(shape)} is neither one latent [{spec.channels}, H, W] nor packed latents "
             f"[B, S, {spec.patch_size**2 * spec.channels}] of this model"
         )
 

@@ -28,5 +28,5 @@ def known(repo: str, subfolder: str | None) -> Checkpoint | None:
 
 @cache
 def _all() -> dict[str, Checkpoint]:
-    entries = yaml.safe_load((resources.files("server.families") / "known.yaml").read_text(encoding="utf-8"))
+    entries = yaml.safe_load((resources.files(__package__) / "known.yaml").read_text(encoding="utf-8"))
     return {name: Checkpoint(class_name=entry.pop("class"), **entry) for name, entry in entries.items()}

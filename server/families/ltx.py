@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.errors import WrongChannels, WrongShape
-from server.families.base import Sent, times
-from server.families.video import Video
-from server.types import Geometry, LatentSpec, Scaling
+from ..errors import WrongChannels, WrongShape
+from ..model_info import LatentSpec
+from ..values import Geometry, Scaling
+from .base import Sent, shape_text
+from .video_base import Video
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,8 @@ class LTX(Video):
         mean, std = vae.latents_mean.float().tolist(), vae.latents_std.float().tolist()
         return replace(spec, latents_mean=tuple(mean), latents_std=tuple(std))
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        found = self._packed(spec, shape, sent) if len(shape) == 3 else super().geometry(spec, shape, sent)
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        found = self._packed(spec, shape, sent) if len(shape) == 3 else super().decode_geometry(spec, shape, sent)
         if not spec.takes_timestep:
             return found
         return replace(found, arguments=(("timestep", sent.number("decode_timestep", 0, 1) or 0.0),))
@@ -58,7 +59,7 @@ class LTX(Video):
         batch, tokens, channels = shape
         if channels != spec.channels:
             raise WrongChannels(
-                f"shape {times(shape)} is not packed latents of this model, [B, F H W, {spec.channels}]; "
+                f"shape {shape_text(shape)} is not packed latents of this model, [B, F H W, {spec.channels}]; "
                 "were they made for another model?"
             )
         size = sent.pixel_size()
@@ -86,6 +87,8 @@ class LTX2(LTX):
     class_names = ("AutoencoderKLLTX2Video",)
     is_usually_packed = False
 
-    def prepare(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+    def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
         is_unscaled = scaling.factor is None and not geometry.is_packed
-        return super().prepare(latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling)
+        return super().latents_in(
+            latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from server.families.kl import KL
+from .kl import KL
 
 
 class Tiny(KL):

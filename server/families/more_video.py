@@ -7,10 +7,11 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from server.errors import Impossible, WrongShape
-from server.families.base import Sent
-from server.families.video import Video
-from server.types import Geometry, LatentSpec
+from ..errors import Impossible, WrongShape
+from ..model_info import LatentSpec
+from ..values import Geometry
+from .base import Sent
+from .video_base import Video
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,11 @@ class Cosmos(Video):
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
         return replace(super().describe(config), scaling_factor=self.sigma_data)
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        return self._with_statistics(spec, super().geometry(spec, shape, sent))
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        return self._with_statistics(spec, super().decode_geometry(spec, shape, sent))
 
-    def encoded(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
-        return self._with_statistics(spec, super().encoded(spec, batch, frames, height, width))
+    def encode_geometry(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
+        return self._with_statistics(spec, super().encode_geometry(spec, batch, frames, height, width))
 
     def _with_statistics(self, spec: LatentSpec, found: Geometry) -> Geometry:
         most = len(spec.latents_mean or ()) // spec.channels

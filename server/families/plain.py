@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from server.families.base import Family
-from server.families.kl import KL
-from server.families.video import Video
-from server.types import LatentSpec
+from ..model_info import LatentSpec
+from .base import Family
+from .kl import KL
+from .video_base import Video
 
 if TYPE_CHECKING:
     import torch

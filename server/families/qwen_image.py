@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.families.base import Sent
-from server.families.kl import KL
-from server.types import Geometry, LatentSpec
+from ..model_info import LatentSpec
+from ..values import Geometry
+from .base import Sent
+from .kl import KL
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +27,10 @@ class QwenImage(KL):
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return 2 ** len(config["temperal_downsample"]), 1
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """The VAE's own layout too: `[B, C, 1, H, W]`."""
         is_clip_of_one = len(shape) == 5 and shape[2] == 1
-        return super().geometry(spec, shape[:2] + shape[3:] if is_clip_of_one else shape, sent)
+        return super().decode_geometry(spec, shape[:2] + shape[3:] if is_clip_of_one else shape, sent)
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
         return super().decode(vae, latents[:, :, None], **arguments)[:, :, 0]  # [B, C, 1, h, w] -> [B, 3, H, W]

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from server.families.base import Sent
-from server.families.video import Video
-from server.types import Geometry, LatentSpec
+from ..model_info import LatentSpec
+from ..values import Geometry
+from .base import Sent
+from .video_base import Video
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +25,9 @@ class StableVideo(Video):
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         return 2 ** (len(config["block_out_channels"]) - 1), 1
 
-    def geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+    def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
         """A decode's frames see those of their chunk alone, so the size of the chunks is part of the picture."""
-        found = super().geometry(spec, shape, sent)
+        found = super().decode_geometry(spec, shape, sent)
         chunk = sent.integer("decode_chunk_size")
         return replace(found, arguments=(("chunk", chunk),)) if chunk else found
 

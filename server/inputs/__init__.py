@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.inputs.image import image_size, read_image, resized
-from server.inputs.video import VideoHeader, read_video, read_video_header
-from server.types import RawTensor
+from ..values import RawTensor
+from .image import image_size, read_image, resized
+from .video import VideoHeader, read_video, read_video_header
 
 VIDEO_TYPE = "video/mp4"
 STILLS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"})  # pictures in such a box

@@ -16,7 +16,7 @@ from itertools import accumulate, chain, repeat
 from math import atan2, degrees, hypot
 from typing import Any
 
-from server.errors import BadRequest, TooLarge
+from ..errors import BadRequest, TooLarge
 
 SKIPPED = b"skip"
 # Frames of the file that no player shows: a cut without encoding again keeps those from the key frame before it.

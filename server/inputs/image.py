@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image
 
-from server.errors import BadRequest, TooLarge, UnsupportedBody
-from server.types import RawTensor
+from ..errors import BadRequest, TooLarge, UnsupportedBody
+from ..values import RawTensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow would try forty, some of them hardly ever attacked and hardly ever mended
 MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from server import ffmpeg
-from server.errors import BadRequest
-from server.inputs.boxes import SKIPPED, Movie, read_movie
-from server.types import RawTensor
+from .. import ffmpeg
+from ..errors import BadRequest
+from ..values import RawTensor
+from .boxes import SKIPPED, Movie, read_movie
 
 # Whatever is in the file, ffmpeg reads no other file and no address, and runs only the decoders of the usual formats.
 CODECS = "h264,hevc,av1,libdav1d,vp9,mpeg4"

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from server.outputs.image import render_jpeg, render_png
-from server.outputs.tensor import render_base64, render_binary
-from server.outputs.video import render_mp4, render_mp4_frames
-from server.types import Kind, RawTensor, Rendered, RenderOptions
+from ..model_info import Kind
+from ..values import RawTensor, Rendered, RenderOptions
+from .image import render_jpeg, render_png
+from .tensor import render_base64, render_binary
+from .video import render_mp4, render_mp4_frames
 
 
 @dataclass(frozen=True, slots=True)

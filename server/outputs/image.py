@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.errors import Impossible
-from server.outputs.png import encode_png
-from server.types import RawTensor, Rendered, RenderOptions
+from ..errors import Impossible
+from ..values import RawTensor, Rendered, RenderOptions
+from .png import encode_png
 
 CHANNELS = (1, 3, 4)
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
-from server import ffmpeg
-from server.errors import Impossible
-from server.types import RawTensor, Rendered, RenderOptions
+from .. import ffmpeg
+from ..errors import Impossible
+from ..values import RawTensor, Rendered, RenderOptions
 
 # Untagged video is guessed to be BT.601 or BT.709 by its size, and every wrong guess shifts the colours: say which.
 # Without accurate_rnd swscale darkens each channel by about one level.

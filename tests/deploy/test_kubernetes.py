@@ -10,8 +10,8 @@ import yaml
 from starlette.routing import Route
 
 from server.config import ServerOptions
-from server.http.routes import routes
 from server.metrics import Metrics
+from server.web.routes import all_routes
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "deploy" / "kubernetes"
@@ -43,7 +43,7 @@ def test_the_pod_is_restricted() -> None:
 
 
 def test_probes_ask_routes_that_are_there_and_liveness_is_not_readiness() -> None:
-    known = {route.path for route in routes if isinstance(route, Route)}
+    known = {route.path for route in all_routes(ServerOptions()) if isinstance(route, Route)}
     paths = {
         probe: CONTAINER[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")
     }

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.decoders import build_decoder
-from server.engine.encoders import build_encoder
+from server.engine.coders.build import build_coder
 from server.families import FAMILIES, Family, family_of_class, plain_family
-from server.types import LatentSpec, Layout
+from server.model_info import Direction, LatentSpec
+from server.values import Layout
 from tests.pipelines import vaes
 
 VAES: dict[str, Callable[[], Any]] = {
@@ -77,7 +77,7 @@ def assert_alike(together: Tensor, alone: list[Tensor]) -> None:
 @pytest.mark.parametrize(("name", "choice", "together"), CASES)
 def test_decodes_that_run_together(name: str, choice: str, together: int) -> None:
     vae, family, spec = made(name)
-    decoder, _ = build_decoder(copy.deepcopy(vae), family, choice, "none")
+    decoder, _ = build_coder(copy.deepcopy(vae), family, Direction.DECODE, choice, "none")
     frames = (LATENT_FRAMES.get(name, 3),) if spec.kind == "video" else ()
     latents = random((together, spec.channels, *frames, *LATENT_SIZES.get(name, (5, 4))))
 
@@ -91,7 +91,7 @@ def test_decodes_that_run_together(name: str, choice: str, together: int) -> Non
 @pytest.mark.parametrize(("name", "choice", "together"), CASES)
 def test_encodes_that_run_together(name: str, choice: str, together: int) -> None:
     vae, family, spec = made(name)
-    encoder, _ = build_encoder(copy.deepcopy(vae), family, choice, "none")
+    encoder, _ = build_coder(copy.deepcopy(vae), family, Direction.ENCODE, choice, "none")
     frames = (FRAMES.get(name, 9),) if spec.kind == "video" else ()
     height, width = (side * spec.vae_scale_factor for side in LATENT_SIZES.get(name, (5, 4)))
     pixels = random((together, spec.image_channels, *frames, height, width)).clamp(-1, 1)

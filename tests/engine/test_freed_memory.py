@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from server.engine.freed_memory import looks_freed
 from server.engine.tensors import DTYPES, to_host
-from server.types import RawTensor
-from tests.http.test_remote_decode import decode_quietly
+from server.values import RawTensor
 from tests.vaes import LocalVae
+from tests.web.test_remote_decode import decode_quietly
 
 ADDRESS = bytes.fromhex("2084242a11560000")  # of a heap; as float16 -0.00006, 0.05, 97, 0
 MAIN_ARENA = bytes.fromhex("e07c8b4f127f0000")

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 
 from server.config import load_settings
-from server.engine import pipeline, runner
-from server.engine.exact import hunyuan_video
+from server.engine import pipeline, runner, video_render
+from server.engine.coders.video import hunyuan_decoder as hunyuan_video
+from server.engine.models import LoadedModels
 from server.engine.pipeline import NonFiniteOutput
+from server.engine.video_render import VideoRender
 from server.errors import NonFiniteInput
 from server.outputs import format_named
 from server.outputs.video import render_mp4_frames
-from server.types import Done, Geometry, Layout, RawTensor, RenderOptions, Scaling, VAEJob, VAERequest
+from server.values import Geometry, RawTensor, Rendered, RenderOptions, Request, Result
 from tests.conftest import write_models_yaml
+from tests.requests import decode_job
 from tests.vaes import LocalVae
 
 
@@ -26,7 +29,7 @@ class Listener:
     """What a batch of one request came to."""
 
     def __init__(self) -> None:
-        self.outcome: Done | Exception | None = None
+        self.outcome: Result[Rendered] | Exception | None = None
         self.ended = threading.Event()
 
     def is_wanted(self, index: int) -> bool:
@@ -34,10 +37,10 @@ class Listener:
 
     def started(self) -> None: ...
 
-    def decoded(self) -> None: ...
+    def computed(self) -> None: ...
 
-    def done(self, index: int, done: Done) -> None:
-        self.outcome = done
+    def finished(self, index: int, result: Result[Rendered]) -> None:
+        self.outcome = result
         self.ended.set()
 
     def failed(self, index: int, error: Exception) -> None:
@@ -46,18 +49,19 @@ class Listener:
 
 
 @pytest.fixture
-def request_and_runner(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[tuple[VAERequest, runner.Runner]]:
+def request_and_runner(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[tuple[Request, runner.Runner]]:
     models: dict[str, Any] = {"hunyuan": {"repo": str(vaes["hunyuan"].folder), "dtype": "float32"}}
-    made = runner.Runner(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "hunyuan")))
+    settings = load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "hunyuan"))
+    made = runner.Runner(settings, LoadedModels(settings))
     latents = vaes["hunyuan"].latents(5, 4, 6)
     data = memoryview(latents.numpy().tobytes())
     geometry = Geometry((1, 16, 5, 4, 6), False, 17, 32, 48)
-    job = VAEJob("hunyuan", RawTensor(tuple(latents.shape), "float32", data), geometry, Scaling(), Layout.PIXELS)
-    yield VAERequest(job, "mp4", RenderOptions(10, 5, "video/mp4")), made
+    job = decode_job("hunyuan", geometry, format_name="mp4", render=RenderOptions(10, 5, "video/mp4"))
+    yield Request(job, data), made
     made.close()
 
 
-def outcome_of(made: runner.Runner, request: VAERequest) -> Done | Exception | None:
+def outcome_of(made: runner.Runner, request: Request) -> Result[Rendered] | Exception | None:
     listener = Listener()
     made.submit([request], listener)
     assert listener.ended.wait(300)
@@ -65,7 +69,7 @@ def outcome_of(made: runner.Runner, request: VAERequest) -> Done | Exception | N
 
 
 def test_frames_are_encoded_while_later_ones_are_decoded(
-    request_and_runner: tuple[VAERequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+    request_and_runner: tuple[Request, runner.Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, made = request_and_runner
     monkeypatch.setattr(hunyuan_video, "CPU_CHUNK_BYTES", 1)  # a frame at a time
@@ -81,48 +85,49 @@ def test_frames_are_encoded_while_later_ones_are_decoded(
 
         return render_mp4_frames(seen(), options)
 
-    write = runner.Film.write
+    write = VideoRender.write
     written: list[bool] = []
 
     def waits_for_the_first(self: Any, frames: Any) -> None:
         if len(written) == 5:
-            assert first_taken.wait(300), "no frame was taken while others were still to be decoded"
+            assert first_taken.wait(300), "no frame was taken while others were still to be computed"
         written.append(True)
         write(self, frames)
 
     mp4 = format_named("mp4")
-    monkeypatch.setattr(runner, "format_named", lambda _: replace(mp4, render_frames=watched))
-    monkeypatch.setattr(runner.Film, "write", waits_for_the_first)
+    monkeypatch.setattr(video_render, "format_named", lambda _: replace(mp4, render_frames=watched))
+    monkeypatch.setattr(VideoRender, "write", waits_for_the_first)
     streamed = outcome_of(made, request)
-    assert isinstance(streamed, Done)
+    assert isinstance(streamed, Result)
     assert (sum(taken), max(taken)) == (17, 2)
 
-    whole = made.sync.run([request.job])[0]
+    whole = made._models.run([request])[0]
     assert not isinstance(whole, Exception)
-    assert bytes(streamed.rendered.body) == bytes(mp4.render(whole.tensor, request.render).body)
+    assert bytes(streamed.body.body) == bytes(mp4.render(whole.body, request.job.render).body)
 
 
 def test_a_clip_that_fails_on_the_way_ends_its_encoder_and_is_told(
-    request_and_runner: tuple[VAERequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+    request_and_runner: tuple[Request, runner.Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, made = request_and_runner
-    write = runner.Film.write
+    write = VideoRender.write
 
     def breaks(self: Any, frames: Any) -> None:
         write(self, frames)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runner.Film, "write", breaks)
+    monkeypatch.setattr(VideoRender, "write", breaks)
     assert isinstance(outcome_of(made, request), ZeroDivisionError)
 
 
 def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
-    request_and_runner: tuple[VAERequest, runner.Runner], monkeypatch: pytest.MonkeyPatch
+    request_and_runner: tuple[Request, runner.Runner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, made = request_and_runner
     expected = outcome_of(made, request)
-    entry = made.sync._settings.models["hunyuan"].model_copy(update={"dtype": "bfloat16"})
-    half = runner.Runner(made.sync._settings.model_copy(update={"models": {"hunyuan": entry}}))
+    entry = made._models._settings.models["hunyuan"].model_copy(update={"dtype": "bfloat16"})
+    settings = made._models._settings.model_copy(update={"models": {"hunyuan": entry}})
+    half = runner.Runner(settings, LoadedModels(settings))
     run, calls = pipeline.run, []
 
     def overflows_once(model: Any, jobs: Any, stream: Any, check: Any) -> Any:
@@ -133,21 +138,21 @@ def test_a_clip_that_overflows_on_the_way_is_decoded_again_and_rendered_whole(
             return [NonFiniteOutput()]
         return outcomes
 
-    monkeypatch.setattr("server.engine.sync.run", overflows_once)
+    monkeypatch.setattr("server.engine.models.run", overflows_once)
     got = outcome_of(half, request)
     half.close()
-    assert isinstance(expected, Done)
-    assert isinstance(got, Done)
+    assert isinstance(expected, Result)
+    assert isinstance(got, Result)
     assert got.is_upcast
-    assert bytes(got.rendered.body) == bytes(expected.rendered.body)
+    assert bytes(got.body.body) == bytes(expected.body.body)
 
 
 def test_clips_that_are_refused_leave_no_render_thread_waiting(
-    request_and_runner: tuple[VAERequest, runner.Runner],
+    request_and_runner: tuple[Request, runner.Runner],
 ) -> None:
     request, made = request_and_runner
     nans = memoryview(b"\xff\xff\xff\x7f" * (16 * 5 * 4 * 6))
-    bad = replace(request, job=replace(request.job, tensor=RawTensor((1, 16, 5, 4, 6), "float32", nans)))
+    bad = replace(request, data=nans)
     for _ in range(3):  # more than there are render threads
         assert isinstance(outcome_of(made, bad), NonFiniteInput)
-    assert isinstance(outcome_of(made, request), Done)
+    assert isinstance(outcome_of(made, request), Result)

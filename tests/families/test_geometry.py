@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.contract import Parameters
 from server.errors import TooLarge, WrongChannels, WrongShape
 from server.families import FAMILIES, check_limits
-from server.http.wire import Parameters
-from server.types import Limits
+from server.model_info import Limits
 
 KL = FAMILIES["kl"].describe({"latent_channels": 16, "block_out_channels": [8, 8, 8, 8]})
 VIDEO = FAMILIES["hunyuan_video"].describe(
@@ -24,7 +24,7 @@ def sent(size: tuple[int, int] | None) -> Parameters:
 
 
 def kl(*shape: int, size: tuple[int, int] | None = None) -> tuple[tuple[int, ...], bool, int, int]:
-    found = FAMILIES["kl"].geometry(KL, shape, sent(size))
+    found = FAMILIES["kl"].decode_geometry(KL, shape, sent(size))
     return found.latent_shape, found.is_packed, found.height, found.width
 
 
@@ -61,9 +61,17 @@ def test_packed_and_unpacked_agree(rows: int, columns: int, batch: int) -> None:
 
 def test_videos_grow_in_time() -> None:
     for frames, expected in [(1, 1), (2, 5), (16, 61)]:
-        found = FAMILIES["hunyuan_video"].geometry(VIDEO, (1, 16, frames, 40, 64), Parameters([("height", "nonsense")]))
+        found = FAMILIES["hunyuan_video"].decode_geometry(
+            VIDEO, (1, 16, frames, 40, 64), Parameters([("height", "nonsense")])
+        )
         assert (found.num_frames, found.height, found.width) == (expected, 320, 512)
-    assert FAMILIES["hunyuan_video"].geometry(VIDEO, (16, 3, 4, 4), Parameters([])).latent_shape == (1, 16, 3, 4, 4)
+    assert FAMILIES["hunyuan_video"].decode_geometry(VIDEO, (16, 3, 4, 4), Parameters([])).latent_shape == (
+        1,
+        16,
+        3,
+        4,
+        4,
+    )
 
 
 @pytest.mark.parametrize("shape", [(4,), (16, 16), (1, 4, 8, 8), (1, 16, 1, 8, 8), (3, 8, 8)])
@@ -73,7 +81,7 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_limits_are_inclusive() -> None:
-    geometry = FAMILIES["kl"].geometry(KL, (2, 16, 8, 8), Parameters([]))
+    geometry = FAMILIES["kl"].decode_geometry(KL, (2, 16, 8, 8), Parameters([]))
     check_limits(geometry, Limits(max_pixels=64 * 64, max_batch=2), "m")
     with pytest.raises(TooLarge, match="64x64 is 4096 pixels, 'm' takes at most 4095"):
         check_limits(geometry, Limits(max_pixels=4095), "m")
@@ -94,5 +102,5 @@ def test_channels_last_latents_are_described_as_such(
 ) -> None:
     spec = FAMILIES[family].describe(config)
     with pytest.raises(WrongShape, match=words) as caught:
-        FAMILIES[family].geometry(spec, shape, Parameters([]))
+        FAMILIES[family].decode_geometry(spec, shape, Parameters([]))
     assert not isinstance(caught.value, WrongChannels), "or other models would be named that take such a shape"

@@ -9,10 +9,10 @@ import pytest
 from accelerate import init_empty_weights
 
 from server.config import SHIPPED_MODELS_YAML, load_settings
-from server.engine.loader import OTHER_HALF
+from server.engine.weights.config_json import OTHER_PARTS
 from server.families import family_of_class
 from server.families.known import Checkpoint, known
-from server.types import Operation
+from server.model_info import Direction
 
 ENTRIES = load_settings(config=SHIPPED_MODELS_YAML).models
 KNOWN = {name: known(entry.repo, entry.subfolder) for name, entry in ENTRIES.items() if name != "demo"}
@@ -26,7 +26,7 @@ def test_a_listed_checkpoint_is_known_and_builds_as_it_says(name: str) -> None:
         vae: Any = getattr(diffusers, checkpoint.class_name)(**checkpoint.config)
     counts = {True: 0, False: 0}
     for key, weight in vae.named_parameters():
-        counts[key.split(".")[0] in OTHER_HALF[Operation.DECODE]] += weight.numel()
+        counts[key.split(".")[0] in OTHER_PARTS[Direction.DECODE]] += weight.numel()
     assert (counts[False], counts[True]) == (checkpoint.decoder_weights, checkpoint.encoder_weights)
     family = family_of_class(checkpoint.class_name)
     assert family is not None

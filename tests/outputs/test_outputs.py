@@ -16,7 +16,7 @@ from PIL import Image
 
 from server.errors import Impossible
 from server.outputs import format_named
-from server.types import RawTensor, RenderOptions
+from server.values import RawTensor, RenderOptions
 
 
 def options(media_type: str = "x/y", quality: float | None = None, fps: float = 10) -> RenderOptions:

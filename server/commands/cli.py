@@ -1,0 +1,340 @@
+"""`python -m server`: serve, models, check, download, decode, encode. Only the commands that compute import torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from .. import __version__
+from ..config import REFUSED_SHARE, ServerOptions, Settings, forget_keys, load_settings
+from ..errors import ConfigError, ModelUnavailable, ServerError
+from ..logs import write_logs
+
+if TYPE_CHECKING:
+    import requests
+
+    from ..inprocess.direct import Direct
+
+log = logging.getLogger(__name__)
+
+# Open files of the front process beside its connections: its own, its workers', and those of files that ffmpeg reads.
+OTHER_FILES = 40
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def options(*names: str) -> Callable[[Command], Command]:
+    """Flags made from ServerOptions' fields, so that each is described once; pydantic checks the values."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(names or [name for name in ServerOptions.model_fields if name != "api_key"]):
+            field = ServerOptions.model_fields[name]
+            default = "" if field.default is None else f"  [default: {field.default}]"
+            text = f"{field.description}{default}  [env: VAE_SERVER_{name.upper()}]"
+            command = click.option(f"--{name.replace('_', '-')}", name, metavar=name.upper(), help=text)(command)
+        return command
+
+    return add
+
+
+class OneSentence(click.Group):
+    """Every failure that a user can cause ends in one plain sentence and a non-zero exit, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            fail(str(error), 2)
+        except ModelUnavailable as error:
+            fail(error.detail, 1)
+        except ServerError as error:
+            fail(error.told(to_operator=True), 1)
+
+
+def fail(sentence: str, status: int) -> NoReturn:
+    click.echo(f"error: {sentence}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__)
+def main() -> None:
+    """A self-hosted VAE server. Point diffusers' remote_decode and remote_encode at it."""
+
+
+@main.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@options()
+def serve(models: tuple[str, ...], **flags: Any) -> None:
+    """Serve the models of models.yaml, or just the named ones: the first then answers at /."""
+    # From the first import on, also as process 1 of a container; uvicorn takes over and hands the signal back.
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup's choice is kept
+            signal.signal(ending, lambda *_: sys.exit(0))
+    settings = load_settings(models, **flags)
+    forget_keys()
+    listener = bind(settings.options.host, settings.options.port)
+    write_logs(settings.options.log_level, settings.options.log_format)
+    run_server(fit_connections(settings), listener)
+
+
+def fit_connections(settings: Settings) -> Settings:
+    """Raise this process's limit of open files as far as `max_connections` needs it, else lower `max_connections`.
+
+    Past the limit the kernel's queue would be closed without an answer. Connections that are refused are open for a
+    moment too, see `REFUSED_SHARE`.
+    """
+    options = settings.options
+    needed = OTHER_FILES + options.max_connections + options.max_connections // REFUSED_SHARE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return settings
+    fitting = max(1, (soft - OTHER_FILES) * REFUSED_SHARE // (REFUSED_SHARE + 1))
+    log.warning(
+        "max_connections is %d instead of %d, because this process may have only %d open files; raise the limit "
+        "(ulimit -n, LimitNOFILE=, --ulimit nofile=)",
+        fitting,
+        options.max_connections,
+        soft,
+    )
+    return settings.model_copy(update={"options": options.model_copy(update={"max_connections": fitting})})
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket before anything slow happens: who connects early waits. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+        ) from None
+    return listener
+
+
+def run_server(settings: Settings, listener: socket.socket) -> None:
+    """Serve until a signal. Raises ModelUnavailable or ConfigError when what must be there is not."""
+    from .. import ffmpeg
+    from ..metrics import Metrics
+    from ..scheduling.dispatcher import Dispatcher
+    from ..scheduling.service import Service, State
+    from ..web.app import create_app
+    from ..web.drain import DrainingServer
+    from ..workers.process import engines_for, start_forkserver
+
+    start_forkserver()
+    with suppress(RuntimeError):  # images need none, and `check` tells that there is none
+        ffmpeg.executable()
+    metrics = Metrics()
+    dispatcher = Dispatcher(engines_for(settings, metrics), settings.options)
+    service = Service(settings, dispatcher, metrics)
+
+    def on_started() -> None:
+        if service.state is State.FAILED:
+            server.should_exit = True
+        elif service.state is State.READY:
+            announce(settings, listener)
+
+    app = create_app(service, on_started)
+    server = DrainingServer(service, app)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        dispatcher.kill()  # a second signal leaves no time for their own end
+    if service.failure:
+        raise service.failure
+
+
+def announce(settings: Settings, listener: socket.socket) -> None:
+    """What to paste into a client."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    others = [name for name in settings.models if name != settings.default]
+    click.echo(f"ready: {url} decodes with '{settings.default}'", err=True)
+    if others:
+        click.echo(f"       {url}NAME decodes with {', '.join(others)}", err=True)
+    if not settings.api_keys and host not in ("127.0.0.1", "::1"):
+        click.echo("       anyone who reaches this address may decode: set --api-key-file", err=True)
+
+
+@main.command()
+@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", help="how to list")
+@options("config")
+def models(form: str, config: str | None) -> None:
+    """List the models of models.yaml: latents, statistics, limits, licences, weights."""
+    from ..listing import as_text, families_table, listed
+    from .checks import describe_all
+
+    settings = load_settings(config=config)
+    infos = describe_all(settings)
+    if form == "markdown":
+        click.echo(families_table(settings, infos), nl=False)
+    elif form == "json":
+        click.echo(json.dumps([listed(settings, name, infos.get(name)) for name in settings.models], indent=1))
+    else:
+        for name in settings.models:
+            click.echo(as_text(settings, name, infos.get(name)))
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[MODEL]...")
+@options("config", "device")
+def check(names: tuple[str, ...], config: str | None, device: str | None) -> None:
+    """Validate configuration, device, weights and codecs; say what to do about what is wrong."""
+    from .checks import check_all
+
+    problems = 0
+    for finding in check_all(load_settings(names, config=config, device=device)):
+        problems += finding.is_problem
+        click.echo(str(finding))
+    if problems:
+        fail(f"{problems} problem{'s' if problems > 1 else ''} found", 1)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[MODEL]...")
+@options("config")
+def download(names: tuple[str, ...], config: str | None) -> None:
+    """Download weights ahead of serving, with a progress bar; all models of models.yaml unless some are named."""
+    from ..engine.weights.config_json import read_info
+    from ..engine.weights.hub import source_of
+
+    settings, missed = load_settings(names, config=config), 0
+    for name in settings.models:
+        source = source_of(settings, name)
+        try:
+            read_info(source)
+            click.echo(f"{name}: {(folder := source.folder())}")
+            if (commit := source.commit_of(folder)) and not source.entry.revision:
+                click.echo(f"   to keep this version: revision: {commit}")
+        except ModelUnavailable as error:
+            click.echo(f"error: {error.detail}", err=True)
+            missed += 1
+    if missed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("latents", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--server", metavar="URL", help="decode there; default: in this process")
+@click.option("--model", help="name or alias in models.yaml; default: its default")
+@click.option("--key", help="the tensor's name in the file; default: 'latents', or the only one")
+@click.option("--height", type=int, help="the picture's height in pixels, for packed latents")
+@click.option("--width", type=int, help="the picture's width in pixels, for packed latents")
+@click.option("--num-frames", type=int, help="the clip's frames, for packed latents of clips")
+@click.option(
+    "--scaled/--unscaled",
+    default=True,
+    help="the latents are as a pipeline emits them (default) or as vae.decode takes them",
+)
+@click.option("--quality", type=float, help="JPEG 1 to 100, MP4 1 to 10")
+@options("config", "device", "fps")
+def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled: bool, **given: Any) -> None:
+    """Decode LATENTS (a .safetensors file) to OUT (.png, .jpg or .mp4)."""
+    from .local_files import output_of, read_latents
+
+    flags = {name: given.pop(name) for name in ("config", "device")}
+    found = read_latents(latents, key)
+    tensor = found.tensor
+    accept, output_type = output_of(out)
+    parameters = {
+        **{name: value for name, value in given.items() if value is not None},
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "do_scaling": scaled and not found.is_unscaled,
+        "output_type": output_type,
+    }
+    data = bytes(tensor.data)
+    if server:
+        body = _ask(server, parameters, data, {"Content-Type": "tensor/binary", "Accept": accept}).content
+    else:
+        direct, name = _direct(load_settings(**flags), given["model"])
+        request = direct.parse(name, parameters, data, accept)
+        body = bytes(direct.render(request, direct.run(request)).body)
+    _write(out, body)
+
+
+@main.command()
+@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--server", metavar="URL", help="encode there; default: in this process")
+@click.option("--model", help="name or alias in models.yaml; default: its default")
+@click.option("--seed", type=int, help="a sample of the posterior, with this seed; default: its mode")
+@click.option(
+    "--scaled/--unscaled",
+    default=True,
+    help="the latents are as a pipeline takes them (default) or as vae.encode gives them",
+)
+@options("config", "device")
+def encode(picture: Path, out: Path, server: str | None, seed: int | None, scaled: bool, **given: Any) -> None:
+    """Encode PICTURE (.png, .jpg, .webp or .mp4) to latents in OUT (a .safetensors file)."""
+    from ..model_info import Direction
+    from ..outputs.tensor import as_safetensors
+    from ..values import RawTensor
+
+    flags = {name: given.pop(name) for name in ("config", "device")}
+    parameters = {"do_scaling": scaled, **given, **({} if seed is None else {"sample": True, "seed": seed})}
+    try:
+        data = picture.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{picture}: {error.strerror}") from None
+    if server:
+        answer = _ask(server.rstrip("/") + "/encode", parameters, data, {})
+        shape, dtype = tuple(json.loads(answer.headers["shape"])), answer.headers["dtype"]
+        latents = RawTensor(shape, dtype, memoryview(answer.content))
+    else:
+        direct, name = _direct(load_settings(**flags), given["model"])
+        latents = direct.run(direct.parse(name, parameters, data, "*/*", Direction.ENCODE)).body
+    _write(out, as_safetensors(latents))
+
+
+def _write(out: Path, body: bytes) -> None:
+    try:
+        out.write_bytes(body)
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror}") from None
+    click.echo(f"{out}: {len(body)} bytes")
+
+
+def _ask(server: str, parameters: dict[str, Any], data: bytes, headers: dict[str, str]) -> requests.Response:
+    import requests
+
+    try:
+        response = requests.post(server, params=parameters, data=data, headers=headers, timeout=(10, None))
+    except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
+        raise ConfigError(f"{server}: not an address; write http://{server}") from None
+    except requests.RequestException as error:
+        raise ConfigError(f"{server}: no answer ({type(error).__name__}); is the server running?") from None
+    if not response.ok:
+        try:
+            sentence = response.json()["error"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            sentence = f"status {response.status_code}; is this a VAE decode server?"
+        raise ConfigError(f"{server}: {sentence}")
+    return response
+
+
+def _direct(settings: Settings, model: str | None) -> tuple[Direct, str]:
+    from ..inprocess.direct import Direct
+
+    name = settings.name_of(model) if model else settings.default
+    if name is None:
+        raise ConfigError(f"no model '{model}' in {settings.source}; known: {', '.join(settings.models)}")
+    return Direct(settings), name

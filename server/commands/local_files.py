@@ -1,0 +1,32 @@
+"""The files of the commands `decode` and `encode`: latents to read, and output files by their suffix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..inputs.tensor import FileError, NoSuchTensor, TensorFile, read_tensor
+from ..outputs import FORMATS
+
+
+def read_latents(path: Path, key: str | None) -> TensorFile:
+    """Return the latents in a file. key: name of the tensor; None as for `read_tensor`. Raises ConfigError."""
+    try:
+        return read_tensor(path.read_bytes(), key)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except NoSuchTensor as error:
+        raise ConfigError(f"{path} {error}; choose one of them with --key") from None
+    except FileError as error:
+        raise ConfigError(f"{path} {error}") from None
+
+
+def output_of(path: Path) -> tuple[str, str]:
+    """Return the `Accept` and the `output_type` of a request whose answer is this kind of file. Raises ConfigError."""
+    suffix = path.suffix.removeprefix(".").lower()
+    encoded = [entry for entry in FORMATS if entry.is_encoded]
+    chosen = next((entry for entry in encoded if suffix in entry.names), None)
+    if chosen is None:
+        known = ", ".join(f".{name}" for entry in encoded for name in entry.names)
+        raise ConfigError(f"{path}: '{path.suffix}' is not a format that this server renders; use one of {known}")
+    return chosen.media_types[0], next(iter(chosen.output_types))

@@ -1,0 +1,148 @@
+"""models.yaml: its schema, and the errors of a file with the line and the key."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..errors import ConfigError
+from ..model_info import Limits
+from .mistakes import DEVICE, expected, nearest
+from .options import Dtype
+from .paths import RESERVED
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+Pixels = Annotated[int, Field(ge=64)]
+KeyPath = tuple[str | int, ...]
+_LIMITS = {field.name: field for field in fields(Limits)}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelEntry(Strict):
+    """One entry under `models`."""
+
+    repo: str = Field(min_length=1)
+    subfolder: str | None = None
+    revision: str | None = None
+    family: str | None = None
+    dtype: Dtype | None = None
+    device: str | None = Field(None, pattern=DEVICE)
+    decoder: Literal["auto", "diffusers", "plain"] = "auto"
+    tiling: Literal["none", "diffusers"] = "none"
+    fps: float | None = Field(None, gt=0, le=240)
+    memory_budget_mb: int | None = Field(None, ge=1)
+    preload: bool = False
+    aliases: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    warmup: tuple[tuple[Pixels, Pixels], ...] = ()
+
+    @property
+    def decodes_exactly(self) -> bool:
+        """Whether an exact decoder may run it."""
+        return self.decoder == "auto" and self.tiling == "none"
+
+    def local_folder(self, base: Path) -> Path | None:
+        """The folder that `repo` names, relative to models.yaml; None for a hub id.
+
+        A hub id is `owner/name`; what starts with `.`, `/` or `~`, or exists beside models.yaml, is a folder.
+        """
+        folder = (base / os.path.expanduser(self.repo)).resolve()  # noqa: PTH111  # Path's raises for an unknown user
+        return folder if self.repo.startswith((".", "/", "~")) or folder.is_dir() else None
+
+
+class ModelsFile(Strict):
+    default: str | None = None
+    models: dict[str, ModelEntry] = Field(min_length=1)
+
+    @field_validator("models")
+    @classmethod
+    def _names_can_be_routes(cls, models: dict[str, ModelEntry]) -> dict[str, ModelEntry]:
+        seen: dict[str, str] = {}
+        for name, entry in models.items():
+            for word in (name, *entry.aliases):
+                check_name(word)
+                if seen.setdefault(word, name) != name or (word == name and word in entry.aliases):
+                    raise ValueError(f"the name '{word}' is used twice, by '{seen[word]}' and '{name}'")
+        return models
+
+
+def check_name(word: str) -> None:
+    """Raise ValueError unless `word` can be a model's name in a URL."""
+    if not re.match(NAME_PATTERN, word):
+        raise ValueError(f"'{word}' cannot be a model's name: use a-z, 0-9, '.', '_' and '-', at most 64")
+    if word in RESERVED:
+        raise ValueError(f"'{word}' cannot be a model's name: it is a route of the server")
+
+
+def parse_models(source: Path) -> ModelsFile:
+    try:
+        node = yaml.compose(source.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        data = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{source}:{line}: not YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: cannot be read: {' '.join(str(error).split())}") from None
+    try:
+        lines = _lines(node, source)
+    except RecursionError:
+        raise ConfigError(f"{source}: an alias refers to what it stands in") from None
+    try:
+        return ModelsFile.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, source, lines)) from None
+    except (TypeError, ValueError):
+        raise ConfigError(f"{source}: a key is not a text; write dates and numbers that are names in quotes") from None
+
+
+def _lines(node: yaml.Node | None, source: Path, path: KeyPath = ()) -> dict[KeyPath, int]:
+    """The line of every key. Raises ConfigError for a key that stands twice."""
+    lines = {path: node.start_mark.line + 1} if node else {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            place = (*path, str(key.value))
+            if place in lines:
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}: {_dotted(place)}: this key stands twice")
+            lines |= _lines(value, source, place) | {place: key.start_mark.line + 1}
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines |= _lines(value, source, (*path, index))
+    return lines
+
+
+def _sentence(error: ValidationError, source: Path, lines: Mapping[KeyPath, int]) -> str:
+    # A key that is misspelt is often the one that is missing.
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    place = tuple(first["loc"])
+    line = next((lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
+    where = f"{source}:{line}: {_dotted(place) or 'the file'}"
+    if first["type"] == "extra_forbidden":
+        known = list(_known_keys(place))
+        return f"{where}: unknown key{nearest(str(place[-1]), known)}; known: {', '.join(known)}"
+    if first["type"] == "missing":
+        return f"{where}: this key is required"
+    if first["type"] == "value_error":
+        return f"{where}: {first['ctx']['error']}"
+    return f"{where}: {expected(first)}, got {first['input']!r}"
+
+
+def _known_keys(place: KeyPath) -> Mapping[str, Any]:
+    if len(place) == 1:
+        return ModelsFile.model_fields
+    return _LIMITS if "limits" in place[2:-1] else ModelEntry.model_fields
+
+
+def _dotted(place: KeyPath) -> str:
+    return ".".join(map(str, place))

@@ -1,0 +1,32 @@
+"""The HTTP contract, without HTTP: parameters, `Accept` and a body become a Request.
+
+No other package knows the names of the parameters or the forms of a body.
+"""
+
+from .bodies import Bytes, check_length, is_json_body, read_base64, read_json, with_data
+from .decode import RenderDefaults, decode_job
+from .encode import check_encode, encode_job, file_bytes_held, header_of, read_pixels
+from .files import direction_of, opened
+from .formats import choose_format
+from .parameters import Parameters, patience_s
+
+__all__ = [
+    "Bytes",
+    "Parameters",
+    "RenderDefaults",
+    "check_encode",
+    "check_length",
+    "choose_format",
+    "decode_job",
+    "direction_of",
+    "encode_job",
+    "file_bytes_held",
+    "header_of",
+    "is_json_body",
+    "opened",
+    "patience_s",
+    "read_base64",
+    "read_json",
+    "read_pixels",
+    "with_data",
+]

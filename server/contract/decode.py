@@ -1,0 +1,123 @@
+"""Turn the parameters and `Accept` of a decode into a Job.
+
+Everything that can be refused without the tensor is refused here or by the family, before the body is received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..config import USUAL_FPS, Settings
+from ..errors import Impossible, ServerError, WrongChannels
+from ..families import FAMILIES, check_limits
+from ..model_info import Direction, Kind, ModelInfo
+from ..outputs import OUTPUT_TYPES, Format
+from ..values import Geometry, Job, Layout, RenderOptions
+from .formats import choose_format
+from .parameters import Parameters
+
+BOTH_ROUTES = "latents are decoded at POST / or /{model}, images encoded there and at POST /encode or /{model}/encode"
+
+
+@dataclass(frozen=True, slots=True)
+class RenderDefaults:
+    """The settings of the server that a request may override."""
+
+    fps: float = USUAL_FPS
+    jpeg_quality: float = 75
+    video_quality: float = 5
+
+    @staticmethod
+    def of(settings: Settings, model: str) -> RenderDefaults:
+        """Return the settings that apply to a model."""
+        options = settings.options
+        return RenderDefaults(settings.fps_of(model), options.jpeg_quality, options.video_quality)
+
+    def quality_of(self, kind: Kind) -> float:
+        """Return the quality of an answer that is an image or a video."""
+        return self.video_quality if kind == "video" else self.jpeg_quality
+
+
+def decode_job(
+    parameters: Parameters, accept: str, info: ModelInfo, defaults: RenderDefaults, others: Iterable[ModelInfo] = ()
+) -> Job:
+    """Check everything except the bytes of latents to decode, and return the job.
+
+    parameters: must have `shape` and `dtype`. others: models that are suggested if the latents do not fit `info`.
+
+    Raises BadRequest, WrongShape, TooLarge, NotAcceptable, Impossible.
+    """
+    shape, dtype, scaling = parameters.shape(), parameters.dtype(), parameters.scaling()
+    output_type = parameters.word("output_type", OUTPUT_TYPES) or "pil"
+    is_partial = parameters.flag("partial_postprocess")
+    geometry = _geometry(parameters, shape, info, others)
+    is_image = info.latents.kind == "image" or (geometry.num_frames == 1 and output_type == "pil")
+    kind: Kind = "image" if is_image else "video"
+    chosen, media_type = choose_format(parameters, output_type, accept, kind)
+    check_limits(geometry, info.limits, info.name)
+    layout = _layout(chosen, output_type, is_partial)
+    _check_fits(geometry, chosen, layout, kind)
+    return Job(
+        model=info.name,
+        direction=Direction.DECODE,
+        shape=shape,
+        dtype=dtype,
+        geometry=geometry,
+        scaling=scaling,
+        format=chosen.names[0],
+        render=RenderOptions(
+            fps=parameters.number("fps", 0.1, 240) or defaults.fps,
+            quality=_quality(parameters, chosen, defaults.quality_of(kind)),
+            media_type=media_type,
+        ),
+        layout=layout,
+        output_dtype=parameters.output_dtype(),
+    )
+
+
+def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, others: Iterable[ModelInfo]) -> Geometry:
+    """Raises WrongShape; of wrong channels it names the models that these latents fit."""
+    try:
+        return FAMILIES[info.latents.family].decode_geometry(info.latents, shape, parameters)
+    except WrongChannels as error:
+        fitting = [other.name for other in others if _fits(parameters, shape, other)]
+        if fitting:
+            raise WrongChannels(f"{error}; of this server's models {', '.join(fitting)} would take them") from None
+        raise WrongChannels(f"{error}; {BOTH_ROUTES}") from None
+
+
+def _fits(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo) -> bool:
+    if len(shape) == 4 and info.latents.kind == "video":  # it would, as clips of one frame
+        return False
+    try:
+        FAMILIES[info.latents.family].decode_geometry(info.latents, shape, parameters)
+    except ServerError:
+        return False
+    return True
+
+
+def _quality(parameters: Parameters, chosen: Format, default: float) -> float | None:
+    return chosen.quality and (parameters.number("quality", *chosen.quality) or default)
+
+
+def _layout(chosen: Format, output_type: str, is_partial: bool) -> Layout:
+    if chosen.is_encoded or (output_type == "pt" and is_partial):
+        return Layout.PIXELS
+    return Layout.UNIT if output_type == "pil" else Layout.SAMPLE
+
+
+def _check_fits(geometry: Geometry, chosen: Format, layout: Layout, kind: Kind) -> None:
+    """One picture or one clip in an encoded answer, of a size it holds; one clip where frames are the first axis."""
+    longest = max(geometry.height, geometry.width)
+    if chosen.max_side is not None and longest > chosen.max_side:
+        raise Impossible(
+            f"{geometry.height}x{geometry.width} does not fit a {chosen.names[0].upper()}, whose sides are at most "
+            f"{chosen.max_side} pixels; ask for output_type=pt"
+        )
+    if geometry.batch == 1 or layout is Layout.SAMPLE or (kind == "image" and not chosen.is_encoded):
+        return
+    what = f"one {chosen.names[0].upper()}" if chosen.is_encoded else "one tensor of frames"
+    raise Impossible(
+        f"a batch of {geometry.batch} does not fit {what}; ask for output_type=pt, or send one request each"
+    )

@@ -1,0 +1,70 @@
+"""Whole files as bodies: what their first bytes say they are, and whether a request is meant to be encoded."""
+
+from __future__ import annotations
+
+from ..errors import BadRequest, ServerError, UnsupportedBody, WrongChannels
+from ..families import FAMILIES
+from ..inputs import media_type_of
+from ..inputs.tensor import FileError, NoSuchTensor, is_safetensors, read_tensor
+from ..model_info import Direction, ModelInfo
+from .bodies import Bytes
+from .encode import RGB, pixel_order
+from .parameters import Parameters
+
+NOT_READ = {
+    b"\x93NUMPY": "a NumPy file (.npy)",
+    b"PK\x03\x04": "a zip archive (.npz, or a file of torch.save)",
+    **{bytes([0x80, version]): "a Python pickle, which can run code" for version in range(2, 6)},
+}
+
+
+def opened(parameters: Parameters, data: bytes | bytearray) -> tuple[Parameters, Bytes]:
+    """Return the tensor in a safetensors file and the parameters with its shape and dtype; other bytes as they are.
+
+    The tensor of a ComfyUI .latent is already unscaled, so `do_scaling` is not looked at. Raises BadRequest for a
+    damaged file, UnsupportedBody for a NumPy, zip or pickle file.
+    """
+    for begin, name in NOT_READ.items():
+        if data.startswith(begin):
+            raise UnsupportedBody(
+                f"the body is {name}, which is not read; send a .safetensors file, or the tensor's bytes "
+                "(array.tobytes()) with shape and dtype"
+            )
+    if not is_safetensors(data):
+        return parameters, data
+    try:
+        found = read_tensor(data)
+    except NoSuchTensor as error:
+        raise BadRequest(f"the .safetensors file {error}; send one with a single tensor, or name it latents") from None
+    except FileError as error:
+        raise BadRequest(f"the .safetensors file {error}") from None
+    tensor = found.tensor
+    return parameters.of_tensor(tensor.shape, tensor.dtype, is_unscaled=found.is_unscaled), tensor.data
+
+
+def direction_of(parameters: Parameters, info: ModelInfo, data: Bytes | None, asked: Direction) -> Direction:
+    """Return the direction of a request that was sent to the address of `asked`.
+
+    A request to a decode address is an encode if only that makes sense: for an image or MP4 file, and for a tensor of 3
+    channels if the model's latents have another number of channels.
+
+    data: the body; None while it has not been received. Raises BadRequest for a shape that cannot be read.
+    """
+    if asked is Direction.ENCODE or _is_for_encoding(parameters, info, data):
+        return Direction.ENCODE
+    return Direction.DECODE
+
+
+def _is_for_encoding(parameters: Parameters, info: ModelInfo, data: Bytes | None) -> bool:
+    if not parameters.has("shape"):
+        return data is not None and media_type_of(data) is not None
+    shape = parameters.shape()
+    if info.latents.channels == RGB or pixel_order(shape, info.latents, {RGB}) is None:
+        return False
+    try:
+        FAMILIES[info.latents.family].decode_geometry(info.latents, shape, parameters)
+    except WrongChannels:
+        return True
+    except ServerError:
+        return False
+    return False

@@ -1,0 +1,119 @@
+"""CPU kernels: oneDNN convolutions on prepacked weights, and norms as one pass of torch's vectorised batch norm."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .moments import Affine, Moments
+from .reference import Kernels
+
+_ONES = [1, 1]  # the stride, unless another is given, and the dilation
+_PADDING = [0, 1]
+# The shape a weight is packed for. oneDNN packs it alike for every picture size, or packs it again at each call within
+# some 40 µs; but of 96 channels that takes 3 ms where the picture is small, and such a weight is left as it is.
+_BAND_ROWS, _BAND_COLUMNS = 18, 256
+_SMALL_ROWS, _SMALL_COLUMNS = 10, 8
+SLOW_REORDER = 5
+
+
+def preferred_cpu_dtype() -> torch.dtype:
+    """Return bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and slower than float32.
+
+    oneDNN is asked too: ONEDNN_MAX_CPU_ISA can keep it from instructions that the CPU has.
+    """
+    is_in_hardware = _has("amx_tile") or _has("avx512_bf16")
+    if is_in_hardware and _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _has(feature: str) -> bool:
+    probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return bool(probe and probe())
+
+
+class CpuKernels(Kernels):
+    """Norms go image by image, because batch norm's statistics are over the batch; convolutions take all at once."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        operators = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
+        self.prepacks = (
+            _has_onednn()
+            and dtype in (torch.float32, preferred_cpu_dtype())
+            and all(hasattr(torch.ops.mkldnn, operator) for operator in operators)
+        )
+
+    def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
+        if not self.prepacks:
+            return super().pack(weight)
+        shape = [1, weight.shape[1], _BAND_ROWS, _BAND_COLUMNS]
+        strides = [stride, stride]
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, strides, _ONES, 1, shape)
+        plain = super().pack(weight)
+        return plain if self._seconds(packed, stride) > SLOW_REORDER * self._seconds(plain, stride) else packed
+
+    def _seconds(self, weight: Tensor, stride: int) -> float:
+        """Of one convolution of a picture much smaller than the one a weight is packed for."""
+        x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            self.conv(x, weight, None, stride=stride)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1, stride: int = 1) -> Tensor:
+        if not self.prepacks:
+            return super().conv(x, weight, bias, columns, stride)
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x.permute(0, 3, 1, 2), weight, bias, [0, columns], [stride, stride], _ONES, 1, "none", [], ""
+        )  # [B, O, n, W]
+        return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
+
+    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
+        if not self.prepacks:
+            return super().add_conv_(total, x, weight, bias, unit)
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            total.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, bias,
+            _PADDING, _ONES, _ONES, 1, "add", 1.0, None, [], None,
+        )  # fmt: skip
+        return self.moments(total, unit)
+
+    def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
+        batch, rows, width, channels = x.shape
+        running = torch.zeros(2, channels, dtype=torch.float32)  # [2, C], asks for float32 results
+        parts = [
+            part for image in torch.split(x.permute(0, 3, 1, 2), 1) for part in torch.split(image, unit, 2)
+        ]  # [1, C, unit, W]
+        statistics = [torch.batch_norm_update_stats(part, running[0], running[1], 0.0) for part in parts]  # [C] twice
+        count = torch.tensor(
+            [min(unit, rows - top) * width for top in range(0, rows, unit)], dtype=torch.float32
+        )  # [K]
+        shape = batch, len(count), channels
+        mean = torch.stack([mean for mean, _ in statistics]).view(shape).transpose(0, 1)  # [K, B, C]
+        variance = torch.stack([variance for _, variance in statistics]).view(shape).transpose(0, 1)  # [K, B, C]
+        return Moments(count, mean, variance * count[:, None, None])
+
+    def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
+        # Batch norm with mean 0, variance 1 and eps 0 is the affine map, one pass, float32 inside whatever the dtype.
+        zeros, ones = torch.zeros_like(affine.scale[0]), torch.ones_like(affine.scale[0])  # [C]
+        unused = x.new_empty(0, dtype=torch.float32)
+        for image in range(x.shape[0]):
+            one, written = x[image : image + 1], out[image : image + 1]  # [1, n, W, C]
+            torch.native_batch_norm(
+                one.permute(0, 3, 1, 2), affine.scale[image], affine.shift[image], zeros, ones, False, 0.0, 0.0,
+                out=(written.permute(0, 3, 1, 2), unused, unused),
+            )  # fmt: skip
+        if silu:
+            F.silu(out, inplace=True)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]

@@ -1,0 +1,104 @@
+"""GPU kernels: cuDNN convolutions without their separate bias pass, Triton for all that is between them."""
+
+# mypy: disable-error-code="import-untyped, import-not-found"
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_kernels
+from .moments import Affine, GroupNorm, Moments
+from .reference import Kernels
+
+# One program reduces BLOCK_P x BLOCK_C values at a time; a thousand programs fill the largest GPU.
+BLOCK_P, BLOCK_C = 32, 128
+PROGRAMS = 1024
+BLOCK_K = 128  # parts merged at a time
+SOFTMAX_BLOCK = 4096
+
+
+class TritonKernels(Kernels):
+    def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
+        return self._moments(total, self.conv(x, weight, None), bias)
+
+    def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
+        return self._moments(x, None, None)
+
+    def _moments(self, x: Tensor, add: Tensor | None, bias: Tensor | None) -> Moments:  # [B, n, W, C] twice, [C]
+        pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
+        grid, tiles, moments, block_c = _chunks(x, pixels, channels)
+        triton_kernels.moments_kernel[grid](
+            x, x if add is None else add, x if bias is None else bias, moments.mean, moments.m2,
+            pixels, channels, x.stride(0), (x if add is None else add).stride(0),
+            ADD=add is not None, TILES=tiles, BLOCK_P=BLOCK_P, BLOCK_C=block_c,
+        )  # fmt: skip
+        return moments
+
+    def affine(self, norm: GroupNorm, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
+        count = torch.cat([part.count for part in parts]) if len(parts) > 1 else parts[0].count  # [K]
+        mean = torch.cat([part.mean for part in parts]) if len(parts) > 1 else parts[0].mean  # [K, B, C]
+        m2 = torch.cat([part.m2 for part in parts]) if len(parts) > 1 else parts[0].m2  # [K, B, C]
+        k, batch, channels = mean.shape
+        scale, shift = torch.empty_like(mean[0]), torch.empty_like(mean[0])  # [B, C]
+        group = channels // norm.groups
+        triton_kernels.affine_kernel[(norm.groups, batch)](
+            count, mean, m2, norm.weight if offset is None else offset, norm.weight, norm.bias, scale, shift,
+            k, channels, group, norm.eps, OFFSET=offset is not None,
+            TILES=triton.cdiv(k, BLOCK_K), BLOCK_K=BLOCK_K, BLOCK_C=triton.next_power_of_2(group),
+        )  # fmt: skip
+        return Affine(scale, shift)
+
+    def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
+        batch, pixels, channels = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
+        block_c = min(BLOCK_C, triton.next_power_of_2(channels))
+        grid = (triton.cdiv(pixels, BLOCK_P), triton.cdiv(channels, block_c), batch)
+        triton_kernels.normalize_kernel[grid](
+            x, affine.scale, affine.shift, out, pixels, channels, x.stride(0), out.stride(0),
+            SILU=silu, BLOCK_P=BLOCK_P, BLOCK_C=block_c,
+        )  # fmt: skip
+
+    def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:  # [B, n + 1, W + 1, 4 C]
+        batch, n, width, channels = (phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1, phases.shape[3] // 4)
+        out = phases.new_empty(batch, 2 * n, 2 * width, channels)  # [B, 2 n, 2 W, C]
+        grid, tiles, moments, block_c = _chunks(out, 4 * n * width, channels)
+        triton_kernels.interleave_kernel[grid](
+            phases,
+            bias,
+            out,
+            moments.mean,
+            moments.m2,
+            n,
+            width,
+            channels,
+            TILES=tiles,
+            BLOCK_P=BLOCK_P,
+            BLOCK_C=block_c,
+        )  # fmt: skip
+        return out, moments
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
+        scores = torch.matmul(query, key.transpose(1, 2))  # [B, t, N]
+        columns = scores.shape[2]
+        block = min(SOFTMAX_BLOCK, triton.next_power_of_2(columns))
+        triton_kernels.softmax_kernel[(scores.shape[0] * scores.shape[1],)](
+            scores, columns, query.shape[-1] ** -0.5, TILES=triton.cdiv(columns, block), BLOCK=block, num_warps=8
+        )
+        return scores @ value  # [B, t, C]
+
+
+def _chunks(x: Tensor, pixels: int, channels: int) -> tuple[Any, int, Moments, int]:
+    """The grid of a reduction over x's pixels, tiles in a chunk, where its moments go, and the channel block."""
+    batch, block_c = x.shape[0], min(BLOCK_C, triton.next_power_of_2(channels))
+    blocks = triton.cdiv(channels, block_c)
+    wanted = max(1, PROGRAMS // (blocks * batch))
+    tiles = triton.next_power_of_2(triton.cdiv(pixels, BLOCK_P * wanted))  # few values: each compiles a kernel
+    chunk = tiles * BLOCK_P
+    k = triton.cdiv(pixels, chunk)
+    first = torch.arange(k, device=x.device, dtype=torch.float32) * chunk  # [K]
+    count = (pixels - first).clamp(max=chunk)  # [K]
+    mean = torch.empty(k, batch, channels, device=x.device, dtype=torch.float32)  # [K, B, C]
+    return (k, blocks, batch), tiles, Moments(count, mean, torch.empty_like(mean)), block_c

@@ -1,0 +1,31 @@
+"""One direction of a model whose weights are on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from ..families import Family
+from ..model_info import LatentSpec, LoadedInfo
+from .coders.interface import Coder
+
+C = TypeVar("C", bound=Coder, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(Generic[C]):
+    """A Decoder or an Encoder, ready to run, with what a request to it is prepared by.
+
+    budget_bytes: memory limit for the activations of a run; None means the memory that is free when the run begins.
+    """
+
+    coder: C
+    family: Family
+    spec: LatentSpec
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int
+    info: LoadedInfo
+    budget_bytes: int | None = None

@@ -1,0 +1,314 @@
+"""The models of one device: describe, load, run, unload. Knows no queue and no client."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import traceback
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..config import Settings
+from ..errors import ModelUnavailable, NonFiniteInput, ServerError
+from ..families import FAMILIES
+from ..model_info import CoderId, Direction, LoadedInfo, ModelInfo
+from ..values import Layout, Request, Result, TensorResult
+from .coders.build import EXACT_CLASSES, build_coder
+from .coders.interface import Check, Coder, Decoder, go_on
+from .loaded_model import LoadedModel
+from .pipeline import NonFiniteOutput, Stream, run
+from .tensors import NAMES
+from .turn import Turn
+from .weights import loading, placement
+from .weights.config_json import read_info, weigh
+from .weights.hub import Source, source_of
+
+log = logging.getLogger(__name__)
+
+OVERFLOWS = {
+    Direction.DECODE: "these latents overflow the VAE{}; check scaling_factor and dtype",
+    Direction.ENCODE: "these pixels overflow the VAE{}; send them in [-1, 1]",
+}
+
+
+class Key(NamedTuple):
+    """What is loaded and unloaded by itself. is_upcast: the float32 copy used after half precision overflowed."""
+
+    name: str
+    direction: Direction
+    is_upcast: bool = False
+
+
+class NotLoaded(ServerError):
+    """Work that runs between the steps of other work needs a model that is not loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A model's description, its files, and where it will run. Made once for a load."""
+
+    info: ModelInfo
+    source: Source
+    device: torch.device
+
+
+class LoadedModels:
+    """The models on one device.
+
+    Every method may be called from any thread. While a model is loaded, others can run. The least recently used models
+    are unloaded to make room; a model is never unloaded while it runs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        # TensorFloat-32 keeps only ten bits of a float32's mantissa: not what somebody who asks for float32 expects.
+        torch.backends.cudnn.allow_tf32 = False
+        self._settings = settings
+        self._turn = Turn()
+        self._load_locks: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
+        self._loaded: OrderedDict[Key, LoadedModel[Coder]] = OrderedDict()  # the least recently used first
+        self._used_at: dict[Key, float] = {}
+
+    def describe(self, name: str, is_local_only: bool = False) -> ModelInfo:
+        """Return what config.json says of a model, with the sizes of its weights. Raises ModelUnavailable.
+
+        is_local_only: do not use the network.
+        """
+        placed = self._place(name, is_local_only=is_local_only)
+        dtype = self._dtype(placed, Direction.DECODE)
+        return replace(placed.info, weights=weigh(placed.source, dtype))
+
+    def loaded(self, name: str) -> LoadedInfo | None:
+        """Return what is known of a model with a direction on the device; None if neither direction is loaded."""
+        models = [self._loaded.get(Key(name, direction)) for direction in Direction]
+        infos = [model.info for model in models if model]
+        if len(infos) < len(models):
+            return infos[0] if infos else None
+        decoder, encoder = infos
+        return replace(decoder, encoder=encoder.encoder, note=decoder.note or encoder.note)
+
+    def all_loaded(self) -> dict[str, LoadedInfo]:
+        """Return what is known of every model with a direction on the device."""
+        return {name: info for name in self._settings.models if (info := self.loaded(name)) is not None}
+
+    def holds(self, coder: CoderId) -> bool:
+        """Return whether this direction of a model is loaded."""
+        return Key(*coder) in self._loaded
+
+    def load(self, name: str, direction: Direction = Direction.DECODE) -> LoadedModel[Any]:
+        """Return one direction of a model, loaded and warmed up. Raises ModelUnavailable."""
+        return self._get(Key(name, direction))
+
+    def _get(self, key: Key) -> LoadedModel[Coder]:
+        """Load a model if needed and return it. Raises ModelUnavailable, and NotLoaded between steps of other work."""
+        if model := self._loaded.get(key):
+            return model
+        if self._turn.is_mine:  # a load would wait for the turn that this thread has
+            raise NotLoaded
+        with self._load_locks[key]:
+            return self._loaded.get(key) or self._keep(key, self._load(key))
+
+    def run(
+        self, requests: Sequence[Request], stream: Stream | None = None, check: Check = go_on
+    ) -> list[TensorResult | Exception]:
+        """Run requests of one batch now, after loading the model if needed. Overflows are repeated in float32.
+
+        check: called between the steps of the work. Other threads that want the device get it there too. `check` may
+            call `run` for another coder, or for the same one if `LoadedInfo.may_run_inside_itself`. Such a run loads
+            nothing.
+
+        Returns a result or an error for each request: NonFiniteInput, BadRequest, TooLargeForDevice.
+        Raises ModelUnavailable, NotLoaded, Stopped.
+        """
+        key = Key(*requests[0].job.coder)
+        model = self._get(key)
+        outcomes = self._run(key, model, requests, stream, check)
+        is_single = model.dtype is torch.float32
+        return [
+            self._run_upcast(request, is_single, check) if isinstance(outcome, NonFiniteOutput) else outcome
+            for request, outcome in zip(requests, outcomes, strict=True)
+        ]
+
+    def _run(
+        self, key: Key, model: LoadedModel[Any], requests: Sequence[Request], stream: Stream | None, check: Check
+    ) -> list[TensorResult | Exception]:
+        given_away_s = 0.0  # to others, between the steps
+
+        def between_steps() -> None:
+            nonlocal given_away_s
+            started = time.perf_counter()
+            self._turn.give_way()
+            check()
+            given_away_s += time.perf_counter() - started
+
+        with self._turn, on(model.device):
+            self._note_use(key)
+            outcomes = run(model, requests, stream, between_steps)
+        return [
+            replace(outcome, device_ms=max(0.0, outcome.device_ms - given_away_s * 1e3))
+            if isinstance(outcome, Result)
+            else outcome
+            for outcome in outcomes
+        ]
+
+    def _run_upcast(self, request: Request, is_single: bool, check: Check) -> TensorResult | Exception:
+        job = request.job
+        key, overflow = Key(*job.coder, is_upcast=True), OVERFLOWS[job.direction]
+        if is_single:
+            return NonFiniteInput(overflow.format(" even in float32"))
+        try:
+            model = self._get(key)
+        except ModelUnavailable:
+            return NonFiniteInput(overflow.format(" in half precision, and there is no memory for it in float32"))
+        outcome = self._run(key, model, [request], None, check)[0]
+        if isinstance(outcome, NonFiniteOutput):
+            return NonFiniteInput(overflow.format(" even in float32"))
+        return replace(outcome, is_upcast=True) if isinstance(outcome, Result) else outcome
+
+    def unload_idle(self) -> list[Key]:
+        """Unload the models that were not used for `idle_unload_s`, and return what was unloaded."""
+        limit = self._settings.options.idle_unload_s
+        if limit is None:
+            return []
+        oldest = time.monotonic() - limit
+        return self._unload([key for key, used_at in list(self._used_at.items()) if used_at < oldest])
+
+    def _keep(self, key: Key, model: LoadedModel[Coder]) -> LoadedModel[Coder]:
+        self._loaded[key] = model
+        self._note_use(key)
+        self._make_room(0, coming=0)  # another model may have been loaded at the same time
+        return model
+
+    def _note_use(self, key: Key) -> None:
+        self._used_at[key] = time.monotonic()
+        if key in self._loaded:
+            self._loaded.move_to_end(key)
+
+    def _make_room(self, needed_bytes: int, coming: int = 1) -> None:
+        """Unload the least recently used models until this much more fits `model_memory_mb` and `max_loaded`.
+
+        A single model may exceed the limits. coming: how many models are about to be loaded.
+        """
+        options = self._settings.options
+        budget = math.inf if options.model_memory_mb is None else options.model_memory_mb << 20
+        most = math.inf if options.max_loaded is None else options.max_loaded
+        models = list(self._loaded.items())
+        leaving: list[Key] = []
+        held = sum(model.weight_bytes for _, model in models)
+        for key, model in models[: len(models) - 1 + coming]:
+            if held + needed_bytes <= budget and len(models) - len(leaving) + coming <= most:
+                break
+            held -= model.weight_bytes
+            leaving.append(key)
+        if leaving:
+            self._unload(leaving)
+
+    def _unload(self, keys: Sequence[Key]) -> list[Key]:
+        """Free the weights of these models once the work in progress, which may use them, has ended."""
+        with self._turn.after_work():
+            for key in keys:
+                self._loaded.pop(key, None)
+                self._used_at.pop(key, None)
+                log.info("unloaded %s, %s", key.name, key.direction)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return list(keys)
+
+    def _load(self, key: Key) -> LoadedModel[Coder]:
+        """Load one direction of a model, warm it up, and turn every failure into ModelUnavailable."""
+        started = time.perf_counter()
+        placed = self._place(key.name)
+        try:
+            model = self._read(placed, key)
+        except (torch.OutOfMemoryError, MemoryError):
+            detail = f"{key.name}: its weights do not fit the memory of {placed.device}"
+            raise ModelUnavailable(key.name, detail) from None
+        except ModelUnavailable:
+            raise
+        except Exception as error:  # the border of a load: whatever fails, the model is reported as unavailable
+            log.debug("%s failed to load", key.name, exc_info=True)
+            detail = f"{key.name}: {key.direction} does not load or warm up: {where(error)}"
+            raise ModelUnavailable(key.name, detail) from error
+        seconds = time.perf_counter() - started
+        log.info(
+            "loaded %s for %s on %s in %s (%s), %.1f s",
+            *(key.name, key.direction, model.device, NAMES[model.dtype], model.coder.name, seconds),
+        )
+        return model
+
+    def _read(self, placed: Placed, key: Key) -> LoadedModel[Coder]:
+        info, device, direction = placed.info, placed.device, key.direction
+        entry, options = self._settings.models[key.name], self._settings.options
+        family = FAMILIES[info.latents.family]
+        dtype = torch.float32 if key.is_upcast else self._dtype(placed, direction)
+        vae = loading.load_vae(info, placed.source, dtype, direction)
+        spec = family.refine(info.latents, vae)
+        weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
+        self._make_room(weight_bytes)
+        budget_mb = entry.memory_budget_mb or options.memory_budget_mb
+        with self._turn, on(device):
+            placement.move(vae, device)
+            coder, note = build_coder(vae, family, direction, entry.decoder, entry.tiling)
+            loaded = LoadedInfo(str(device), NAMES[dtype], note=note)
+            if direction is Direction.ENCODE:
+                loaded = replace(loaded, encoder=coder.name)
+            else:
+                loaded = replace(loaded, decoder=coder.name)
+            model = LoadedModel(
+                coder=coder,
+                family=family,
+                spec=spec,
+                device=device,
+                dtype=dtype,
+                weight_bytes=weight_bytes,
+                info=loaded,
+                budget_bytes=budget_mb << 20 if budget_mb else None,
+            )
+            if direction is Direction.DECODE:
+                warm_up(model, entry.warmup)
+        return model
+
+    def _place(self, name: str, *, is_local_only: bool = False) -> Placed:
+        source = source_of(self._settings, name)
+        info = read_info(source, is_local_only=is_local_only)
+        try:
+            device = self._settings.models[name].device or self._settings.options.first_device
+            return Placed(info, source, placement.choose_device(device))
+        except ValueError as error:
+            raise ModelUnavailable(name, f"{name}: {error}") from None
+
+    def _dtype(self, placed: Placed, direction: Direction) -> torch.dtype:
+        entry = self._settings.models[placed.info.name]
+        is_exact = entry.decodes_exactly and placed.info.class_name in EXACT_CLASSES[direction]
+        wanted = entry.dtype or self._settings.options.dtype
+        return placement.choose_dtype(wanted, placed.info, placed.device, is_exact=is_exact)
+
+
+def on(device: torch.device) -> Any:
+    """Return a context in which `device` is the current device, which Triton and CUDA graphs use."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def where(error: BaseException) -> str:
+    """Describe an unexpected error in one line: its class, its first line, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    first_line = next(iter(str(error).strip().splitlines()), "")[:300]
+    return f"{type(error).__name__}{place}: {first_line}" if first_line else f"{type(error).__name__}{place}"
+
+
+def warm_up(model: LoadedModel[Any], sizes: tuple[tuple[int, int], ...]) -> None:
+    """Decode zeros once for each (height, width), so that no request pays for compilation and other set-up."""
+    decoder: Decoder = model.coder
+    arguments: dict[str, Any] = {"timestep": 0.0} if model.spec.takes_timestep else {}
+    for height, width in sizes:
+        shape = model.family.latent_shape(model.spec, height, width)
+        with torch.inference_mode():
+            latents = torch.zeros(shape, device=model.device, dtype=model.dtype)
+            decoder.decode(latents, Layout.PIXELS, budget_bytes=model.budget_bytes, **arguments)

@@ -1,0 +1,82 @@
+"""The right to use a device, which threads take in turn."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Place:
+    """A thread that waits in the line of a Turn.
+
+    is_patient: it waits until the current work has ended, and is not let in between the steps of that work.
+    """
+
+    is_patient: bool = False
+
+
+class Turn:
+    """A lock that is given to threads in the order in which they asked for it.
+
+    A thread that has the turn may enter again. Between the steps of long work it may give way to the waiting threads.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[Place] = []
+        self._owner: int | None = None
+        self._depth = 0
+        self._is_between_steps = False
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if self._owner != me:
+                self._wait(Place())
+                self._owner = me
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None
+                self._changed.notify_all()
+
+    @contextmanager
+    def after_work(self) -> Iterator[None]:
+        """Have the turn while no work is in progress, not even between the steps of some work."""
+        with self._changed:
+            self._wait(Place(is_patient=True))
+            self._owner, self._depth = threading.get_ident(), 1
+        try:
+            yield
+        finally:
+            self.__exit__()
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread has the turn."""
+        return self._owner == threading.get_ident()
+
+    def give_way(self) -> None:
+        """Let the waiting threads have the turn first, except patient ones. The calling thread must have the turn."""
+        if not any(not place.is_patient for place in self._waiting):
+            return
+        with self._changed:
+            owner, depth = self._owner, self._depth
+            self._owner, self._depth, self._is_between_steps = None, 0, True
+            self._changed.notify_all()
+            self._wait(Place())
+            self._owner, self._depth, self._is_between_steps = owner, depth, False
+
+    def _wait(self, place: Place) -> None:
+        self._waiting.append(place)
+        self._changed.wait_for(lambda: self._owner is None and self._next() is place)
+        self._waiting.remove(place)
+
+    def _next(self) -> Place:
+        return next(place for place in self._waiting if not (place.is_patient and self._is_between_steps))

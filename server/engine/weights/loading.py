@@ -1,0 +1,119 @@
+"""Load the weights of one direction of a VAE from safetensors files. Pickle files are never read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ...model_info import Direction, ModelInfo
+from .config_json import OTHER_PARTS
+from .hub import CONFIG, WEIGHTS, Source
+
+LFS_POINTER = b"version https://git-lfs"
+NAMES_SHOWN = 3
+
+# diffusers patches torch's modules while it builds one without memory; two at once would leave them patched for good.
+BUILDING = threading.Lock()
+# What diffusers says of missing and unused tensors takes several lines and advises to train; `_check` says it in one.
+diffusers.utils.logging.set_verbosity_error()
+
+
+def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, direction: Direction) -> torch.nn.Module:
+    """Load the real diffusers module on the CPU, in evaluation mode, with the weights of one direction.
+
+    The modules of the other direction stay, without weights, because some VAEs count theirs. The weights are copies in
+    `dtype`: what happens to the file later changes nothing. Raises ModelUnavailable, also where a tensor of this
+    direction is missing, is not finite, or overflows `dtype`.
+    """
+    folder = source.folder()
+    model_class = getattr(diffusers, info.class_name)
+    try:
+        _check_files(folder)
+        with BUILDING:
+            vae, found = model_class.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True, output_loading_info=True
+            )
+        let_go(vae, OTHER_PARTS[direction])
+        _check(vae, frozenset(found["missing_keys"]), direction, source)
+        _convert(vae, dtype, source)
+        loaded: torch.nn.Module = vae.eval().requires_grad_(False)
+        return loaded
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        advice = "let this user read them" if isinstance(error, PermissionError) else "download the model again"
+        raise source.failure(f"the weights do not load ({reason}); {advice}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raise SafetensorError or ValueError for a damaged safetensors file; diffusers would not say what is wrong."""
+    for path in sorted(path for pattern in WEIGHTS[:2] for path in folder.glob(pattern)):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise ValueError(f"{path.name} is a pointer of Git LFS; run `git lfs pull`") from None
+            raise SafetensorError(f"{path.name}: {error}") from None
+
+
+def let_go(vae: torch.nn.Module, parts: Sequence[str]) -> None:
+    """Free the weights of these modules."""
+    for part in parts:
+        module = getattr(vae, part, None)
+        if module is not None:
+            module.to("meta")
+
+
+def _tensors(vae: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the VAE with its name: parameters and buffers, which may be statistics of the latents."""
+    yield from vae.named_parameters()
+    yield from vae.named_buffers()
+
+
+def _check(vae: torch.nn.Module, missing_keys: frozenset[str], direction: Direction, source: Source) -> None:
+    """Raise ModelUnavailable unless all tensors of this direction were in the file, with finite values.
+
+    missing_keys: what diffusers did not find. Counters, such as a batch norm's, are not used and may be missing.
+    """
+    ours = [(name, tensor) for name, tensor in _tensors(vae) if name.split(".")[0] not in OTHER_PARTS[direction]]
+    missing = [name for name, tensor in ours if name in missing_keys and tensor.is_floating_point()]
+    if missing:
+        sentence = f"the weights lack {_some(missing)}, which its {CONFIG} asks for; do both belong to the same model?"
+        raise source.failure(sentence)
+    bad = [name for name, tensor in ours if not torch.isfinite(tensor).all()]
+    if bad:
+        raise source.failure(f"the weights are NaN or infinite in {_some(bad)}; download or save the model again")
+
+
+def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
+    """Copy every tensor, in this dtype if it holds floats. Raises ModelUnavailable where finite values overflow.
+
+    Not by diffusers' torch_dtype, which sets torch's default dtype while another model may be decoding. `copy`, because
+    a float32 tensor would stay a mapping of its file: a write to the file would change answers or end the process.
+    """
+    overflowing = []
+    for name, tensor in _tensors(vae):
+        if tensor.is_meta:
+            continue
+        tensor.data = tensor.data.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if not torch.isfinite(tensor).all():
+            overflowing.append(name)
+    if overflowing:
+        short = str(dtype).removeprefix("torch.")
+        raise source.failure(
+            f"the weights overflow {short} in {_some(overflowing)}; set dtype: bfloat16 or float32 in models.yaml"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, and how many there are."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

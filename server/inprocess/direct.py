@@ -1,0 +1,68 @@
+"""Run one request by a function call, with the same parsing as over HTTP. Used by handler.py and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import contract
+from ..config import Settings
+from ..engine.models import LoadedModels
+from ..model_info import Direction, ModelInfo
+from ..outputs import format_named
+from ..values import Rendered, Request, TensorResult
+
+
+class Direct:
+    """Parses, runs and renders requests in this process.
+
+    Every method may be called from any thread, and raises the ServerError that a client would get.
+    """
+
+    def __init__(self, settings: Settings, models: LoadedModels | None = None) -> None:
+        self.settings = settings
+        self.models = models or LoadedModels(settings)
+        self._infos: dict[str, ModelInfo] = {}
+
+    def parse(
+        self,
+        model: str,
+        parameters: Mapping[str, Any],
+        data: bytes | bytearray,
+        accept: str,
+        direction: Direction = Direction.DECODE,
+    ) -> Request:
+        """Return the request that the server would make of these parameters and this body.
+
+        parameters: as in the query of a request. data: the bytes of a tensor, or a whole file. direction: of the
+        address that the request would be sent to. A request to a decode address that only makes sense as an encode is
+        an encode.
+        """
+        sent = contract.Parameters([], parameters)
+        body: contract.Bytes = data
+        if not sent.has("shape"):
+            sent, body = contract.opened(sent, data)
+        info = self._describe(model)
+        if contract.direction_of(sent, info, body, direction) is Direction.DECODE:
+            defaults = contract.RenderDefaults.of(self.settings, model)
+            return contract.with_data(contract.decode_job(sent, accept, info, defaults), body)
+        if sent.has("shape"):
+            return contract.with_data(contract.encode_job(sent, accept, info), body)
+        return contract.read_pixels(sent, accept, info, data, contract.header_of(sent, info, data))
+
+    def run(self, request: Request) -> TensorResult:
+        """Decode or encode, and return the tensor. Loads the model first if it is not loaded."""
+        outcome = self.models.run([request])[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def render(self, request: Request, result: TensorResult) -> Rendered:
+        """Render the tensor in the format of the request."""
+        return format_named(request.job.format).render(result.body, request.job.render)
+
+    def _describe(self, model: str) -> ModelInfo:
+        known = self._infos.get(model)
+        if known is None or known.is_assumed:
+            self._infos[model] = self.models.describe(model)
+        return self._infos[model]

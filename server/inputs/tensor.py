@@ -1,0 +1,98 @@
+"""Read one tensor from a .safetensors file or a .latent file of ComfyUI, without copying its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from ..values import RawTensor
+
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "U8": "uint8"}
+LENGTH_BYTES = 8
+MOST_DIMENSIONS = 5
+MOST_HEADER_BYTES = 1 << 20  # ComfyUI writes its whole workflow there
+NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)  # ValueError: not UTF-8
+COMFYUI_MARKER, COMFYUI_TENSOR = "latent_format_version_0", "latent_tensor"
+
+
+class FileError(ValueError):
+    """A file without the tensor that was asked for. Its text goes on where the file's name ends."""
+
+
+class NoSuchTensor(FileError):
+    """Its tensors have other names."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """One tensor of a file.
+
+    is_unscaled: the latents are as `vae.decode` takes them, because the file is a .latent of ComfyUI.
+    """
+
+    tensor: RawTensor
+    is_unscaled: bool
+
+
+Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: Annotated[list[Whole], msgspec.Meta(min_length=1, max_length=MOST_DIMENSIONS)]
+    data_offsets: tuple[Whole, Whole]
+
+
+def is_safetensors(data: bytes | bytearray | memoryview) -> bool:
+    """Whether the bytes begin as such a file does: with the length of a header, and the header's JSON."""
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    return 2 <= length <= MOST_HEADER_BYTES and bytes(data[LENGTH_BYTES : LENGTH_BYTES + 1]) == b"{"
+
+
+def read_tensor(data: bytes | bytearray, key: str | None = None) -> TensorFile:
+    """Return a safetensors file's tensor, its bytes not copied.
+
+    key: the tensor's name; None for ComfyUI's in a .latent, else for `latents` or the only one. Raises FileError.
+    """
+    entries, body = _parts(data)
+    is_comfyui = COMFYUI_MARKER in entries
+    only = next(iter(entries)) if len(entries) == 1 else "latents"
+    name = key or (COMFYUI_TENSOR if is_comfyui else "latents" if "latents" in entries else only)
+    if name not in entries:
+        raise NoSuchTensor(f"has no tensor {name[:40]!a}; it has {_listed(entries)}")
+    try:
+        entry = msgspec.json.decode(entries[name], type=_Entry)
+    except msgspec.ValidationError:
+        raise FileError(
+            f"has {name[:40]!a} with a shape that latents cannot have; send 1 to {MOST_DIMENSIONS} dimensions"
+        ) from None
+    except NOT_JSON:
+        raise FileError("has a header that is not a safetensors header") from None
+    if entry.dtype not in DTYPES:
+        raise FileError(f"has {name[:40]!a} as {entry.dtype[:10]!a}; send float16, bfloat16 or float32")
+    shape, (start, stop), dtype = tuple(entry.shape), entry.data_offsets, DTYPES[entry.dtype]
+    if not start <= stop or RawTensor.bytes_needed(shape, dtype) != stop - start:
+        raise FileError("has a header whose shape and offsets disagree; write it again with safetensors")
+    if stop > len(body):
+        raise FileError(f"is cut short: {name[:40]!a} ends at byte {stop}, and there are {len(body)}; send all of it")
+    return TensorFile(RawTensor(shape, dtype, body[start:stop]), is_comfyui and name == COMFYUI_TENSOR)
+
+
+def _parts(data: bytes | bytearray) -> tuple[dict[str, msgspec.Raw], memoryview]:
+    """The header's entries, not parsed, and what comes after it. Raises FileError."""
+    if not is_safetensors(data):
+        raise FileError("is not a safetensors file; write one with safetensors.torch.save_file")
+    end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    try:
+        entries = msgspec.json.decode(data[LENGTH_BYTES:end], type=dict[str, msgspec.Raw])
+    except NOT_JSON:
+        raise FileError("has a header that is not a safetensors header") from None
+    entries.pop("__metadata__", None)
+    return entries, memoryview(data)[end:]
+
+
+def _listed(entries: dict[str, msgspec.Raw]) -> str:
+    shown = ", ".join(f"{name[:40]!a}" for name in list(entries)[:5])
+    return shown + (" …" if len(entries) > 5 else "") or "none"

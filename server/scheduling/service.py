@@ -1,0 +1,271 @@
+"""The sole owner of what the server is doing: state, models, queue, counts. Knows no HTTP and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+from ..config import Settings
+from ..errors import Broken, ConfigError, DeadlinePassed, ModelUnavailable, QueueFull, Unavailable, UnknownModel
+from ..metrics import Metrics
+from ..model_info import CoderId, Direction, LoadedInfo, ModelInfo
+from ..values import RenderedResult, Request
+from .admission import Admission, Admissions
+from .engines import Devices, Pending
+from .estimates import Estimates
+
+log = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """STARTING -> READY -> DRAINING, or FAILED when a device or a model that must be there at the start is not."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Service:
+    """Admits, queues, answers."""
+
+    def __init__(self, settings: Settings, devices: Devices, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.state = State.STARTING
+        self.failure: ModelUnavailable | ConfigError | None = None
+        self.infos: dict[str, ModelInfo] = {}
+        self._devices = devices
+        self._descriptions: dict[str, asyncio.Future[ModelInfo]] = {}  # that are asked for
+        self._answering = 0  # requests that are here as a whole, and whose answer is not sent yet
+        self._nothing_to_answer = asyncio.Event()
+        options = settings.options
+        self._admissions = Admissions(
+            options.max_queue_mb << 20, lambda: options.max_queue * self._devices.count, self._queue_full
+        )
+        self._estimates = Estimates(lambda: asyncio.get_running_loop().time())
+        metrics.watch_queue(lambda: devices.waiting, lambda: devices.running, lambda: self._admissions.size_bytes)
+        for name in settings.models:
+            metrics.model_loaded.labels(name).set_function(partial(self._holders, name))
+
+    async def start(self) -> None:
+        """Start the devices and load what must be there; READY, or FAILED with `failure` set."""
+        try:
+            await self._devices.start()
+            for name in self.settings.models:
+                await self._describe_what_is_here(name)
+            await self.describe(self.settings.default)
+            for name, entry in self.settings.models.items():
+                if entry.preload or entry.warmup:
+                    await self._devices.load(name)
+        except (ModelUnavailable, ConfigError) as error:
+            self._end_start(error)
+        except Exception as error:  # the border of the start: a server that cannot start must say so, not hang
+            log.exception("the start failed")
+            detail = f"the start failed ({type(error).__name__}); the log above says where"
+            self._end_start(ModelUnavailable(self.settings.default, detail))
+        else:
+            self._end_start(None)
+
+    async def _describe_what_is_here(self, name: str) -> None:
+        try:
+            self.infos[name] = await self._devices.describe(name, is_local_only=True)
+        except ModelUnavailable as error:
+            if self.settings.folder_of(name) is not None:  # a hub's may be fetched yet
+                log.error("%s", error.detail)
+
+    def _end_start(self, failure: ModelUnavailable | ConfigError | None) -> None:
+        if self.state is State.STARTING:  # a signal may have come meanwhile
+            self.state, self.failure = (State.FAILED if failure else State.READY), failure
+
+    async def drain(self) -> None:
+        """Refuse what comes and wait for what was accepted, no longer than `drain_timeout_s`.
+
+        Requests whose body is still on its way are not waited for.
+        """
+        self.state = State.DRAINING
+        options = self.settings.options
+        with suppress(TimeoutError):
+            async with asyncio.timeout(options.drain_timeout_s):
+                await asyncio.sleep(options.drain_notice_s)
+                while self._answering:
+                    self._nothing_to_answer.clear()
+                    await self._nothing_to_answer.wait()
+        if self._answering:
+            log.error("%d requests were not done within %g s of draining", self._answering, options.drain_timeout_s)
+
+    async def close(self) -> None:
+        await self._devices.close()
+
+    def resolve(self, word: str | None) -> str:
+        """The model that a request names, the default when it names none. Raises UnknownModel."""
+        if word is None:
+            return self.settings.default
+        name = self.settings.name_of(word)
+        if name is None:
+            known = ", ".join(sorted({*self.settings.models, *self._aliases()}))
+            raise UnknownModel(f"no such model here; known models: {known}")
+        return name
+
+    async def describe(self, name: str) -> ModelInfo:
+        """Return what is known of a model before it is loaded. Raises ModelUnavailable."""
+        known = self.infos.get(name)
+        if known is None or known.is_assumed:
+            self.check_loads(name, Direction.DECODE)  # a description that failed counts for both directions
+            asked = self._descriptions.get(name)
+            # Requests at the same time share one answer: a hub that cannot be reached takes half a minute to say so.
+            if asked is None:
+                asked = self._descriptions[name] = asyncio.ensure_future(self._devices.describe(name))
+                asked.add_done_callback(lambda _: self._descriptions.pop(name, None))
+            self.infos[name] = await asyncio.shield(asked)
+        return self.infos[name]
+
+    def check_loads(self, name: str, direction: Direction) -> None:
+        """Raise ModelUnavailable when this direction of a model failed to load and is not tried again yet."""
+        if failure := self._devices.load_failure(CoderId(name, direction)):
+            raise failure
+
+    def loaded(self, name: str) -> list[LoadedInfo]:
+        """On each device that holds it."""
+        return self._devices.loaded(name)
+
+    def model_state(self, name: str) -> str:
+        """`loaded`, `not loaded` or `failed`."""
+        if self.loaded(name):
+            return "loaded"
+        return "failed" if self._devices.load_failure(CoderId(name)) else "not loaded"
+
+    def check_ready(self) -> None:
+        """Raises Unavailable unless requests are taken."""
+        match self.state:
+            case State.STARTING:
+                raise Unavailable("the server is still loading its models; try again in a few seconds")
+            case State.DRAINING:
+                raise Unavailable("the server is shutting down and takes no new requests; try again later")
+            case State.FAILED:
+                raise Broken("a model that this server needs did not load")
+        if not self._devices.is_alive:
+            raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
+
+    def failed_models(self) -> list[str]:
+        """Return the models of which a direction did not load and is not tried again yet."""
+        failed = (CoderId(name, direction) for name in self.settings.models for direction in Direction)
+        return list(dict.fromkeys(half.model for half in failed if self._devices.load_failure(half)))
+
+    def check_can_serve(self) -> None:
+        """Raise Unavailable unless requests are taken and there is a model that has not failed to load."""
+        self.check_ready()
+        if all(self.model_state(name) == "failed" for name in self.settings.models):
+            raise Broken("no model of this server loads")
+
+    @contextmanager
+    def admitted(self, peer: str, patience_s: float | None = None) -> Iterator[Admission]:
+        """Let a request in, from its head to the end of its answer. peer: the address that it came from.
+
+        patience_s: the client's own limit; the deadline is the earlier of this and the server's.
+        Raises Unavailable and QueueFull.
+        """
+        self.check_ready()
+        self._admissions.check_place(peer)
+        timeout_s = min(self.settings.options.request_timeout_s, patience_s or math.inf)
+        with self._admissions.admit(peer, asyncio.get_running_loop().time() + timeout_s) as admission:
+            yield admission
+
+    def check_room(self, size_bytes: int) -> None:
+        """Raise QueueFull if a request of so many bytes would not fit now. Reserves no memory."""
+        self._admissions.check_room(size_bytes)
+
+    def keep_until(self, future: asyncio.Future[Any], admission: Admission) -> None:
+        """Count a request's bytes until a thread is done with them, even if the request ends before."""
+        self._admissions.keep_until(future, admission)
+
+    @asynccontextmanager
+    async def in_time(self, admission: Admission) -> AsyncIterator[None]:
+        """Bound a request's time from its head until its answer is made. Raises DeadlinePassed.
+
+        Sending is not part of it: an answer may be large and its reader slow, which the protocol bounds by progress.
+        """
+        try:
+            async with asyncio.timeout_at(admission.deadline):
+                yield
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"not done after {admission.deadline - admission.began:.3g} s, the deadline of a request; "
+                "send fewer or smaller latents or images, or try later"
+            ) from None
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request that is here as a whole until its answer is sent: a drain waits for it."""
+        self._answering += 1
+        try:
+            yield
+        finally:
+            self._answering -= 1
+            if not self._answering:
+                self._nothing_to_answer.set()
+
+    def place(self, admission: Admission) -> AbstractContextManager[None]:
+        """Hold one of the places of requests that wait or are computed. Raises QueueFull."""
+        return self._admissions.place(admission.peer)
+
+    async def answer(self, request: Request, admission: Admission) -> RenderedResult:
+        """Queue a request, and return its result once it is decoded or encoded, and rendered.
+
+        Raises what `Devices.answer` raises.
+        """
+        pending = self._pending(request, admission)
+        try:
+            result = await self._devices.answer(pending)
+        except asyncio.CancelledError:
+            if asyncio.get_running_loop().time() < admission.deadline:
+                self.metrics.cancelled.labels("queued" if pending.started is None else "running").inc()
+            raise
+        started = pending.arrived if pending.started is None else pending.started
+        result = replace(result, queue_ms=(started - pending.arrived) * 1e3)
+        self._note(request, result)
+        return result
+
+    def _pending(self, request: Request, admission: Admission) -> Pending:
+        coder, pixels = request.job.coder, request.job.geometry.pixels
+        return Pending.of(
+            request,
+            seconds=self._estimates.seconds(coder, pixels),
+            least_seconds=self._estimates.least_seconds(coder, pixels),
+            deadline=admission.deadline,
+        )
+
+    def _note(self, request: Request, result: RenderedResult) -> None:
+        """Record a result in the metrics and the estimates."""
+        metrics, job = self.metrics, request.job
+        pixels, device_s = job.geometry.pixels, result.device_ms / 1e3
+        is_encode = job.direction is Direction.ENCODE
+        self._estimates.note(job.coder, pixels, device_s / result.batch_size)
+        metrics.queue_wait_s.observe(result.queue_ms / 1e3)
+        (metrics.encode_s if is_encode else metrics.decode_s).labels(job.model).observe(device_s)
+        metrics.render_s.labels(job.format).observe(result.render_ms / 1e3)
+        metrics.request_bytes.observe(request.data.nbytes)
+        metrics.response_bytes.observe(result.body.body.nbytes)
+        (metrics.input_pixels if is_encode else metrics.output_pixels).labels(job.model).inc(pixels)
+        metrics.batch_size.observe(result.batch_size)
+        for step in result.oom_steps:
+            metrics.out_of_memory.labels(step).inc()
+        if result.is_upcast:
+            metrics.nonfinite.labels("output").inc()
+
+    def _queue_full(self, what: str) -> QueueFull:
+        wait_s = max(1, math.ceil(self._devices.seconds_ahead))
+        return QueueFull(f"{what}; try again in {wait_s} s", wait_s)
+
+    def _holders(self, model: str) -> int:
+        return len(self.loaded(model))
+
+    def _aliases(self) -> set[str]:
+        return {alias for entry in self.settings.models.values() for alias in entry.aliases}

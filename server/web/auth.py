@@ -1,0 +1,64 @@
+"""API keys: `Authorization: Bearer`, `X-API-Key`, or Basic with the key as the password (`http://user:KEY@host/`)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..config import ApiKey, ServerOptions
+from ..config.paths import PROBES
+from ..errors import Unauthorized
+from .failures import failure
+
+
+def is_probe(scope: Scope, options: ServerOptions) -> bool:
+    """Return whether a request only asks for the health: a GET or HEAD of a health route."""
+    return scope["method"] in ("GET", "HEAD") and scope["path"] in PROBES | {options.health_route}
+
+
+class RequireKey:
+    """Everything but health is closed when keys are configured."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], options: ServerOptions) -> None:
+        self.app = app
+        self._options = options
+        self._keys = [(known.name, known.key.get_secret_value().encode()) for known in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._keys or is_probe(scope, self._options):
+            await self.app(scope, receive, send)
+            return
+        caller = self._name_of(sent_key(scope))
+        if caller is not None:
+            scope["state"]["caller"] = caller
+            await self.app(scope, receive, send)
+            return
+        sentence = "a key is required: send Authorization: Bearer KEY, X-API-Key: KEY, or http://user:KEY@host/"
+        await failure(Request(scope), Unauthorized(sentence))(scope, receive, send)
+
+    def _name_of(self, key: bytes) -> str | None:
+        # Every key is compared, each in constant time, so that timing tells neither the key nor its place.
+        names = [name for name, known in self._keys if hmac.compare_digest(key, known)]
+        return names[0] if names else None
+
+
+def sent_key(scope: Scope) -> bytes:
+    """The key of a request, empty when it sent none that can be read."""
+    headers = Headers(scope=scope)
+    if key := headers.get("x-api-key"):
+        return key.encode("latin-1")
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""

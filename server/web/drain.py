@@ -1,0 +1,54 @@
+"""uvicorn, but the first signal drains and the second ends: accepted requests are answered, new ones are told."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from ..scheduling.service import Service
+from .protocol import uvicorn_config
+
+# Answers are sent before uvicorn is told to stop: what is open then are idle connections and half-sent uploads.
+CLOSE_S = 1
+
+
+class DrainingServer(uvicorn.Server):
+    """Exits with status 0 after a signal, unlike uvicorn's own, which raises the signal again."""
+
+    def __init__(self, service: Service, app: Starlette) -> None:
+        super().__init__(uvicorn_config(app))
+        self.config.timeout_graceful_shutdown = CLOSE_S
+        self._service = service
+        self._is_told = False
+        self._drain: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, and SIGHUP too, which a closed terminal sends, unless nohup has it ignored."""
+        usual = signal.getsignal(signal.SIGHUP)
+        if usual is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        with super().capture_signals():
+            yield
+        signal.signal(signal.SIGHUP, usual)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called on SIGTERM, SIGINT and SIGHUP."""
+        if self._is_told:
+            self.force_exit = self.should_exit = True
+        self._is_told = True
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        if self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        await self._service.drain()
+        self.should_exit = True

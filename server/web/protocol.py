@@ -1,0 +1,340 @@
+"""What uvicorn's HTTP class does not do: bounds on head, connections and slow clients, and refusals in JSON.
+
+An honest client on a slow line is never cut off: what counts is progress, and 64 KiB a second on average are enough.
+
+The only place that leans on uvicorn's own attributes; tests/web/test_protocol.py lists them to notice an upgrade.
+Knows no route. The deadline of a body that a route reads is the route's own, see routes.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import select
+from typing import Any
+
+import httptools
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from ..config import REFUSED_SHARE, SLOWEST_BYTES_PER_S, ServerOptions
+from ..errors import HeadTooLarge, MalformedRequest, RequestTooSlow, ServerError, TooManyConnections, UpgradeRefused
+from ..metrics import Metrics
+from .auth import is_probe
+from .failures import as_json
+
+log = logging.getLogger(__name__)
+
+HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 64
+MOST_PIECES = 20_000  # chunks in one read: each costs the event loop some microseconds
+OFFER = frozenset({b"upgrade", b"http2-settings"})  # the headers, and their names in Connection
+SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to turn out to be a health probe
+# How long a refused client may go on sending: closing at once would reset the connection under its unread bytes, and
+# take the refusal along.
+LINGER_S = 2.0
+TICK_S = 0.25
+# How far ahead of 64 KiB a second a reader may get: without a bound it could stop for hours after a fast start.
+MOST_CREDIT_S = 60.0
+TURNS = itertools.count()  # orders events of one moment, which the loop's clock may give the same time
+
+
+def uvicorn_config(app: Starlette) -> uvicorn.Config:
+    """uvicorn as this server runs it. httptools only: of two lengths h11 takes one, and it never ends a slow head."""
+    service = app.state.service
+
+    class Protocol(BoundedProtocol):
+        options = service.settings.options
+        metrics = service.metrics
+
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        proxy_headers=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+    )
+
+
+class CountingTransport:
+    """A transport that counts the bytes written to it; everything else is the transport's own."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.write = self._write
+        self.written_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _write(self, data: bytes) -> None:
+        self.written_bytes += len(data)
+        self._transport.write(data)
+
+    @property
+    def taken_bytes(self) -> int:
+        """How many bytes have left this process."""
+        return self.written_bytes - self._transport.get_write_buffer_size()
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. Every TICK_S it looks at the clock: a timer for each phase would have to be undone in each."""
+
+    options: ServerOptions
+    metrics: Metrics
+    transport: CountingTransport  # type: ignore[assignment]  # it has all of a transport's methods
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
+        super().connection_made(CountingTransport(transport))  # type: ignore[arg-type]  # likewise
+        self.became_idle = next(TURNS)
+        self._head_of_offer = b""
+        self._pieces = 0  # of bodies, in what was read last
+        self._running: RequestResponseCycle | None = None  # whose answer is being made
+        self._is_spare = False
+        self._is_refused = False
+        self._head_bytes = 0  # received since the last head or piece of a body
+        self._body_bytes = 0
+        self._head_since: float | None = self.loop.time()
+        self._body_since: float | None = None
+        self._looked_at = self.loop.time()
+        self._taken_bytes = 0  # by then
+        self._credit_s = self.options.send_timeout_s  # how long the client may go on without reading
+        self._hang_up_at: float | None = None
+        self._tick = self.loop.call_later(TICK_S, self._watch)
+        if len(self.connections) > self.options.max_connections:
+            self._make_room()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _make_room(self) -> None:
+        """Close the connection that has been idle for longest; without one, serve this one only if it is a probe."""
+        others = (other for other in self.connections if other is not self and isinstance(other, BoundedProtocol))
+        idle = [other for other in others if other.is_idle]
+        if idle:
+            min(idle, key=lambda other: other.became_idle).transport.close()
+        elif len(self.connections) <= self._most_connections:
+            self._is_spare = True
+        else:
+            self._refuse(_too_many_connections())
+
+    @property
+    def _most_connections(self) -> int:
+        """With those that are over the limit and open for a moment, to be refused or to answer a probe."""
+        return self.options.max_connections + max(4, self.options.max_connections // REFUSED_SHARE)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no whole head of a request is here that is still to be answered, and no answer still to be read."""
+        is_working = self._owes_answer() or self.pipeline or self._body_since is not None
+        return not (is_working or self.transport.is_closing() or self.transport.get_write_buffer_size())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._tick.cancel()
+        if self._running is not None and not self._running.response_complete:  # uvicorn tells the last pipelined one
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        if self._head_since is None and self._body_since is None:
+            self._head_since = self.loop.time()
+        self._head_bytes += len(data)
+        self._pieces = 0
+        self._parse(data)
+        if self._head_bytes > HEAD_BYTES:
+            self._refuse(_head_too_large())
+
+    def _parse(self, data: bytes) -> None:
+        """As uvicorn's `data_received`, but reads a request that offers another protocol as if it had not."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser takes all after the head for the other protocol: begin again with a head without the offer.
+            head, self._head_of_offer = self._head_of_offer, b""
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self._parse(head + data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_since = self.loop.time()
+        self._head_bytes += 1  # it has begun, though its first bytes may have come along with the request before
+
+    def on_headers_complete(self) -> None:
+        # What is raised here ends the parser; uvicorn then calls send_400_response.
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_BYTES:
+            raise self._refuse(_head_too_large())
+        if self.parser.should_upgrade() and self._is_offer():
+            self._head_of_offer = self._head_without_offer()
+            return
+        if self.parser.should_upgrade():
+            raise self._refuse(
+                UpgradeRefused("this server speaks plain HTTP/1.1; send the request without Upgrade, and not CONNECT")
+            )
+        if self._is_spare and not self._is_probe():
+            raise self._refuse(_too_many_connections())
+        if len(self.pipeline) >= MAX_PIPELINED:
+            # uvicorn reads on after each answer, however many requests wait: a flood of them would fill the memory.
+            raise self._refuse(MalformedRequest("too many requests at once on one connection; wait for their answers"))
+        super().on_headers_complete()
+        if self._is_spare:
+            self.cycle.keep_alive = False
+        self._head_bytes = self._body_bytes = 0
+        self._head_since, self._body_since = None, self.loop.time()
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces += 1
+        if self._pieces > MOST_PIECES:
+            raise self._refuse(MalformedRequest("the body comes in chunks of a few bytes; send larger chunks"))
+        super().on_body(body)
+        self._head_bytes = 0
+        self._body_bytes += len(body)
+
+    def _is_offer(self) -> bool:
+        """Whether the Upgrade may be ignored, as RFC 9110, 7.8 allows: Java's client offers h2c with every request."""
+        return self.parser.get_method() != b"CONNECT" and self._get_upgrade() not in (None, b"websocket")
+
+    def _head_without_offer(self) -> bytes:
+        """The head of this request, without what offers another protocol."""
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                kept = [token for token in value.split(b",") if token.strip().lower() not in OFFER]
+                lines += [b"connection:" + b",".join(kept)] if kept else []
+            elif name not in OFFER:
+                lines.append(name + b":" + value)
+        return b"\r\n".join([*lines, b"", b""])
+
+    def on_message_complete(self) -> None:
+        if self._head_of_offer:
+            return
+        super().on_message_complete()
+        self._body_since = None
+        if self.cycle.response_complete:  # answered before its body's end: uvicorn's keep-alive timer is gone by now
+            self._head_since = self.loop.time()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.became_idle = next(TURNS)
+
+    def _is_probe(self) -> bool:
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        return is_probe({"method": self.parser.get_method().decode("latin-1"), "path": path}, self.options)
+
+    def send_400_response(self, msg: str) -> None:
+        """Where uvicorn goes with every head it cannot use."""
+        self._refuse(
+            MalformedRequest("this is not an HTTP/1.1 request that can be read; check its head and its framing")
+        )
+
+    def _refuse(self, error: ServerError) -> ServerError:
+        """Answer what never becomes a request, and end the connection."""
+        if self._is_refused:
+            return error
+        self._is_refused = True
+        self._head_since = self._body_since = None
+        if self._owes_answer() and (self.pipeline or self.cycle.response_started or not self.cycle.more_body):
+            self.cycle.keep_alive = False  # a good request went before: it is answered, and then the connection ends
+            return error
+        if self._owes_answer():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        response = as_json(error, secrets.token_hex(8))
+        response.headers["Connection"] = "close"
+        self.metrics.rejected.labels(error.code, "none").inc()
+        self.transport.write(_serialised(response))
+        self.transport.write_eof()
+        self._hang_up_at = self.loop.time() + LINGER_S
+        if len(self.connections) > self._most_connections:
+            self.transport.close()  # there may be no file left for the next connection, which is to be answered too
+        return error
+
+    def _owes_answer(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch(self) -> None:
+        now = self.loop.time()
+        self._tick = self.loop.call_later(TICK_S, self._watch)
+        if self._is_answer_unread(now):
+            self._cut_answer_off()
+        elif (self.pipeline and self._has_hung_up()) or self._is_overdue(now):
+            self.transport.abort()
+        elif self._head_since is not None:
+            self._watch_head(now, self._head_since)
+
+    def _has_hung_up(self) -> bool:
+        """Whether the client closed its end; asked while a pipelined request waits and the socket is not read."""
+        if not hasattr(select, "POLLRDHUP"):  # Linux only
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def _is_overdue(self, now: float) -> bool:
+        has_lingered = self._hang_up_at is not None and now > self._hang_up_at
+        return has_lingered or self._is_body_too_slow_after_its_answer(now)
+
+    def _cut_answer_off(self) -> None:
+        """End a connection whose client reads too slowly. The application notices it while it still sends."""
+        if self.cycle is not None and self.cycle.response_complete:
+            request_id = self.cycle.scope["state"].get("request_id")
+            log.warning("an answer is truncated, its client read too slowly", extra={"request_id": request_id})
+            self.metrics.cancelled.labels("sending").inc()
+        self.transport.abort()
+
+    def _is_answer_unread(self, now: float) -> bool:
+        """Also after a close(), which waits without end for the client to take what is in the buffer."""
+        taken, elapsed_s = self.transport.taken_bytes, now - self._looked_at
+        gained_s = (taken - self._taken_bytes) / SLOWEST_BYTES_PER_S
+        self._taken_bytes, self._looked_at = taken, now
+        if not self.transport.get_write_buffer_size():
+            self._credit_s = self.options.send_timeout_s
+            return False
+        most_s = self.options.send_timeout_s + MOST_CREDIT_S
+        self._credit_s = min(most_s, self._credit_s + gained_s) - elapsed_s
+        return self._credit_s < 0
+
+    def _is_body_too_slow_after_its_answer(self, now: float) -> bool:
+        """A body that was refused unread, with 413 say, is read and dropped, so that its sender gets to the answer."""
+        if self._body_since is None or self._owes_answer():
+            return False
+        return now > self._body_since + self.options.body_timeout_s + self._body_bytes / SLOWEST_BYTES_PER_S
+
+    def _watch_head(self, now: float, since: float) -> None:
+        if self._owes_answer():
+            self._head_since = now  # uvicorn does not read on while a pipelined request waits
+        elif now > since + self._head_timeout_s and self._head_bytes:
+            self._refuse(RequestTooSlow("the request's head did not come in time; send it at once"))
+        elif now > since + self._head_timeout_s:
+            self.transport.close()
+
+    @property
+    def _head_timeout_s(self) -> float:
+        return min(SPARE_HEAD_S, self.options.head_timeout_s) if self._is_spare else self.options.head_timeout_s
+
+
+def _too_many_connections() -> TooManyConnections:
+    return TooManyConnections("this server has too many open connections; try again in a few seconds")
+
+
+def _head_too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"the request's head is larger than {HEAD_BYTES} bytes; send the tensor in the body")
+
+
+def _serialised(response: Response) -> bytes:
+    lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
+    return b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", bytes(response.body)])

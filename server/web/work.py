@@ -1,0 +1,175 @@
+"""Decode and encode requests: receive, parse, wait for the result, answer."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from .. import contract, values
+from ..config import ServerOptions
+from ..errors import BadRequest
+from ..inputs import VIDEO_TYPE, media_type_of
+from ..model_info import Direction, ModelInfo
+from ..scheduling.admission import Admission
+from ..scheduling.service import Service
+from .receive import BodyThreads, check_declared, declared_length, receive, receive_whole
+from .responses import response_of, send_all, unless_client_left
+
+MOST_PARAMETERS = 256  # in a query: parsing thousands of them would block the event loop
+
+
+class Work:
+    """The decode or encode routes. An ASGI application, because a request's memory is held until its answer is sent."""
+
+    def __init__(self, direction: Direction) -> None:
+        self._direction = direction
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        service: Service = request.app.state.service
+        if scope["query_string"].count(b"&") > MOST_PARAMETERS:
+            raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters; send fewer")
+        _note_model(request, service)
+        patience_s = contract.patience_s(request.headers.get("x-request-timeout"))
+        with service.admitted(peer_of(request), patience_s) as admission, ExitStack() as until_sent:
+            intake = Intake(request, service, admission)
+            async with service.in_time(admission):
+                received = await intake.receive(self._direction)
+                until_sent.enter_context(service.answering())
+                with service.place(admission):
+                    job, result = await unless_client_left(request, _answer(intake, received))
+            admission.send(result.body.body.nbytes)
+            request.state.queue_ms, request.state.size = round(result.queue_ms), job.geometry.size_text  # for the log
+            await send_all(request, response_of(job, result), send)
+
+
+async def _answer(intake: Intake, received: values.Request | EncodeFile) -> tuple[values.Job, values.RenderedResult]:
+    request = received if isinstance(received, values.Request) else await intake.read_file(received)
+    return request.job, await intake.service.answer(request, intake.admission)
+
+
+def peer_of(request: Request) -> str:
+    """Return the address of the client; for IPv6 its /64 network, because one host may use all addresses of it."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else host
+
+
+def _note_model(request: Request, service: Service) -> None:
+    """Name the model for the log and the metrics, if the path or the query names it, before anything is refused."""
+    word = request.path_params.get("model") or request.query_params.get("model")
+    request.state.model = (service.settings.name_of(word) if word else service.settings.default) or "none"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeFile:
+    """An image or video file to encode, received but not read."""
+
+    parameters: contract.Parameters
+    accept: str
+    info: ModelInfo
+    data: bytes | bytearray
+
+
+class Intake:
+    """One request on its way in, and the memory that it holds."""
+
+    def __init__(self, request: Request, service: Service, admission: Admission) -> None:
+        self.service = service
+        self.admission = admission
+        self._request = request
+        self._options: ServerOptions = service.settings.options
+        self._threads: BodyThreads = request.app.state.body_threads
+
+    def hold(self, size_bytes: int) -> None:
+        """Hold this much memory until the answer is sent. Raises QueueFull. Nothing else asks for memory."""
+        self.admission.reserve(size_bytes)
+
+    async def receive(self, asked: Direction) -> values.Request | EncodeFile:
+        """Receive a request. asked: the direction of the address that it was sent to.
+
+        Headers and query are parsed first, so that whatever they rule out is refused before the body is received. A
+        body without the parameter `shape` is a file, whose bytes say what it is.
+        """
+        is_encode, query = asked is Direction.ENCODE, self._request.query_params.multi_items()
+        accept = ",".join(self._request.headers.getlist("accept"))
+        is_tensor = contract.Parameters(query).has("shape")
+        body: contract.Bytes | None
+        file, in_body = await self._json(may_be_file=is_encode or not is_tensor) or (None, None)
+        body, parameters = file, contract.Parameters(query, in_body)
+        info = await self._model(parameters)
+        if not parameters.has("shape"):
+            if is_encode:
+                self.service.check_loads(info.name, asked)
+                contract.check_encode(parameters, accept, info)
+            file = await self._file() if file is None else file
+            parameters, body = contract.opened(parameters, file)
+        direction = contract.direction_of(parameters, info, body, asked)
+        self.service.check_loads(info.name, direction)
+        if direction is Direction.DECODE:
+            return await self._tensor(self._decode_job(parameters, accept, info), body)
+        if parameters.has("shape"):
+            return await self._tensor(contract.encode_job(parameters, accept, info), body)
+        contract.check_encode(parameters, accept, info)
+        assert file is not None
+        return EncodeFile(parameters, accept, info, file)
+
+    async def read_file(self, file: EncodeFile) -> values.Request:
+        """Decode an image or video file on a thread, and return the request to encode its pixels."""
+        threads = self._threads.videos if media_type_of(file.data) == VIDEO_TYPE else self._threads.images
+        on_thread = partial(threads.run, self.service, self.admission)
+        header = await on_thread(contract.header_of, file.parameters, file.info, file.data)
+        self.hold(contract.file_bytes_held(header, file.data))
+        return await on_thread(contract.read_pixels, file.parameters, file.accept, file.info, file.data, header)
+
+    def _decode_job(self, parameters: contract.Parameters, accept: str, info: ModelInfo) -> values.Job:
+        if not parameters.has("shape"):  # and the body is not a known file either: its type may be the mistake
+            contract.is_json_body(self._request.headers.get("content-type"), None)
+        defaults = contract.RenderDefaults.of(self.service.settings, info.name)
+        return contract.decode_job(parameters, accept, info, defaults, self.service.infos.values())
+
+    async def _model(self, parameters: contract.Parameters) -> ModelInfo:
+        """Return the model that the path names, or the query, or the default."""
+        name = self.service.resolve(self._request.path_params.get("model") or parameters.text("model"))
+        self._request.state.model = name
+        return await self.service.describe(name)
+
+    async def _json(self, *, may_be_file: bool) -> tuple[bytes | bytearray, Mapping[str, Any]] | None:
+        """Receive a JSON body, and return its bytes and its parameters; None for a body that is not JSON."""
+        headers = self._request.headers
+        check_declared(declared_length(self._request), self._options.max_body_mb << 20)
+        content_type, encoding = headers.get("content-type"), headers.get("content-encoding")
+        if not contract.is_json_body(content_type, encoding, may_be_file=may_be_file):
+            return None
+        self.service.check_room(declared_length(self._request) or 0)
+        body = await receive_whole(self._request, self.admission, self._options)
+        self.hold(2 * len(body))  # the text, and the bytes that it encodes
+        return await self._threads.json.run(self.service, self.admission, contract.read_json, body)
+
+    async def _file(self) -> bytearray:
+        """Receive a body whose bytes say what it is."""
+        self.service.check_room(declared_length(self._request) or 0)
+        body = await receive_whole(self._request, self.admission, self._options)
+        self.hold(len(body))
+        return body
+
+    async def _tensor(self, job: values.Job, body: contract.Bytes | None) -> values.Request:
+        """Return the request of a job. body: the tensor; None if it is still to be received."""
+        if body is None:
+            check_declared(job.bytes_needed, self._options.max_body_mb << 20)
+            if declared := declared_length(self._request):
+                contract.check_length(job, declared)
+            self.service.check_room(job.bytes_held)
+            body = await receive(self._request, self.admission, job.bytes_needed, self._options.body_timeout_s)
+        self.hold(job.bytes_held)
+        return contract.with_data(job, body)

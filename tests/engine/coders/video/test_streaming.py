@@ -1,0 +1,209 @@
+"""The streaming decoders against diffusers' plain decode: every family, every length, in slabs and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLLTXVideo, AutoencoderKLWan
+from torch import Tensor
+
+from server.engine.coders.build import build_coder
+from server.engine.coders.layouts import postprocess
+from server.engine.coders.stock import StockDecoder
+from server.engine.coders.video.streaming import StreamingDecoder
+from server.families import Family, family_of_class
+from server.model_info import Direction
+from server.values import Layout
+from tests.engine.live import peak_beside_output
+from tests.pipelines import vaes
+
+pytestmark = pytest.mark.usefixtures("one_core")
+
+SMALLEST = 1  # as a budget: the lowest slabs
+CLIPS: dict[str, Callable[[], Any]] = {
+    "wan": vaes.wan,
+    "wan-2.2-5b": vaes.wan_22,
+    "hunyuan-video-1.5": vaes.hunyuan_video_15,
+    "ltx": vaes.ltx,
+    "ltx-causal": lambda: vaes.ltx(decoder_causal=True),
+    "ltx-timestep": lambda: vaes.ltx(timestep_conditioning=True),
+    "ltx2": vaes.ltx2,
+    "cogvideox": vaes.cogvideox,
+    "easy-animate": vaes.magvit,
+    "mochi": vaes.mochi,
+}
+PICTURES: dict[str, Callable[[], Any]] = {"qwen-image": vaes.qwen_image, "qwen-image-2.1": vaes.qwen_image_21}
+IN_SLABS = ["wan", "wan-2.2-5b", "hunyuan-video-1.5", "ltx", "ltx-causal", "ltx-timestep", "ltx2", *PICTURES]
+WHOLE_CLIP = ["hunyuan-video-1.5", "ltx", "ltx2", "mochi"]  # diffusers decodes these at once
+
+
+@cache
+def made(name: str) -> tuple[Any, Family]:
+    vae = (CLIPS | PICTURES)[name]()
+    family = family_of_class(type(vae).__name__)
+    assert family is not None
+    return vae, family
+
+
+def streaming(name: str) -> StreamingDecoder:
+    return StreamingDecoder(*made(name))
+
+
+def stock(name: str, latents: Tensor, layout: Layout = Layout.SAMPLE) -> Tensor:
+    """A clip at a time: HunyuanVideo 1.5 of diffusers takes no more."""
+    decoder = StockDecoder(*made(name))
+    with torch.inference_mode():
+        samples = [decoder.decode(one, Layout.SAMPLE, **arguments(name)).tensor for one in latents.split(1)]
+        return postprocess(torch.cat(samples), layout)
+
+
+def arguments(name: str) -> dict[str, float]:
+    return {"timestep": 0.05} if name == "ltx-timestep" else {}
+
+
+def latents_for(name: str, frames: int, height: int = 3, width: int = 2, batch: int = 1) -> Tensor:
+    channels = streaming(name).spec.channels
+    shape = (channels, frames, height, width) if name in CLIPS else (channels, height, width)
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(frames))  # [B, C, (F,) h, w]
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype is expected.dtype
+    assert expected.float().std() > 0.05  # else anything is close
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 6])
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_of_any_length_equals_a_plain_decode(name: str, frames: int) -> None:
+    latents = latents_for(name, frames)
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)).tensor, stock(name, latents))
+
+
+@pytest.mark.parametrize("name", ["ltx", "ltx-causal", "ltx2"])
+def test_a_clip_longer_than_the_windows_equals_a_plain_decode(name: str) -> None:
+    latents = latents_for(name, 19, 2, 2)
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE).tensor, stock(name, latents))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_equal_a_plain_decode(name: str) -> None:
+    latents = latents_for(name, 1, 4, 5, batch=2)
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE).tensor, stock(name, latents))
+
+
+@pytest.mark.parametrize("name", IN_SLABS)
+def test_slabs_of_rows_equal_a_plain_decode(name: str) -> None:
+    """Tall enough that a slab in the middle sees neither edge."""
+    latents = latents_for(name, 2, 44, 2)
+    decoder = streaming(name)
+    assert decoder.slab_rows(2, 44, 2, 0, SMALLEST) == 4
+    found = decoder.decode(latents, Layout.SAMPLE, budget_bytes=SMALLEST, **arguments(name))
+    assert_same(found.tensor, stock(name, latents))
+
+
+@pytest.mark.parametrize("budget", [None, SMALLEST])
+@pytest.mark.parametrize("layout", [Layout.UNIT, Layout.PIXELS])
+@pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
+def test_layouts_are_the_postprocessed_sample(name: str, layout: Layout, budget: int | None) -> None:
+    latents = latents_for(name, 2, 5, 2, batch=2)
+    found = streaming(name).decode(latents, layout, budget_bytes=budget, **arguments(name)).tensor
+    expected = stock(name, latents, layout)
+    assert found.dtype is expected.dtype
+    atol = 1 if layout is Layout.PIXELS else 1e-5
+    torch.testing.assert_close(found.float(), expected.float(), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [None, SMALLEST])
+@pytest.mark.parametrize("name", CLIPS)
+def test_frames_leave_in_order_and_once(name: str, budget: int | None) -> None:
+    left: list[Tensor] = []
+    latents = latents_for(name, 6, 8, 2, batch=2)
+
+    def emit(frames: Tensor) -> None:
+        left.append(frames.clone())
+
+    found = streaming(name).decode(latents, Layout.PIXELS, budget_bytes=budget, emit=emit, **arguments(name))
+    assert len(left) > 2
+    assert torch.equal(torch.cat(left), found.tensor)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_memory_does_not_grow_with_the_clip(name: str) -> None:
+    """Beside the output; keys and values of HunyuanVideo 1.5's attention are kept, at the latents' size."""
+    frames = (17, 33) if "ltx" in name else (5, 13)
+    decoder = streaming(name)
+    short, long = (
+        peak_beside_output(lambda n=n: decoder.decode(latents_for(name, n), Layout.PIXELS, **arguments(name)).tensor)
+        for n in frames
+    )
+    assert long < 1.1 * short
+
+
+@pytest.mark.parametrize("name", WHOLE_CLIP)
+def test_memory_is_a_fraction_of_a_plain_decode(name: str) -> None:
+    latents = latents_for(name, 33 if "ltx" in name else 13)
+    ours = peak_beside_output(lambda: streaming(name).decode(latents, Layout.PIXELS).tensor)
+    theirs = peak_beside_output(lambda: stock(name, latents, Layout.PIXELS))
+    assert ours < 0.5 * theirs
+
+
+@pytest.mark.parametrize("name", IN_SLABS)
+def test_slabs_take_a_fraction_of_the_memory(name: str) -> None:
+    latents = latents_for(name, 2, 64, 2)
+    whole, lowest = (
+        peak_beside_output(
+            lambda b=budget: streaming(name).decode(latents, Layout.PIXELS, budget_bytes=b, **arguments(name)).tensor
+        )
+        for budget in (None, SMALLEST)
+    )
+    assert lowest < 0.35 * whole
+
+
+@pytest.mark.parametrize("make", [AutoencoderKLWan, AutoencoderKLHunyuanVideo15, AutoencoderKLLTXVideo])
+def test_a_budget_is_kept_at_the_published_size(make: Callable[[], Any]) -> None:
+    """With tensors that have no data."""
+    with torch.device("meta"):
+        vae = make().eval()
+        family = family_of_class(type(vae).__name__)
+        assert family is not None
+        decoder = StreamingDecoder(vae, family)
+        latents = torch.empty(1, decoder.spec.channels, 5, 40, 2)
+        whole = peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS).tensor)
+        budget = int(0.5 * whole)
+        assert peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS, budget_bytes=budget).tensor) < budget
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_decode_that_broke_off_leaves_nothing_behind(name: str) -> None:
+    def full(frames: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    latents = latents_for(name, 3)
+    before = stock(name, latents)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streaming(name).decode(latents, Layout.SAMPLE, emit=full, **arguments(name))
+    assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)).tensor, before)
+    assert torch.equal(stock(name, latents), before)
+
+
+def test_a_sample_that_is_not_finite_is_told() -> None:
+    decoder = streaming("wan")
+    assert bool(decoder.decode(latents_for("wan", 2), Layout.PIXELS).finite)
+    assert not bool(decoder.decode(latents_for("wan", 2) * torch.nan, Layout.PIXELS).finite)
+
+
+@pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
+def test_it_is_what_runs_unless_models_yaml_asks_for_diffusers(name: str) -> None:
+    names = [build_coder(*made(name), Direction.DECODE, choice, "none")[0].name for choice in ("auto", "diffusers")]
+    assert names == ["streaming", "diffusers"]
+
+
+def test_noise_that_frames_share_is_left_to_diffusers() -> None:
+    vae = vaes.ltx(decoder_inject_noise=(True,) * 5)
+    decoder, note = build_coder(vae, made("ltx")[1], Direction.DECODE, "auto", "none")
+    assert (decoder.name, note) == ("diffusers", "Its decoder adds noise that all frames of a clip share.")

@@ -1,0 +1,49 @@
+"""schemathesis asks a running server what its own description allows, and what it does not."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings, strategies
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from server.web.openapi import DESCRIPTION
+
+CONFORMS = [
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+]
+ASKED = [
+    (path, method, mode)
+    for path, item in DESCRIPTION["paths"].items()
+    for method in ("get", "post")
+    if method in item
+    for mode in schemathesis.GenerationMode
+    if mode.is_positive or "parameters" in item[method]  # without any there is nothing to ask wrongly
+]
+
+for media_type in ("tensor/binary", "application/octet-stream", "image/png", "image/jpeg", "image/webp", "video/mp4"):
+    schemathesis.openapi.media_type(media_type, strategies.binary(max_size=2048))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "method", "mode"), ASKED)
+def test_the_server_answers_as_described(url: str, path: str, method: str, mode: schemathesis.GenerationMode) -> None:
+    # Not by schemathesis' pytest decorator, whose plugin is older than this pytest.
+    operation = schemathesis.openapi.from_url(url + "openapi.json")[path][method]
+    checks = [*CONFORMS, not_a_server_error]
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(generation_mode=mode))
+    def ask(case: schemathesis.Case) -> None:
+        case.validate_response(case.call(timeout=300), checks=checks)
+
+    ask()
