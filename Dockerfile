@@ -1,21 +1,21 @@
-# One image for a CPU, or with --build-arg DEVICE=cuda for an NVIDIA GPU. deploy/README.md says how to build and run it.
+# The image for a CPU or, with --build-arg DEVICE=cuda, for an NVIDIA GPU. deploy/README.md says how to build and run it.
 FROM python:3.11-slim
 
-# cpu or cuda. torch's own wheel carries the CUDA libraries, so the base is the same.
+# cpu or cuda. torch's own wheel contains the CUDA libraries, so both use the same base image.
 ARG DEVICE=cpu
-# An index of torch's wheels, from the install page of torch: that of the CPU wheels makes the image gigabytes smaller.
+# An index of torch wheels, from torch's install page. The index of the CPU wheels makes the image gigabytes smaller.
 ARG TORCH_INDEX_URL=""
 
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 
-# On a GPU, Triton builds its kernels' launchers with a C compiler when they are first called.
+# On a GPU, Triton needs a C compiler to build the launcher of each kernel when it is first called.
 RUN case "$DEVICE" in \
       cpu) ;; \
       cuda) apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
       *) echo "DEVICE must be cpu or cuda, not '$DEVICE'" >&2; exit 1 ;; \
     esac
 
-# The home is the volume: what a library writes to ~ lands where this user may write.
+# The home directory is the volume, so that libraries that write to ~ can do so.
 RUN groupadd --gid 10001 server \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin server \
     && install --directory --owner=10001 --group=10001 /data
@@ -30,22 +30,22 @@ RUN pip install --no-cache-dir -r requirements.txt -c constraints.txt \
 
 COPY LICENSE handler.py models.yaml ./
 COPY server ./server
-# chmod, because COPY keeps the modes of a checkout, which a strict umask may have closed to all but its owner.
+# chmod, because COPY keeps the file modes of the checkout; with a strict umask only the owner could read the files.
 RUN chmod -R a+rX . && python -m compileall -q handler.py server
 
-# TRITON_CACHE_DIR holds libraries that are loaded, so not /tmp, which docker mounts noexec.
+# Triton loads libraries from TRITON_CACHE_DIR, so it cannot be in /tmp, which docker mounts noexec.
 ENV HF_HOME=/data TRITON_CACHE_DIR=/data/triton VAE_SERVER_DEVICE=$DEVICE VAE_SERVER_HOST=0.0.0.0
 
-# By number, so that Kubernetes' runAsNonRoot can see that it is not root.
+# A number, because Kubernetes' runAsNonRoot cannot verify a user given by name.
 USER 10001:10001
 VOLUME /data
 EXPOSE 8000
 
-# Without the environment's proxy; any answer but 200 fails.
+# The check ignores the environment's proxy settings. Any status other than 200 fails.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-c", \
     "import os, sys, urllib.request as r; p = [os.environ.get(n) for n in ('VAE_SERVER_PORT', 'AIP_HTTP_PORT', 'SAGEMAKER_BIND_TO_PORT')]; u = 'http://127.0.0.1:' + (*filter(None, p), '8000')[0] + '/health'; sys.exit(r.build_opener(r.ProxyHandler({})).open(u, timeout=4).status != 200)"]
 
-# A multi-container endpoint of SageMaker then says the port; every one of its containers is run with `serve`.
+# With this label, a multi-container endpoint of SageMaker tells each container its port. SageMaker runs each with `serve`.
 LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
 
 ENTRYPOINT ["python", "-m", "server"]

@@ -1,4 +1,4 @@
-# `make help` lists the targets. Every target that needs the environment makes it first.
+# `make help` lists the targets. Every target that needs the environment creates it first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ ARGS ?=
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## Create .venv with everything that serving, testing and benchmarking need
+setup: $(INSTALLED) ## Create .venv with the packages for serving and testing
 
 $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -21,10 +21,10 @@ $(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-serve: $(INSTALLED) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for just that one, ARGS for flags)
+serve: $(INSTALLED) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for only that model, ARGS for flags)
 	$(BIN)/python -m server serve $(MODELS) $(ARGS)
 
-# Most tests wait for processes: two of them at a time take half as long, also on two cores.
+# Most tests wait for processes, so running two at a time takes half as long, even on two cores.
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) ## Run all tests
@@ -33,13 +33,13 @@ test: $(INSTALLED) ## Run all tests
 PROMISES := tests/test_load.py tests/workers/test_workers.py tests/scheduling/test_fairness.py tests/web/test_malformed.py \
 	tests/web/test_slow_clients.py tests/web/test_held.py
 
-torture: $(INSTALLED) ## A million malformed requests, 100 kills, 50 drains, 10,000 compared answers (SCALE=5, hours)
+torture: $(INSTALLED) ## Run a million malformed requests, 100 kills, 50 drains, 10,000 compared answers (SCALE=5, hours)
 	VAE_TEST_MALFORMED=$(or $(COUNT),1000000) VAE_TEST_SCALE=$(or $(SCALE),5) $(BIN)/python -m pytest -s $(PROMISES) $(ARGS)
 
-soak: $(INSTALLED) ## 500,000 requests, memory watched, and a control that leaks (SCALE=125, hours)
+soak: $(INSTALLED) ## Watch the memory over 500,000 requests, and in a control that leaks (SCALE=125, hours)
 	VAE_TEST_SCALE=$(or $(SCALE),125) $(BIN)/python -m pytest -s tests/test_load.py -k memory $(ARGS)
 
-figures: $(INSTALLED) ## Measure the server's promises and write docs/figures.md
+figures: $(INSTALLED) ## Measure what the server promises and write docs/figures.md
 	rm -f /tmp/vae-figures.jsonl
 	VAE_TEST_SLOW_MIB=48 VAE_FIGURES=/tmp/vae-figures.jsonl $(BIN)/python -m pytest $(PROMISES)
 	$(BIN)/python -m tests.figures /tmp/vae-figures.jsonl
@@ -47,25 +47,25 @@ figures: $(INSTALLED) ## Measure the server's promises and write docs/figures.md
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-test-hub: $(INSTALLED) ## Compare the hosted models' real weights with published values (network and a CUDA device)
+test-hub: $(INSTALLED) ## Compare decodes by the Hub's real weights with published values (needs network and a CUDA device)
 	$(BIN)/python -m pytest -q -rs -m hub tests/test_hub.py
 
-test-image: $(INSTALLED) ## Build the image, run it and put it to the contract (podman or docker; deploy/README.md)
+test-image: $(INSTALLED) ## Build the image, run it and test it with the contract's cases (podman or docker; deploy/README.md)
 	$(BIN)/python -m deploy.image $(ARGS)
 
-test-endpoints: ## Try handler.py with the versions of Inference Endpoints' image (TOOLKIT=FOLDER: inside its own app; 6 GB)
+test-endpoints: ## Test handler.py with the package versions of Inference Endpoints' image (TOOLKIT=FOLDER: inside its own app; 6 GB)
 	$(PYTHON) -m deploy.endpoints $(ARGS)
 
-test-contract: $(INSTALLED) ## The contract's cases, with diffusers' own client, against `python -m server serve`
+test-contract: $(INSTALLED) ## Run the contract's cases, with diffusers' own client, against `python -m server serve`
 	$(BIN)/python -m tests.contract serve
 
-test-ray: $(INSTALLED) ## The contract, kills and scaling on a local Ray Serve with two CPU replicas
+test-ray: $(INSTALLED) ## Test the contract, kills and scaling on a local Ray Serve with two CPU replicas
 	$(BIN)/python -m pytest tests/test_ray_serve.py $(ARGS)
 
 FAST := tests/contract tests/config tests/test_dockerfile.py tests/families tests/outputs \
 	tests/scheduling tests/test_walls.py
 
-check: $(INSTALLED) ## Lint, types, layers and the fast tests, in seconds
+check: $(INSTALLED) ## Check style, types and layers, and run the fast tests, in seconds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -76,7 +76,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Decoders, the encoder, outputs and videos beside their peers: tables and plots (half an hour)
+bench: $(INSTALLED) ## Compare decoders, the encoder, codecs and videos with their peers: tables and plots (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
 	$(BIN)/python -m benchmarks.decode --sizes 256 512 1024 2048 4096 --repeats 3 --compile --save decode-cpu
 	$(BIN)/python -m benchmarks.encode --sizes 512 1024 --repeats 3 --save encode-cpu
@@ -85,7 +85,7 @@ bench: $(INSTALLED) ## Decoders, the encoder, outputs and videos beside their pe
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.plot
 
-bench-server: $(INSTALLED) ## Time this server, the hosted design and LitServe side by side (ten minutes)
+bench-server: $(INSTALLED) ## Compare this server with the hosted design and LitServe under load (ten minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
 	$(BIN)/python -m benchmarks.server --save server $(ARGS)
 	$(BIN)/python -m benchmarks.plot_server server
@@ -93,10 +93,10 @@ bench-server: $(INSTALLED) ## Time this server, the hosted design and LitServe s
 demo: $(INSTALLED) ## Train the embedded demo model again
 	$(BIN)/python server/demo/train.py $(ARGS)
 
-browser: ## Install the browser that the page's tests drive (Debian)
+browser: ## Install the browser that the tests of the web page use (Debian)
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
-prometheus: ## Install the Prometheus that the tests of deploy/compose run (Debian)
+prometheus: ## Install Prometheus for the tests of deploy/compose (Debian)
 	command -v prometheus >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 
 clean: ## Remove the environment and every cache
