@@ -50,7 +50,8 @@ class KL(Family):
             raise WrongShape(f"shape {shape_text(shape)} has {len(shape)} dimensions, one too many; send shape {meant}")
         raise WrongShape(
             f"shape {shape_text(shape)} has {len(shape)} dimensions; "
-            f"this model takes latents [B, {spec.channels}, H, W], one latent [{spec.channels}, H, W], or packed latents [B, S, {spec.patch_size**2 * spec.channels}]"
+            f"this model takes latents [B, {spec.channels}, H, W], one latent [{spec.channels}, H, W], "
+            f"or packed latents [B, S, {spec.patch_size**2 * spec.channels}]"
         )
 
     def encode_geometry(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:

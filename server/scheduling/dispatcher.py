@@ -237,7 +237,8 @@ class Dispatcher:
         if waits_s + pending.least_seconds > left_s:
             raise DeadlinePassed(
                 f"about {waits_s:.3g} s of other requests come first and this takes about "
-                f"{pending.least_seconds:.3g} s, its deadline is in {left_s:.3g} s; try later, or allow more time with X-Request-Timeout",
+                f"{pending.least_seconds:.3g} s, its deadline is in {left_s:.3g} s; try later, "
+                "or allow more time with X-Request-Timeout",
                 retry_after_s=max(1, round(waits_s)),
             )
 
