@@ -100,17 +100,23 @@ def all_of(url: str, asks: Sequence[Ask], clients: int, pause_s: float = 0.0) ->
 
 @contextmanager
 def process(
-    config: Path, *flags: str, prefix: Sequence[str] = (), log: list[str] | None = None
+    config: Path,
+    *flags: str,
+    prefix: Sequence[str] = (),
+    log: list[str] | None = None,
+    package: str = "server",
+    folder: Path = REPOSITORY,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`python -m server serve` as a user starts it: its URL and its process.
 
-    prefix: a command that runs it. log: receives the lines that it logs before it is ready.
+    prefix: a command that runs it. log: receives the lines that it logs before it is ready. package: its name, which is
+    found in `folder`.
     """
     command = [
         *prefix,
         sys.executable,
         "-m",
-        "server",
+        package,
         "serve",
         "--port",
         "0",
@@ -119,7 +125,7 @@ def process(
         "--config",
         str(config),
     ]
-    server = subprocess.Popen([*command, *flags], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen([*command, *flags], cwd=folder, stderr=subprocess.PIPE, text=True)
     assert server.stderr
     try:
         told = [] if log is None else log

@@ -149,10 +149,6 @@ def test_the_figures_page_has_every_figure_that_a_test_measures() -> None:
     assert promises == told - {"promise", "---"}
 
 
-def test_the_readme_is_short() -> None:
-    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
-
-
 def test_every_command_of_the_tables_exists() -> None:
     assert shutil.which("make")
     told = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections import Counter
@@ -79,3 +80,58 @@ def test_a_file_name_occurs_once_but_in_folders_that_are_parallel() -> None:
     }
     counts = Counter(path.name for path in modules())
     assert {name for name, count in counts.items() if count > 1 + (name in twins)} == set()
+
+
+def test_the_layout_in_the_readme_is_the_tree() -> None:
+    block = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
+    told = [line.split("  ")[0].strip("├└─ ") for line in block.splitlines()[1:]]
+    inner = [line.startswith(("├", "└")) for line in block.splitlines()[1:]]
+    in_server = {name.rstrip("/") for name, is_inner in zip(told, inner, strict=True) if is_inner}
+    beside = {name.rstrip("/") for name, is_inner in zip(told, inner, strict=True) if not is_inner}
+    found = {path.name for path in SERVER.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert in_server == found - {"__init__.py"}
+    folders = {path.name for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    # What a test run leaves behind is not in the tree.
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=REPOSITORY, check=False).stdout
+    known = {line.split("/")[0] for line in tracked.splitlines() if "/" in line} or folders
+    assert beside == (folders & known) | {"handler.py", "models.yaml"}
+
+
+FORMS = {"Parameters", "Job", "Request", "Pending", "Batch", "Result"}
+CARRIERS = {  # what holds a request, or is told of one, and is no form of it
+    ("web", "EncodeFile"): "a file to encode that is received but not read",
+    ("workers", "Run"): "the message to a worker",
+    ("workers", "Finished"): "the message with an answer",
+    ("engine", "Work"): "a batch in the worker",
+    ("engine", "LoopListener"): "tells a LocalEngine's event loop what happens to a batch",
+    ("engine", "VideoRender"): "a video that is rendered while it is decoded",
+}
+
+
+def held_names(body: ast.ClassDef) -> set[str]:
+    """The names in the types of what a class's instances are made of: its fields, and the arguments of __init__."""
+    annotations = [node.annotation for node in body.body if isinstance(node, ast.AnnAssign)]
+    for method in body.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            annotations += [each.annotation for each in method.args.args if each.annotation]
+    parts = [node for annotation in annotations for node in ast.walk(annotation)]
+    names = {node.id for node in parts if isinstance(node, ast.Name)}
+    return names | {node.attr for node in parts if isinstance(node, ast.Attribute)}
+
+
+def test_a_request_passes_through_few_classes() -> None:
+    found = set()
+    for path in SERVER.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # Starlette's Request is another one.
+        foreign = {
+            name.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and not node.level
+            for name in node.names
+        }
+        aliases = {"TensorResult", "RenderedResult", "Parameters"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and (held_names(node) - foreign) & (FORMS | aliases):
+                found.add((path.relative_to(SERVER).parts[0].removesuffix(".py"), node.name))
+    assert {name for _, name in found} - FORMS == {name for _, name in CARRIERS}
