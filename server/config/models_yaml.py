@@ -23,6 +23,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 Pixels = Annotated[int, Field(ge=64)]
 KeyPath = tuple[str | int, ...]
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for a key that no field has
 _LIMITS = {field.name: field for field in fields(Limits)}
 
 
@@ -124,11 +125,11 @@ def _lines(node: yaml.Node | None, source: Path, path: KeyPath = ()) -> dict[Key
 
 def _sentence(error: ValidationError, source: Path, lines: Mapping[KeyPath, int]) -> str:
     # A key that is misspelt is often the one that is missing.
-    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = min(error.errors(), key=lambda each: each["type"] not in UNKNOWN)
     place = tuple(first["loc"])
     line = next((lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
     where = f"{source}:{line}: {_dotted(place) or 'the file'}"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in UNKNOWN:
         known = list(_known_keys(place))
         return f"{where}: unknown key{nearest(str(place[-1]), known)}; known: {', '.join(known)}"
     if first["type"] == "missing":

@@ -16,7 +16,7 @@ def test_a_model_that_is_not_used_is_unloaded(models_yaml: Path) -> None:
         engine = LocalEngine(load_settings(config=models_yaml, idle_unload_s=0.1))
         await engine.start(lambda: None)
         try:
-            await engine.load("sd")
+            await engine.load(CoderId("sd"))
             assert engine.loaded("sd")
             for _ in range(100):
                 await asyncio.sleep(0.1 if engine.loaded("sd") else 0)

@@ -242,7 +242,7 @@ class Gate(LocalEngine):
 
     async def run(self, batch: Batch) -> None:
         async with self.turn:
-            batch.start()
+            batch.note_started()
             await asyncio.to_thread(self.opened.wait, 300)
             await super().run(batch)
 
@@ -432,8 +432,8 @@ def test_a_bug_is_500_with_a_fixed_sentence(serve: Serve, vaes: dict[str, LocalV
 def test_a_request_that_a_shutdown_cancels_is_503(serve: Serve, vaes: dict[str, LocalVae]) -> None:
     class Cancelled(LocalEngine):
         async def run(self, batch: Batch) -> None:
-            for job in batch.jobs:
-                job.answer.cancel()
+            for pending in batch.members:
+                pending.answer.cancel()
 
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, engine=lambda settings, _: Cancelled(settings))
     assert_refused(post(address), 503, "unavailable", "shutting down and did not finish")

@@ -64,7 +64,7 @@ def test_without_a_server_it_is_the_same(vaes: dict[str, LocalVae], tmp_path: Pa
     parameters = {"shape": list(latents.shape), "dtype": "float32", "output_type": "mp4"}
     for flags, expected in (({}, 24), ({"fps": 30}, 30)):
         direct = Direct(load_settings(config=config, **flags))
-        assert direct.parse("own", parameters, latents.numpy().tobytes(), "*/*").render.fps == expected
+        assert direct.parse("own", parameters, latents.numpy().tobytes(), "*/*").job.render.fps == expected
 
 
 def example_rates(pipeline: str) -> set[float]:
