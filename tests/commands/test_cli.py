@@ -231,7 +231,9 @@ def test_encode_a_picture_and_decode_it_again(
 def test_encode_says_what_is_wrong_with_a_file(url: str, tmp_path: Path) -> None:
     out, text = tmp_path / "out.safetensors", tmp_path / "text.png"
     text.write_text("no picture")
-    assert_one_sentence(invoke("encode", text, out, "--server", url), "the body is no PNG, JPEG, WebP or MP4", 2)
+    assert_one_sentence(
+        invoke("encode", text, out, "--server", url), "the body is not a PNG, JPEG, WebP or MP4 file", 2
+    )
     assert_one_sentence(invoke("encode", tmp_path / "none.png", out), "No such file", 2)
 
 

@@ -59,7 +59,7 @@ def test_a_video_is_json(handlers: dict[str, EndpointHandler], vaes: Vaes) -> No
 
 def test_a_mistake_raises_the_same_sentence(handlers: dict[str, EndpointHandler]) -> None:
     handler = handlers["sd"]
-    with pytest.raises(WrongLength, match="needs 1024 bytes, the body has 3"):
+    with pytest.raises(WrongLength, match="needs 1024 bytes, but the body has 3"):
         handler({"inputs": b"abc", "parameters": {"shape": [1, 4, 8, 8], "dtype": "float32"}})
     with pytest.raises(BadRequest, match="'inputs' must be the latents"):
         handler({"parameters": {}})
