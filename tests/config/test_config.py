@@ -141,7 +141,8 @@ def test_a_mounted_folder_that_is_empty_counts_as_none(
 def test_a_mounted_folder_without_a_model_is_an_error_that_config_ends(mounted: Path, tmp_path: Path) -> None:
     (mounted / "README.md").touch()
     with pytest.raises(
-        ConfigError, match=r"mounted contains no config\.json of a diffusers VAE, no vae/config\.json and no models\.yaml"
+        ConfigError,
+        match=r"mounted contains no config\.json of a diffusers VAE, no vae/config\.json and no models\.yaml",
     ):
         load_settings()
     assert load_settings(config=write(tmp_path, GOOD)).source == tmp_path / "models.yaml"
