@@ -1,1 +1,1 @@
-"""Every number in the docs is printed by a script here."""
+"""The benchmarks. Every measured number in the docs was printed by a script of this package."""

@@ -1,7 +1,7 @@
-"""Pictures and clips to files: this server's codecs beside others, alternating, on a photograph with sensor noise.
+"""Compare this server's image and video encoders with others, alternating, on a photograph with sensor noise.
 
-`python -m benchmarks.codecs [--size 1024] [--frames 61] [--repeats 7]`. Other libraries are measured where they are
-installed, which `make bench` does: `pip install -r benchmarks/requirements.txt`.
+`python -m benchmarks.codecs [--size 1024] [--frames 61] [--repeats 7]`. Other libraries are measured if they are
+installed; `make bench` installs them with `pip install -r benchmarks/requirements.txt`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ Encoder = Callable[[Pixels], bytes]
 
 
 def ours(name: str) -> Encoder:
+    """Return this server's encoder of a format."""
+
     def encode(pixels: Pixels) -> bytes:
         tensor = RawTensor((1, *pixels.shape), "uint8", pixels.reshape(-1).data)
         return bytes(format_named(name).render(tensor, RenderOptions(10, 75, "")).body)
@@ -40,6 +42,8 @@ def ours(name: str) -> Encoder:
 
 
 def pillow(format_name: str, **options: Any) -> Encoder:
+    """Return Pillow's encoder of a format. options: passed to `Image.save`."""
+
     def encode(pixels: Pixels) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format_name, **options)
@@ -49,6 +53,8 @@ def pillow(format_name: str, **options: Any) -> Encoder:
 
 
 def our_png_with(compress: Callable[..., bytes]) -> Encoder:
+    """Return this server's PNG encoder with another function that compresses."""
+
     def encode(pixels: Pixels) -> bytes:
         kept, png.compress = png.compress, compress
         try:
@@ -60,6 +66,7 @@ def our_png_with(compress: Callable[..., bytes]) -> Encoder:
 
 
 def others() -> Iterator[tuple[str, Encoder]]:
+    """Yield the image encoders of other libraries that are installed, with their names."""
     with suppress(ImportError):
         imagecodecs = importlib.import_module("imagecodecs")
         yield "PNG imagecodecs, level 1", lambda pixels: imagecodecs.png_encode(pixels, level=1)
@@ -82,14 +89,15 @@ def others() -> Iterator[tuple[str, Encoder]]:
 
 
 def our_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
+    """Return an MP4 that this server encodes."""
     tensor = RawTensor(frames.shape, "uint8", frames.reshape(-1).data)
     return bytes(format_named("mp4").render(tensor, RenderOptions(10, 5, "")).body)
 
 
 def pyav_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
-    """The same codec, rate and quality by PyAV, in this process."""
+    """Return an MP4 that PyAV encodes in this process, with the same codec, rate and quality."""
     av = importlib.import_module("av")
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:  # the index in front needs a file to go back in
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:  # a file, because the index is written to its beginning
         with av.open(file.name, "w", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=10, options={"crf": "25"})
             stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
@@ -100,7 +108,7 @@ def pyav_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
 
 
 def imageio_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
-    """What diffusers' export_to_video does: imageio-ffmpeg's own writer."""
+    """Return an MP4 that imageio-ffmpeg's writer encodes, as diffusers' export_to_video does."""
     imageio_ffmpeg = importlib.import_module("imageio_ffmpeg")
     with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
         writer = imageio_ffmpeg.write_frames(file.name, frames.shape[2:0:-1], fps=10, quality=5, macro_block_size=2)
@@ -112,6 +120,7 @@ def imageio_mp4(frames: Pixels) -> bytes:  # [F, H, W, 3]
 
 
 def video_encoders() -> Iterator[tuple[str, Encoder]]:
+    """Yield the video encoders that are installed, with their names."""
     yield "MP4 ours (ffmpeg process)", our_mp4
     yield "MP4 imageio-ffmpeg's writer", imageio_mp4
     if importlib.util.find_spec("av"):
@@ -119,18 +128,20 @@ def video_encoders() -> Iterator[tuple[str, Encoder]]:
 
 
 def film(frames: int, height: int, width: int) -> Pixels:
-    """A slow pan over a photograph."""
+    """Return the frames of a slow pan over a photograph."""
     still = photo(max(height, width) + frames)
     return np.stack([still[i : i + height, i : i + width] for i in range(frames)])
 
 
 def photo(size: int) -> Pixels:
+    """Return a square photograph with sensor noise."""
     scaled = Image.fromarray(skimage.data.astronaut()).resize((size, size), Image.Resampling.LANCZOS)
     noisy = np.asarray(scaled) + np.random.default_rng(0).normal(0, 2, (size, size, 3))
     return np.clip(noisy, 0, 255).round().astype(np.uint8)
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--frames", type=int, default=61)
@@ -144,13 +155,14 @@ def main() -> None:
         "JPEG ours (Pillow)": ours("jpg"),
         **dict(others()),
     }
-    print(f"{arguments.size}x{arguments.size}, and clips of {arguments.frames} frames of 320x512\n")
+    print(f"images of {arguments.size}x{arguments.size}, and videos of {arguments.frames} frames of 320x512\n")
     print("| codec | ms | KiB |\n| --- | --- | --- |")
     table(encoders, photo(arguments.size), arguments.repeats)
     table(dict(video_encoders()), film(arguments.frames, 320, 512), max(1, arguments.repeats // 2))
 
 
 def table(encoders: dict[str, Encoder], pixels: Pixels, repeats: int) -> None:
+    """Measure the encoders, and print a row for each with the median time and the size."""
     times: dict[str, list[float]] = {name: [] for name in encoders}
     sizes = {}
     for _ in range(repeats):

@@ -1,10 +1,10 @@
-"""Time, memory and quality of the exact decoder beside diffusers' own, alternating in one process.
+"""Compare the exact decoder with diffusers' own in time, memory and quality, alternating in one process.
 
     python -m benchmarks.decode --sizes 512 1024 --repeats 5
     python -m benchmarks.decode --device cuda --sizes 512 1024 2048 --compile
 
-The VAE has the size of SD1, SDXL, SD3 and Flux and seeded random weights. Quality is the PSNR against float32.
-OpenVINO takes part on a CPU where it is installed.
+The VAE has the size of those of SD1, SDXL, SD3 and Flux, and random weights with a fixed seed. Quality is the PSNR
+against the float32 decode. OpenVINO is measured on a CPU if it is installed.
 
 `--save NAME` also writes benchmarks/results/NAME.json, which `benchmarks.plot` draws.
 """
@@ -43,20 +43,25 @@ RESULTS = Path(__file__).parent / "results"
 HEADER = "| size | decode | s | s (best) | ratio | against fp32 | of matrix rate | peak activations MB | PSNR dB |"
 FP32, BF16 = "diffusers fp32", "diffusers bf16 channels_last"
 LONG_S = 20.0  # a decode that takes longer is run once, without a warm-up
-COMPILED_SIDE = 1024  # above it compiling takes minutes a size
+COMPILED_SIDE = 1024  # the largest size that is compiled, because larger ones take minutes each
 LARGEST_FP32_SIDE = 2048
-# Bytes a variant needs per pixel, to leave out what this machine cannot hold: measured at 1024².
+# The bytes that a variant needs per pixel, measured at 1024². Variants that do not fit into memory are left out.
 BYTES_PER_PIXEL = {FP32: 4000, BF16: 1700, "OpenVINO bf16": 1200, "ours, one band": 1500}
 
 
 def full_size_vae(without: str = "encoder") -> AutoencoderKL:
-    """Random weights, with norms that are not the identity, so that the activations have a trained VAE's spread."""
+    """Return a VAE with random weights.
+
+    Its norms are not the identity, so that its activations spread like those of a trained VAE.
+
+    without: `encoder` or `decoder`, which is left out.
+    """
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
         latent_channels=4,
-        sample_size=512,  # what diffusers takes its tile size from
+        sample_size=512,  # diffusers derives its tile size from it
         up_block_types=("UpDecoderBlock2D",) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
     )
@@ -69,14 +74,17 @@ def full_size_vae(without: str = "encoder") -> AutoencoderKL:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget-mb", type=int, default=None, help="memory budget of the 'at budget' variant")
-    parser.add_argument("--only", nargs="+", default=None, help="substrings of the variants to run")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile")
+    parser.add_argument(
+        "--budget-mb", type=int, default=None, help="also measure a variant with this memory budget, in MB"
+    )
+    parser.add_argument("--only", nargs="+", default=None, help="run only variants whose names contain one of these")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -99,6 +107,7 @@ def main() -> None:
 
 
 def variants(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[str, Variant], DecoderWeights]:
+    """Return the variants by name, and the weights of the exact decoder, which give the number of operations."""
     vae = full_size_vae().to(device)
     half = copy.deepcopy(vae).to(torch.bfloat16)
     decoder = ExactKLDecoder(copy.deepcopy(half))
@@ -129,14 +138,18 @@ def variants(device: torch.device, arguments: argparse.Namespace) -> tuple[dict[
 
 
 def compiled(vae: AutoencoderKL) -> Variant:
+    """Return diffusers' decode with torch.compile."""
     vae = copy.deepcopy(vae)
-    torch._inductor.config.freezing = True  # what inference on a CPU is advised to do
+    torch._inductor.config.freezing = True  # as torch recommends for inference on a CPU
     vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)
     return stock(vae)
 
 
 def openvino(vae: AutoencoderKL) -> Variant:
-    """One compiled model per shape; its memory is given back after each decode, so that the next one's can be read."""
+    """Return OpenVINO's decode, with one compiled model per shape.
+
+    Its memory can be released after each decode, so that the memory of the next one can be measured.
+    """
     ov = importlib.import_module("openvino")
 
     class Whole(torch.nn.Module):
@@ -164,10 +177,13 @@ def openvino(vae: AutoencoderKL) -> Variant:
 
 
 def stock(vae: AutoencoderKL) -> Variant:
+    """Return diffusers' own decode."""
     return lambda latents: vae.decode(latents.to(vae.dtype)).sample
 
 
 def ours(decoder: ExactKLDecoder, change: Callable[[Plan, int], Plan]) -> Variant:
+    """Return the exact decode with a changed plan. change: gets the plan and the bytes of the largest activation."""
+
     def decode(latents: Tensor) -> Tensor:
         batch, _, height, width = latents.shape
         plan = change(decoder.plan(batch, height, width), footprint(decoder.network, height, width).largest)
@@ -178,6 +194,8 @@ def ours(decoder: ExactKLDecoder, change: Callable[[Plan, int], Plan]) -> Varian
 
 
 def at_budget(decoder: ExactKLDecoder, budget_bytes: int) -> Variant:
+    """Return the exact decode with a memory budget."""
+
     def decode(latents: Tensor) -> Tensor:
         plan = decoder.plan(latents.shape[0], *latents.shape[2:], budget_bytes=budget_bytes)
         with torch.inference_mode():
@@ -189,26 +207,30 @@ def at_budget(decoder: ExactKLDecoder, budget_bytes: int) -> Variant:
 def table(
     size: int, chosen: dict[str, Variant], network: DecoderWeights, rate: float, device: torch.device, repeats: int
 ) -> list[dict[str, Any]]:
+    """Measure the variants at one size, and print and return a row for each.
+
+    rate: the FLOP/s of a matrix product, with which the decodes are compared.
+    """
     latents = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(size)).to(device)
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     peaks, quality = {}, {}
     reference: Tensor | None = None
     left_out = {name: reason for name in chosen if (reason := reason_to_leave_out(name, size, device))}
     runs = {name: decode for name, decode in chosen.items() if name not in left_out}
-    for name, decode in runs.items():  # memory and quality, and of long decodes the time
+    for name, decode in runs.items():  # measure memory and quality, and the time if the decode is long
         try:
             if compiles_first(name):
                 decode(latents)
             started = time.perf_counter()
-            peaks[name], picture = peak_of(decode, latents, device)
+            peaks[name], sample = peak_of(decode, latents, device)
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"
             continue
         if (elapsed := time.perf_counter() - started) > LONG_S:
             seconds[name].append(elapsed)
-        picture = picture.float().cpu()
-        reference = picture if name == FP32 else reference
-        quality[name] = psnr(picture, reference)
+        sample = sample.float().cpu()
+        reference = sample if name == FP32 else reference
+        quality[name] = psnr(sample, reference)
     for _ in range(repeats):
         for name in peaks:
             if not seconds[name] or seconds[name][0] <= LONG_S:
@@ -236,8 +258,9 @@ def table(
 
 
 def reason_to_leave_out(name: str, size: int, device: torch.device) -> str | None:
+    """Return why a variant is not measured at a size; None if it is."""
     if name.startswith("torch.compile") and device.type == "cpu" and size > COMPILED_SIDE:
-        return f"compiled up to {COMPILED_SIDE}² only"
+        return f"compiled only up to {COMPILED_SIDE}²"
     if device.type == "cpu":
         needed = BYTES_PER_PIXEL.get(name, 0) * size * size
         if needed > psutil.virtual_memory().available:
@@ -248,11 +271,15 @@ def reason_to_leave_out(name: str, size: int, device: torch.device) -> str | Non
 
 
 def compiles_first(name: str) -> bool:
-    """Compilers compile; of the others the run that reads the memory is the warm-up."""
+    """Return whether a variant needs an additional first run, in which it compiles.
+
+    For the others, the run that measures the memory is the warm-up.
+    """
     return name.startswith(("torch.compile", "OpenVINO"))
 
 
 def timed(decode: Variant, latents: Tensor, device: torch.device) -> float:
+    """Return the time of a decode in seconds."""
     synchronise(device)
     start = time.perf_counter()
     decode(latents)
@@ -261,37 +288,46 @@ def timed(decode: Variant, latents: Tensor, device: torch.device) -> float:
 
 
 def peak_of(decode: Variant, latents: Tensor, device: torch.device) -> tuple[int, Tensor]:
-    """The most memory above what was held before: the allocator's count on a GPU, resident pages on a CPU."""
+    """Return the peak memory of a decode in bytes, without the memory in use before, and its result.
+
+    It is the allocator's count on a GPU, and the resident memory of the process on a CPU.
+    """
     gc.collect()
     getattr(decode, "release", lambda: None)()
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        picture = decode(latents)
+        sample = decode(latents)
         synchronise(device)
-        return torch.cuda.max_memory_allocated() - before, picture
+        return torch.cuda.max_memory_allocated() - before, sample
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    picture = decode(latents)
-    return resident("VmHWM") - before, picture
+    sample = decode(latents)
+    return resident("VmHWM") - before, sample
 
 
 def resident(field: str) -> int:
+    """Return a size from /proc/self/status in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def psnr(picture: Tensor, reference: Tensor | None) -> float:
+def psnr(sample: Tensor, reference: Tensor | None) -> float:
+    """Return the PSNR of a sample in dB; NaN without a reference."""
     if reference is None:
         return math.nan
-    error = (picture - reference).square().mean().item()
+    error = (sample - reference).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(4 / error)  # the sample spans [-1, 1]
 
 
 def folded_flops(network: DecoderWeights, side: int) -> float:
-    """Multiply-adds counted twice: every convolution, the upsamples as four 2x2 phases, and the attention."""
+    """Return the floating-point operations of a decode: those of the convolutions and of the attention.
+
+    A multiply-add counts as two operations. The convolution after an upsample counts as four 2x2 phases. side: of the
+        latents, in latent pixels.
+    """
     pixels, channels = side * side, network.conv_in.out_channels
     total = 2.0 * pixels * channels * 9 * 4
     for step in network.steps:
@@ -309,7 +345,7 @@ def folded_flops(network: DecoderWeights, side: int) -> float:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """The best rate of a few large bf16 matrix products, the shapes a convolution becomes among them."""
+    """Return the best rate of a few large bf16 matrix products in FLOP/s. Some have the shapes of convolutions."""
     best = 0.0
     shapes = [(8192, 8192, 8192)] if device.type == "cuda" else [(4096, 512, 512), (16384, 1152, 128)]
     for m, k, n in shapes:
@@ -324,11 +360,13 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"

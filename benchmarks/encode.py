@@ -1,9 +1,9 @@
-"""Time, memory and closeness of the exact encoder beside diffusers' own, alternating in one process.
+"""Compare the exact encoder with diffusers' own in time, memory and error, alternating in one process.
 
     python -m benchmarks.encode --sizes 512 1024 --repeats 5
 
-The VAE has the size of SD1, SDXL, SD3 and Flux and seeded random weights. Errors are those of the posterior's
-parameters against diffusers' float32; the PSNR's peak is their range.
+The VAE has the size of those of SD1, SDXL, SD3 and Flux, and random weights with a fixed seed. Errors are differences
+of the posterior's parameters from those of diffusers in float32. The peak of the PSNR is the range of the parameters.
 
 `--save NAME` also writes benchmarks/results/NAME.json.
 """
@@ -32,6 +32,7 @@ HEADER = "| size | encode | s | s (best) | ratio | against fp32 | peak activatio
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512])
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def variants(device: torch.device) -> dict[str, Variant]:
-    """`ours` is in the dtype that the server chooses on this device."""
+    """Return the variants by name. `ours` computes in the dtype that the server chooses for this device."""
     vae = full_size_vae(without="decoder").to(device)
     auto = preferred_cpu_dtype() if device.type == "cpu" else torch.bfloat16
     nhwc = copy.deepcopy(vae).to(torch.bfloat16, memory_format=torch.channels_last)
@@ -70,10 +71,13 @@ def variants(device: torch.device) -> dict[str, Variant]:
 
 
 def stock(vae: AutoencoderKL) -> Variant:
+    """Return diffusers' own encode."""
     return lambda pixels: vae.encode(pixels.to(vae.dtype)).latent_dist.parameters
 
 
 def recomputing(encoder: ExactKLEncoder) -> Variant:
+    """Return the exact encode with the plan that needs least memory, which recomputes activations."""
+
     def encode(pixels: Tensor) -> Tensor:
         plan = encoder.plan(pixels.shape[0], *pixels.shape[2:])
         with torch.inference_mode():
@@ -84,11 +88,12 @@ def recomputing(encoder: ExactKLEncoder) -> Variant:
 
 
 def table(size: int, chosen: dict[str, Variant], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Measure the variants at one size, and print and return a row for each."""
     generator = torch.Generator().manual_seed(size)
     pixels = (2 * torch.rand(1, 3, size, size, generator=generator) - 1).to(device)  # [1, 3, H, W]
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     peaks, results = {}, {}
-    for name, encode in chosen.items():  # memory and closeness, and of long encodes the time
+    for name, encode in chosen.items():  # measure memory and error, and the time if the encode is long
         started = time.perf_counter()
         peaks[name], parameters = peak_of(encode, pixels, device)
         if (elapsed := time.perf_counter() - started) > LONG_S:
@@ -118,7 +123,7 @@ def table(size: int, chosen: dict[str, Variant], device: torch.device, repeats: 
 
 
 def closeness(parameters: Tensor, reference: Tensor) -> tuple[float, float | None]:  # [1, 2 C, h, w] twice
-    """The largest error, and the PSNR in dB; None of the reference itself."""
+    """Return the largest error, and the PSNR in dB, which is None for the reference itself."""
     error = (parameters - reference).abs()  # [1, 2 C, h, w]
     if not error.any():
         return 0.0, None

@@ -1,10 +1,11 @@
-"""Video families: the streaming decoder beside diffusers' plain decode, at published sizes with random weights.
+"""Compare the streaming decoder with diffusers' own, for video families at their published sizes with random weights.
 
-`python -m benchmarks.families [--only NAME …] [--save NAME]`: a small clip once, in float32 to the sample, every way in
-a process of its own, for time, resident memory and difference. "Lowest slabs" is a memory budget of one byte.
+`python -m benchmarks.families [--only NAME …] [--save NAME]` decodes a small video once to the float32 sample, each
+variant in its own process, and compares time, resident memory and results. "Lowest slabs" means a memory budget of one
+byte, so that the decoder uses the lowest possible slabs.
 
-`python -m benchmarks.families --count`: the most bytes of tensors alive in a decode of 49 frames of 480x832 to uint8
-pixels. The tensors have no data, so it takes seconds.
+`python -m benchmarks.families --count` counts the peak bytes of live tensors in a decode of 49 frames of 480x832 to
+uint8 pixels. The tensors have no data, so this takes only seconds.
 
 `--save NAME` also writes benchmarks/results/NAME.json.
 """
@@ -57,10 +58,11 @@ WAN_22: dict[str, Any] = {
 
 
 class Case(NamedTuple):
+    """A VAE class with its configuration, and the shape of the latents: (C, F, h, w), or (C, h, w) for an image."""
+
     class_name: str
     config: dict[str, Any]
     latents: tuple[int, ...]
-    """(C, F, h, w), or (C, h, w) of a picture."""
 
 
 LTX_2 = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
@@ -80,9 +82,10 @@ LARGE = (49, 480, 832)  # frames, height, width
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--count", action="store_true", help="count the memory of large clips instead")
+    parser.add_argument("--count", action="store_true", help="count the memory of large videos instead")
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     parser.add_argument("--one", nargs=3, default=None, metavar=("FAMILY", "WAY", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -102,18 +105,19 @@ def main() -> None:
 
 
 def ways_of(name: str) -> tuple[str, ...]:
+    """Return the variants of a family."""
     return WAYS if name in IN_SLABS else WAYS[:2]
 
 
 def row_of(name: str) -> dict[str, Any]:
-    """Every way of decoding in turn, against diffusers' sample."""
+    """Run each variant of a family in its own process, and compare the samples with diffusers'."""
     row: dict[str, Any] = {"family": name}
     with tempfile.TemporaryDirectory() as folder:
         reference: Tensor | None = None
         for way in ways_of(name):
             path = Path(folder) / "sample.pt"
             command = [sys.executable, "-m", "benchmarks.families", "--one", name, way, str(path)]
-            environment = {"GOMP_SPINCOUNT": "8000"} | os.environ  # as the server's worker runs
+            environment = {"GOMP_SPINCOUNT": "8000"} | os.environ  # as in the server's workers
             row[way] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
             sample = torch.load(path)
             reference = sample if reference is None else reference
@@ -123,6 +127,7 @@ def row_of(name: str) -> dict[str, Any]:
 
 
 def line_of(row: dict[str, Any]) -> str:
+    """Return a row as a line of the table."""
     theirs, ours = row[STOCK], row[OURS]
     height, width = row["size"]
     cells = [row["family"], row["frames"], f"{height}x{width}", f"{theirs['s']:.1f}", f"{ours['s']:.1f}"]
@@ -139,15 +144,18 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def large_row_of(name: str) -> dict[str, Any]:
+    """Count the memory of each variant of a family."""
     return {"family": name} | {way: counted(name, way) for way in ways_of(name)}
 
 
 def large_line_of(row: dict[str, Any]) -> str:
+    """Return a row of counted memory as a line of the table."""
     sizes = [f"{row[way]['bytes'] / 1e9:.1f}" if way in row else "" for way in WAYS]
     return f"| {row['family']} | {row[OURS]['frames']} | {' | '.join(sizes)} |"
 
 
 def run_one(name: str, way: str, path: str) -> None:
+    """Run one variant in this process, save its sample to `path`, and print its time and memory as JSON."""
     torch.manual_seed(0)
     decoder = decoder_of(*made(name), way)
     latents = torch.randn(1, *CASES[name].latents)  # [1, C, (F,) h, w]
@@ -163,14 +171,14 @@ def run_one(name: str, way: str, path: str) -> None:
 
 
 def counted(name: str, way: str) -> dict[str, int]:
-    """The most bytes of tensors alive at once in a large clip, output and all."""
+    """Return the peak bytes of live tensors in a decode of a large video, including the output."""
     frames, height, width = LARGE
     with torch.device("meta"), torch.inference_mode():
         vae, family = made(name)
         spec = family.describe(vae.config)
         ratio, times = spec.vae_scale_factor, spec.temporal_compression_ratio
-        clip = ((frames - 1) // times + 1,) if len(CASES[name].latents) == 4 else ()
-        latents = torch.empty(1, spec.channels, *clip, height // ratio, width // ratio)  # [1, C, (F,) h, w]
+        latent_frames = ((frames - 1) // times + 1,) if len(CASES[name].latents) == 4 else ()
+        latents = torch.empty(1, spec.channels, *latent_frames, height // ratio, width // ratio)  # [1, C, (F,) h, w]
         with LiveBytes() as live:
             if way == STOCK:
                 pixels = postprocess(family.decode(vae, latents), Layout.PIXELS)  # [F, H, W, C]
@@ -181,6 +189,7 @@ def counted(name: str, way: str) -> dict[str, int]:
 
 
 def made(name: str) -> tuple[Any, Family]:
+    """Return the VAE of a case, with random weights and without its encoder, and its family."""
     torch.set_grad_enabled(False)
     warnings.simplefilter("ignore")
     class_name, config, _ = CASES[name]
@@ -192,13 +201,14 @@ def made(name: str) -> tuple[Any, Family]:
 
 
 def decoder_of(vae: Any, family: Family, way: str) -> StockDecoder | StreamingDecoder:
+    """Return the decoder of a variant."""
     if way == STOCK:
         return StockDecoder(vae, family)
     return StreamingDecoder(vae, family)
 
 
 def budget_of(way: str) -> int:
-    """The memory budget in bytes: that of the lowest slabs, or more than anything needs."""
+    """Return the memory budget of a variant in bytes: 1 for the lowest slabs, else more than any decode needs."""
     return 1 if way == SLABS else 1 << 60
 
 

@@ -1,8 +1,10 @@
-"""The hosted remote-VAE design, written from its description: what `benchmarks.server` compares this server with.
+"""A server with the design of the hosted remote-VAE endpoints, with which `benchmarks.server` compares this server.
 
-One request at a time under a semaphore, diffusers' own decode, its VaeImageProcessor and Pillow's default encoders.
-It understands the part of the contract that the benchmark sends. Kinder to it than a plain asyncio.to_thread would be,
-it decodes on one thread that lives on: each thread that ran torch keeps OpenMP workers, and too many of them slow all.
+It was written from the description of that design: one request at a time under a semaphore, diffusers' own decode, its
+VaeImageProcessor, and Pillow's default encoders. It understands the part of the contract that the benchmark uses.
+
+It decodes on one permanent thread, which makes it faster than a plain asyncio.to_thread would: each thread that has run
+torch keeps its OpenMP workers, and too many of them slow down everything.
 """
 
 from __future__ import annotations
@@ -31,15 +33,18 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Answer:
+    """The answer to a request."""
+
     body: bytes
     media_type: str
     headers: dict[str, str]
 
 
 class Hosted:
-    """The models, and the one thread that decodes."""
+    """The models, and the thread that decodes."""
 
     def __init__(self, folders: dict[str, str], dtype: torch.dtype) -> None:
+        """Load the models. folders: the folder of each model, by name."""
         self.dtype = dtype
         self.vaes = {name: AutoencoderKL.from_pretrained(path, torch_dtype=dtype) for name, path in folders.items()}
         self.processor = VaeImageProcessor()
@@ -47,7 +52,7 @@ class Hosted:
         self._thread = ThreadPoolExecutor(1)
 
     async def decode(self, request: Request) -> Response:
-        """POST /predict?model=."""
+        """Answer POST /predict?model=NAME."""
         body = await request.body()
         async with self._one_at_a_time:
             loop = asyncio.get_running_loop()
@@ -70,13 +75,14 @@ class Hosted:
 
 
 async def health(request: Request) -> Response:
-    """GET /health."""
+    """Answer GET /health."""
     return PlainTextResponse("Ok")
 
 
 def main() -> None:
+    """Run the server from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="models.yaml; its `repo` are folders")
+    parser.add_argument("--config", type=Path, required=True, help="a models.yaml in which every `repo` is a folder")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--dtype", choices=DTYPES, required=True)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""What a request costs beyond its decode: the server against a bare decode and render in the same process, alternating.
+"""Measure what a request costs beyond its decode, by comparing the server with a decode and render in this process.
 
-`python -m benchmarks.overhead [--latents 64] [--requests 20]` prints the median time of each path and the difference.
-The server runs in a process of its own, as it would; diffusers' client asks it.
+`python -m benchmarks.overhead [--latents 64] [--requests 20]` prints the median times, which are measured alternating,
+and the difference. The server runs in its own process, and is also asked by diffusers' client.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FACTOR = 0.37304
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """A server of the embedded model on a free port."""
+    """Run a server of the bundled demo model on a free port, and yield its URL."""
     command = [sys.executable, "-m", "server", "serve", "demo", "--config", str(SHIPPED_MODELS_YAML), "--port", "0"]
     server = subprocess.Popen([*command, "--log-level", "warning"], stderr=subprocess.PIPE, text=True)
     assert server.stderr
@@ -41,14 +41,16 @@ def serving() -> Iterator[str]:
 
 
 def timed_ms(call: Callable[[], object]) -> float:
+    """Return the time of a call in milliseconds."""
     started = time.perf_counter()
     call()
     return (time.perf_counter() - started) * 1e3
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latents", type=int, default=64, help="side of the latent; 64 is a 512x512 picture")
+    parser.add_argument("--latents", type=int, default=64, help="side of the latents; 64 is a 512x512 image")
     parser.add_argument("--requests", type=int, default=20)
     arguments = parser.parse_args()
     side = arguments.latents

@@ -1,4 +1,4 @@
-"""The servers under comparison as real processes on the same weights, each stopped while another one is measured."""
+"""Run the compared servers as real processes with the same weights. Only the one that is measured is not stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OURS_WORKERS, RAY, RAY_REPLICAS = "ours, a worker a core", "ours on Ray", "ours 
 
 @dataclass(frozen=True)
 class Peer:
-    """One running server."""
+    """One server. process: the first process of its tree."""
 
     name: str
     port: int
@@ -32,12 +32,15 @@ class Peer:
 
     @property
     def may_stop(self) -> bool:
-        """Ray ends what does not answer its health checks."""
+        """Whether the processes may be stopped. Ray's may not, because it kills what does not answer health checks."""
         return not self.name.startswith(RAY)
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Stopped otherwise: LitServe's batching polls its queue a thousand times a second."""
+        """Let the server run in a context, and stop its processes afterwards.
+
+        They must be stopped, because LitServe's batching polls its queue a thousand times per second.
+        """
         self._signal("resume")
         try:
             yield
@@ -45,14 +48,18 @@ class Peer:
             self._signal("suspend")
 
     def rss_bytes(self) -> int:
-        """Of the whole process tree. What processes share counts for each."""
+        """Return the resident memory of the process tree. Memory that processes share counts for each of them."""
         return sum(process.memory_info().rss for process in self._tree())
 
     def pss_bytes(self) -> int:
-        """Of the whole process tree. What processes share, also those of other servers, counts by its share."""
+        """Return the proportional memory of the process tree.
+
+        Memory that several processes share, also those of other servers, is divided among them.
+        """
         return sum(process.memory_full_info().pss for process in self._tree())
 
     def stop(self) -> None:
+        """End all processes of the server."""
         tree = self._tree()
         self._signal("resume")
         self.process.terminate()
@@ -69,7 +76,10 @@ class Peer:
 
 
 def commands(models_yaml: Path, dtype: str, most_clients: int) -> dict[str, list[str]]:
-    """Each server's own arguments. Ours takes a queue as long as the others', who refuse nobody."""
+    """Return the arguments of each server by its name.
+
+    This server gets a queue for all clients, because the other servers refuse no request.
+    """
     config = ["--config", str(models_yaml)]
     lit = ["benchmarks.lit", *config]
     cores = str(psutil.cpu_count(logical=False) or 1)
@@ -89,7 +99,7 @@ def commands(models_yaml: Path, dtype: str, most_clients: int) -> dict[str, list
 
 @contextmanager
 def running(models_yaml: Path, dtype: str, most_clients: int, names: Sequence[str]) -> Iterator[list[Peer]]:
-    """All of them, ready and stopped."""
+    """Start the named servers, and yield them when all are ready and stopped. Ends them at the end."""
     with ExitStack() as stack:
         peers = []
         for name, arguments in commands(models_yaml, dtype, most_clients).items():
@@ -129,6 +139,7 @@ def _becomes_ready(process: subprocess.Popen[bytes], port: int) -> bool:
 
 
 def free_port() -> int:
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Time and memory against pixels, ours and the peers: results/*.json of benchmarks.decode to an SVG beside each.
+"""Plot time and memory against pixels: draw an SVG for each results/decode-*.json of benchmarks.decode.
 
 `python -m benchmarks.plot`
 """
@@ -18,6 +18,7 @@ OURS = {"ours": "tab:red", "ours, recomputing": "tab:orange", "ours, one band": 
 
 
 def main() -> None:
+    """Draw all plots."""
     for path in sorted(RESULTS.glob("decode-*.json")):
         saved = json.loads(path.read_text())
         figure, (time, memory) = plt.subplots(1, 2, figsize=(13, 5))
@@ -32,6 +33,7 @@ def main() -> None:
 
 
 def draw(axes: Axes, rows: list[dict[str, Any]], value: str, unit: float, label: str) -> None:
+    """Draw one value of the rows against megapixels. unit: divides the value."""
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         lines[row["decode"]].append((row["size"] ** 2 / 1e6, row[value] / unit))

@@ -1,4 +1,4 @@
-"""Draw what `benchmarks.server --save NAME` wrote: `python -m benchmarks.plot_server NAME` makes results/NAME.svg."""
+"""Plot what `benchmarks.server --save NAME` wrote: `python -m benchmarks.plot_server NAME` draws results/NAME.svg."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ Row = dict[str, Any]
 
 
 def main() -> None:
+    """Draw the plot from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="as given to --save")
+    parser.add_argument("name", help="the name that was given to --save")
     arguments = parser.parse_args()
     saved = json.loads((RESULTS / f"{arguments.name}.json").read_text())
-    plt.rcParams |= {"svg.hashsalt": arguments.name, "font.size": 9}  # the same numbers give the same file
+    plt.rcParams |= {"svg.hashsalt": arguments.name, "font.size": 9}  # so that the same numbers give the same file
     figure = draw(saved["rows"], f"{saved['machine'].split(', load')[0]}, {saved['date']}")
     figure.savefig(RESULTS / f"{arguments.name}.svg", metadata={"Date": None})
 
 
 def draw(rows: list[Row], title: str) -> plt.Figure:
-    """Throughput against clients: a line of plots for each case, one for each answer."""
+    """Plot throughput against clients, in a grid with a row for each case and a column for each kind of answer."""
     cases, answers = ([*dict.fromkeys(row[key] for row in rows)] for key in ("case", "answer"))
     size = (3.6 * len(answers), 0.9 + 2.6 * len(cases))
     figure, grid = plt.subplots(len(cases), len(answers), figsize=size, squeeze=False, layout="constrained")
@@ -39,7 +40,7 @@ def draw(rows: list[Row], title: str) -> plt.Figure:
         for axes, answer in zip(line, answers, strict=True):
             draw_one(axes, [row for row in rows if (row["case"], row["answer"]) == (case, answer)])
             axes.set_title(f"{case}, {answer}")
-        line[0].set_ylabel("answers a second")
+        line[0].set_ylabel("answers per second")
     for axes in grid[-1]:
         axes.set_xlabel("clients")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -49,6 +50,7 @@ def draw(rows: list[Row], title: str) -> plt.Figure:
 
 
 def draw_one(axes: Axes, rows: list[Row]) -> None:
+    """Draw one plot, with a line for each server."""
     for server in dict.fromkeys(row["server"] for row in rows):
         own = [row for row in rows if row["server"] == server]
         clients, per_s = [row["clients"] for row in own], [row["per_s"] for row in own]

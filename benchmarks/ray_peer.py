@@ -1,4 +1,4 @@
-"""deploy/ray_serve.yaml on this machine's CPU, for benchmarks.peers: `python -m benchmarks.ray_peer --help`."""
+"""Run deploy/ray_serve.yaml on this machine's CPU, for benchmarks.peers: `python -m benchmarks.ray_peer --help`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ ROOT = SHIPPED_MODELS_YAML.parent
 
 
 def main() -> None:
+    """Run the server from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="models.yaml")
-    parser.add_argument("--replicas", type=int, default=1, help="which share the cores")
-    parser.add_argument("--most-clients", type=int, default=64, help="who are never refused")
+    parser.add_argument("--config", required=True, help="a models.yaml")
+    parser.add_argument("--replicas", type=int, default=1, help="number of replicas, which share the cores")
+    parser.add_argument("--most-clients", type=int, default=64, help="number of clients that must never be refused")
     parser.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
     config = yaml.safe_load((ROOT / "deploy" / "ray_serve.yaml").read_text())
@@ -31,7 +32,7 @@ def main() -> None:
     environment |= {"VAE_SERVER_MAX_QUEUE": str(arguments.most_clients), "VAE_SERVER_LOG_LEVEL": "warning"}
     front, replicas = app["deployments"]
     front["ray_actor_options"] = {"num_cpus": 0}
-    # Ray gives a replica as many OpenMP threads.
+    # A replica gets as many OpenMP threads as CPUs.
     replicas["ray_actor_options"] = {"num_cpus": (psutil.cpu_count(logical=False) or 1) // arguments.replicas}
     del replicas["autoscaling_config"]
     replicas["num_replicas"] = arguments.replicas

@@ -1,11 +1,11 @@
-"""How many replicas a load needs: a simulation fed with measured service times, checked against one and two workers.
+"""Simulate how many replicas a load needs, with measured service times, and check it against one and two workers.
 
     python -m benchmarks.scaling --measure --save scaling-cpu     # measure, check, then simulate
-    python -m benchmarks.scaling --load scaling-cpu               # simulate alone
-    python -m benchmarks.scaling --costs 3 19.6 --max-batch 1     # another device: ms a batch, ms a picture
+    python -m benchmarks.scaling --load scaling-cpu               # only simulate
+    python -m benchmarks.scaling --costs 3 19.6 --max-batch 1     # another device: ms per batch, ms per image
 
-A replica has one device and a queue. Requests come in bursts: a Poisson process that changes between two rates. Every
-replica takes what waits, up to a batch, and refuses what finds its queue full, as the server does.
+A replica has one device and a queue. Requests arrive in bursts: a Poisson process that changes between two rates. Like
+the server, every replica takes the waiting requests, up to a batch, and refuses a request if its queue is full.
 """
 
 from __future__ import annotations
@@ -29,16 +29,21 @@ from tests.load import process
 
 RESULTS = Path(__file__).parent / "results"
 CASE, WORKERS = CASES["demo-256"], (1, 2)
-LOADS = (0.5, 0.8, 1.2)  # of what the workers can do
+LOADS = (0.5, 0.8, 1.2)  # as shares of the most requests per second that the workers can answer
 CHECK_S, SETTLE_S = 40.0, 6.0
-BURST, CALM_S, BURST_S = 2.5, 6.0, 2.0  # how much more comes in a burst, and how long either lasts on average
+# The rate in a burst relative to the calm rate, and how long calm times and bursts last on average.
+BURST, CALM_S, BURST_S = 2.5, 6.0, 2.0
 SEEDS = 5
 REPLICAS = (1, 2, 4, 8, 16, 32, 100, 320, 1000)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one device. A batch of n takes `first_s + n * each_s`; spread: of the logarithm of a batch's time."""
+    """The costs of one device.
+
+    first_s, each_s: a batch of n images takes `first_s + n * each_s` seconds.
+    spread: the standard deviation of the logarithm of a batch's time.
+    """
 
     first_s: float
     each_s: float
@@ -48,31 +53,34 @@ class Costs:
 
     @property
     def most_per_s(self) -> float:
-        """With full batches."""
+        """The throughput with full batches, in images per second."""
         return self.max_batch / (self.first_s + self.max_batch * self.each_s)
 
 
 @dataclass
 class Outcome:
-    """What the clients of one run saw."""
+    """The results of the clients of one run."""
 
     latencies_s: list[float] = field(default_factory=list)
     refused: int = 0
 
     @property
     def asked(self) -> int:
+        """The number of requests."""
         return len(self.latencies_s) + self.refused
 
     def summary(self) -> dict[str, float]:
+        """Return the percentiles of the latency, the share of refused requests, and the number of requests."""
         at = np.percentile(self.latencies_s, [50, 95, 99]) * 1e3 if self.latencies_s else [np.nan] * 3
         ms = dict(zip(("p50_ms", "p95_ms", "p99_ms"), map(float, at), strict=True))
         return {**ms, "refused": self.refused / max(1, self.asked), "asked": self.asked}
 
 
 class Replica:
-    """A queue and a device."""
+    """A simulated replica: a queue and a device."""
 
     def __init__(self, env: simpy.Environment, costs: Costs, outcome: Outcome, rng: random.Random) -> None:
+        """Start the replica. outcome: gets its results."""
         self.env, self.costs, self.outcome, self.rng = env, costs, outcome, rng
         self.waiting: list[float] = []
         self.running = 0
@@ -81,9 +89,11 @@ class Replica:
 
     @property
     def load(self) -> int:
+        """The number of waiting and running requests."""
         return len(self.waiting) + self.running
 
     def ask(self) -> None:
+        """Queue a request that arrives now, or refuse it."""
         if self.load >= self.costs.max_queue:
             self.outcome.refused += 1
             return
@@ -105,7 +115,7 @@ class Replica:
 
 
 def bursts(per_s: float, seconds: float, rng: random.Random) -> list[float]:
-    """When requests come, at `per_s` on average."""
+    """Return the arrival times of requests in seconds, with `per_s` requests per second on average."""
     share = BURST_S / (CALM_S + BURST_S)
     calm_per_s = per_s / (1 - share + share * BURST)
     times, now, is_burst = [], 0.0, False
@@ -121,7 +131,7 @@ def bursts(per_s: float, seconds: float, rng: random.Random) -> list[float]:
 
 
 def simulate(times: Sequence[float], replicas: int, costs: Costs, seed: int = 0) -> Outcome:
-    """Each request goes to the less loaded of two replicas picked at random."""
+    """Simulate replicas of which each request asks the less loaded of two random ones. times: the arrivals."""
     env, outcome, rng = simpy.Environment(), Outcome(), random.Random(seed)
     pool = [Replica(env, costs, outcome, rng) for _ in range(replicas)]
 
@@ -136,6 +146,7 @@ def simulate(times: Sequence[float], replicas: int, costs: Costs, seed: int = 0)
 
 
 def request_of(port: int) -> bytes:
+    """Return the bytes of a request for the server at this port."""
     side = CASE.side // 8
     body = photo_latents("astronaut", (1, 4, side, side))
     query = f"shape=1,4,{side},{side}&dtype=float16&do_scaling=True"
@@ -144,7 +155,7 @@ def request_of(port: int) -> bytes:
 
 
 async def replay(port: int, times: Sequence[float]) -> Outcome:
-    """The real server under these arrivals, each on a connection of its own."""
+    """Send requests to the real server at these times, each on a new connection."""
     outcome, request = Outcome(), request_of(port)
     started = time.perf_counter()
 
@@ -167,7 +178,7 @@ async def replay(port: int, times: Sequence[float]) -> Outcome:
 
 
 def measure(port: int, workers: int) -> Costs:
-    """From one client a worker, and from as many as the queue takes."""
+    """Measure the costs of a device, with one client per worker, and with as many clients as the queue accepts."""
 
     def ignore(index: int, body: bytes) -> None:
         return None
@@ -182,7 +193,7 @@ def measure(port: int, workers: int) -> Costs:
 
 
 def check(workers: int) -> tuple[Costs, list[dict[str, object]]]:
-    """The simulation's prediction beside the server, for loads below and above what it can do."""
+    """Compare the simulation with the real server, for loads below and above its capacity."""
     rows: list[dict[str, object]] = []
     devices = ",".join(["cpu"] * workers)
     with process(DEMO.parent.parent / "models.yaml", "--device", devices) as (url, _):
@@ -191,9 +202,8 @@ def check(workers: int) -> tuple[Costs, list[dict[str, object]]]:
         for load in LOADS:
             times = bursts(load * workers * costs.most_per_s, CHECK_S, random.Random(workers))
             real = asyncio.run(replay(port, times)).summary()
-            offered = len(times) / (
-                CHECK_S * workers * costs.most_per_s
-            )  # the bursts' share of 40 s is a matter of luck
+            # The real load, because the share of bursts in 40 s is random.
+            offered = len(times) / (CHECK_S * workers * costs.most_per_s)
             rows.append(
                 {"workers": workers, "load": offered, "real": real, "predicted": one_queue(times, workers, costs)}
             )
@@ -201,7 +211,7 @@ def check(workers: int) -> tuple[Costs, list[dict[str, object]]]:
 
 
 def one_queue(times: Sequence[float], workers: int, costs: Costs) -> dict[str, float]:
-    """Workers of one server share its queue, which is as long as theirs together: devices that look at one list."""
+    """Simulate the workers of one server, which share a queue with the places of all of them. Return the summary."""
     env, outcome, rng = simpy.Environment(), Outcome(), random.Random(0)
     pool = [Replica(env, costs, outcome, rng) for _ in range(workers)]
 
@@ -216,7 +226,10 @@ def one_queue(times: Sequence[float], workers: int, costs: Costs) -> dict[str, f
 
 
 def plan(costs: Costs, say: Callable[[str], None]) -> list[dict[str, float]]:
-    """For each number of replicas the most bursty load at which one request in a thousand is refused at most."""
+    """Return the highest load for each number of replicas at which at most one request in a thousand is refused.
+
+    say: called with each line of the table.
+    """
     rows = []
     for replicas in REPLICAS:
         seconds = max(60.0, 2000 / (replicas * costs.most_per_s))
@@ -230,6 +243,7 @@ def plan(costs: Costs, say: Callable[[str], None]) -> list[dict[str, float]]:
 
 
 def best_load(replicas: int, costs: Costs, seconds: float) -> float:
+    """Return the highest load, as a share of the capacity, at which at most one request in a thousand is refused."""
     low, high = 0.05, 1.0
     for _ in range(6):
         middle = (low + high) / 2
@@ -242,12 +256,13 @@ def best_load(replicas: int, costs: Costs, seconds: float) -> float:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="start servers, measure and check first")
-    parser.add_argument("--save", metavar="NAME", help="to benchmarks/results/NAME.json")
-    parser.add_argument("--load", metavar="NAME", default="scaling-cpu", help="costs of an earlier run")
-    parser.add_argument("--costs", nargs=2, type=float, metavar="MS", help="of a batch and of a picture, instead")
-    parser.add_argument("--max-batch", type=int, default=16, help="with --costs")
+    parser.add_argument("--measure", action="store_true", help="first start servers, measure their costs, and check")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--load", metavar="NAME", default="scaling-cpu", help="use the costs of an earlier run")
+    parser.add_argument("--costs", nargs=2, type=float, metavar="MS", help="use these costs per batch and per image")
+    parser.add_argument("--max-batch", type=int, default=16, help="the largest batch, with --costs")
     arguments = parser.parse_args()
     found: dict[str, object] = {}
     if arguments.measure:
@@ -267,14 +282,17 @@ def main() -> None:
         found |= saved
         costs = Costs(**saved["costs"]["1"])
     first_ms, each_ms = costs.first_s * 1e3, costs.each_s * 1e3
-    print(f"\na device: {first_ms:.1f} ms + {each_ms:.1f} ms a picture, {costs.most_per_s:.1f} a second")
-    print("\n| replicas | load | pictures a second | p50 ms | p99 ms |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"\na device: {first_ms:.1f} ms + {each_ms:.1f} ms per image, at most {costs.most_per_s:.1f} images per second"
+    )
+    print("\n| replicas | load | images per second | p50 ms | p99 ms |\n| --- | --- | --- | --- | --- |")
     found["plan"] = plan(costs, print)
     if arguments.save:
         (RESULTS / f"{arguments.save}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def print_checks(rows: Sequence[dict[str, object]]) -> None:
+    """Print the comparisons of the simulation with the real server as a table."""
     print("| workers | load | p50 ms real / predicted | p95 ms | p99 ms | refused |")
     print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:

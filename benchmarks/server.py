@@ -1,11 +1,11 @@
-"""This server beside the hosted design and LitServe: latency, throughput and memory, on the same weights in one run.
+"""Compare this server with the hosted design and with LitServe in latency, throughput and memory, on the same weights.
 
     python -m benchmarks.server [--cases tiny-64 tiny-256 demo-512] [--clients 1 4 16 64] [--seconds 2] [--save NAME]
 
-Every server is a process of its own on 127.0.0.1, asked by closed-loop clients of this process. A cell of the table is
-measured in rounds, one server after the other, so that a drift of the machine hits all alike; "bare" is a loop of
-decode and render in this process, without HTTP, in the same rounds. Every answer's status and length are checked, and
-from each cell one picture is compared with the bare decode.
+Every server runs in its own process on 127.0.0.1, and closed-loop clients in this process send requests to it. A cell
+of the table is measured in rounds, one server after the other, so that changes of the machine's speed affect all
+servers alike. "bare" is a loop of decode and render in this process, without HTTP, in the same rounds. The status and
+the length of every answer are checked, and one image of each cell is compared with the bare decode.
 
 `--save NAME` also writes benchmarks/results/NAME.json, which `benchmarks.plot_server` draws.
 """
@@ -42,7 +42,10 @@ BARE = "bare"
 
 @dataclass(frozen=True)
 class Row:
-    """One cell: `ratio` is the throughput against the bare loop's, `added_ms` the p50 above the bare loop's."""
+    """One cell of the table.
+
+    ratio: the throughput relative to the bare loop. added_ms: the difference of the medians to the bare loop.
+    """
 
     case: str
     answer: str
@@ -58,6 +61,7 @@ class Row:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["tiny-64", "tiny-256", "demo-512"])
     parser.add_argument("--answers", nargs="+", choices=ANSWERS, default=list(ANSWERS))
@@ -65,11 +69,11 @@ def main() -> None:
     names = (OURS, HOSTED, LIT, LIT_BATCHED, LIT_WORKERS)
     on_ray = (OURS_WORKERS, RAY, RAY_REPLICAS)
     parser.add_argument("--servers", nargs="+", choices=(*names, *on_ray), default=list(names))
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each cell, all rounds together")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time of each cell, for all rounds together")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no server stays behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended
     with tempfile.TemporaryDirectory() as folder:
         models_yaml = write_models(Path(folder))
         direct = Direct(load_settings(config=models_yaml))
@@ -81,11 +85,12 @@ def main() -> None:
             for case in arguments.cases:
                 rows += measure_case(direct, peers, case, arguments)
                 memory = {peer.name: {"rss": peer.rss_bytes(), "pss": peer.pss_bytes()} for peer in peers}
-                save(arguments.save, machine, memory, rows)  # a run that is cut short keeps what it has
+                save(arguments.save, machine, memory, rows)  # after each case, so that an aborted run keeps its results
     print_memory(memory)
 
 
 def save(name: str | None, machine: str, memory: dict[str, dict[str, int]], rows: Sequence[Row]) -> None:
+    """Write results/NAME.json, unless the name is None."""
     if name is None:
         return
     date, table = f"{datetime.now(UTC):%Y-%m-%d}", [asdict(row) for row in rows]
@@ -95,6 +100,7 @@ def save(name: str | None, machine: str, memory: dict[str, dict[str, int]], rows
 
 
 def measure_case(direct: Direct, peers: Sequence[Peer], case: str, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Measure all cells of a case, print them, and yield them."""
     counts = [count for count in arguments.clients if count <= CASES[case].most_clients]
     print_header(case, counts)
     for answer in arguments.answers:
@@ -106,10 +112,11 @@ def measure_case(direct: Direct, peers: Sequence[Peer], case: str, arguments: ar
     print()
 
 
-Cell = dict[str, list[Tally]]  # of each server, one a round
+Cell = dict[str, list[Tally]]  # the results of each server, one for each round
 
 
 def measure(work: Work, peers: Sequence[Peer], clients: int, seconds: float, rounds: int) -> Cell:
+    """Measure one cell, for all servers. Raises WrongAnswer."""
     cell: Cell = {name: [] for name in (BARE, *(peer.name for peer in peers))}
     lengths: dict[str, dict[int, int]] = {peer.name: {} for peer in peers}
     for _ in range(rounds):
@@ -128,9 +135,9 @@ def measure(work: Work, peers: Sequence[Peer], clients: int, seconds: float, rou
 
 
 def bare_loop(work: Work, seconds: float) -> Tally:
-    """Decode and render, back to back, of requests that are parsed already."""
+    """Decode and render requests that have already been parsed, one after the other."""
     direct, tally = work.direct, Tally()
-    direct.run(work.jobs[0])  # wakes the threads
+    direct.run(work.jobs[0])  # so that the threads are awake
     started, index = time.perf_counter(), 0
     while (sent := time.perf_counter()) < started + seconds:
         job = work.jobs[index % len(work.jobs)]
@@ -142,6 +149,7 @@ def bare_loop(work: Work, seconds: float) -> Tally:
 
 
 def rows_of(case: str, answer: str, clients: int, cell: Cell) -> Iterator[Row]:
+    """Yield a row for each server of a cell."""
     bare_per_s, bare_ms = per_second(cell[BARE]), [statistics.median(tally.latencies_ms) for tally in cell[BARE]]
     for server, tallies in cell.items():
         latencies = sorted(latency for tally in tallies for latency in tally.latencies_ms)
@@ -162,17 +170,20 @@ def rows_of(case: str, answer: str, clients: int, cell: Cell) -> Iterator[Row]:
 
 
 def per_second(tallies: Sequence[Tally]) -> float:
+    """Return the answers per second of several rounds."""
     return sum(len(tally.latencies_ms) for tally in tallies) / sum(tally.seconds for tally in tallies)
 
 
 def print_header(case: str, counts: Sequence[int]) -> None:
+    """Print the header of a case's table. counts: the numbers of clients."""
     columns = " | ".join(f"{count} client{'s' if count > 1 else ''}" for count in counts)
-    print(f"{case}: answers a second (times the bare loop), p50 / p99 in ms\n")
+    print(f"{case}: answers per second (relative to the bare loop), p50 / p99 in ms\n")
     print(f"| answer | server | added at 1 client, ms | {columns} | refused |")
     print("| --- " * (4 + len(counts)) + "|")
 
 
 def print_answer(answer: str, counts: Sequence[int], rows: Sequence[Row]) -> None:
+    """Print the rows of a kind of answer."""
     for server in dict.fromkeys(row.server for row in rows):
         own = [row for row in rows if row.server == server]
         added = "" if server == BARE or own[0].clients != 1 else f"{own[0].added_ms:.1f}"
@@ -182,13 +193,14 @@ def print_answer(answer: str, counts: Sequence[int], rows: Sequence[Row]) -> Non
 
 
 def print_memory(memory: dict[str, dict[str, int]]) -> None:
-    print("| server | memory of its processes, MB | shared pages by share, MB |\n| --- | --- | --- |")
+    """Print the memory of each server."""
+    print("| server | memory of its processes, MB | with shared pages divided, MB |\n| --- | --- | --- |")
     for name, sizes in memory.items():
         print(f"| {name} | {sizes['rss'] / 1e6:.0f} | {sizes['pss'] / 1e6:.0f} |")
 
 
 def machine_name(engine: str) -> str:
-    """What the numbers depend on; OpenMP's variables reach every server."""
+    """Return what the results depend on: the machine, the engine, and OpenMP's variables, which every server gets."""
     openmp = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(("OMP_", "GOMP_"))]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     facts = [f"{os.cpu_count()} cores", platform.machine(), f"torch {torch.__version__}", engine, *openmp]

@@ -1,4 +1,4 @@
-"""What is asked: cases, answers, requests, and whether an answer is the picture that was asked for. Knows no server."""
+"""The cases, the answers and the requests of `benchmarks.server`, and the checks of answers. Knows no server."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ from server.values import Request
 
 DEMO = SHIPPED_MODELS_YAML.parent / "server" / "demo"
 PHOTOS = ("astronaut", "chelsea", "coffee")
-FACTOR = 0.37304  # of the demo's latents, which the tiny model decodes too
-LEAST_PSNR_DB = 25.0  # of what two bf16 decodes of the same latents differ by
-LENGTH_TOLERANCE = 0.05  # a picture's bytes, when its last bits round otherwise
+FACTOR = 0.37304  # the scaling factor of the demo's latents, which the tiny model decodes too
+LEAST_PSNR_DB = 25.0  # two bf16 decodes of the same latents must be at least so similar
+LENGTH_TOLERANCE = 0.05  # the relative difference of two encoded images whose pixels are rounded differently
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model at a size. The large one's queue of 64 clients would take a minute a cell."""
+    """A model at a size.
+
+    side: the side of the image, in pixels.
+    most_clients: bounds the time of a cell. With the largest model, 64 clients would take a minute.
+    """
 
     model: str
     side: int
@@ -53,9 +57,10 @@ ANSWERS: dict[str, dict[str, str]] = {
 
 
 class Work:
-    """The requests of one case and answer: as bytes for a server, and as jobs for the bare loop."""
+    """The requests of one case and kind of answer, as bytes for a server and parsed for the bare loop."""
 
     def __init__(self, direct: Direct, case: Case, answer: str) -> None:
+        """Make the requests and the expected answers. answer: a key of ANSWERS."""
         self.direct = direct
         self.shape = (1, 4, case.side // 8, case.side // 8)
         self.answer = answer
@@ -80,19 +85,22 @@ class Work:
         return self.direct.parse(model, self._parameters(model), data, ANSWERS[self.answer]["Accept"])
 
     def check_length(self, index: int, body: bytes, lengths: dict[int, int]) -> None:
-        """Against the same server's first answer to the same latents: encoders differ between servers."""
+        """Compare the length of an answer with that of the first answer to the same latents. Raises WrongAnswer.
+
+        lengths: the lengths of the first answers of the same server, because servers use different encoders.
+        """
         wanted = lengths.setdefault(index, len(body))
         if abs(len(body) - wanted) > (0 if self.answer == "tensor" else LENGTH_TOLERANCE * wanted):
-            raise WrongAnswer(f"{len(body)} bytes where {wanted} came before")
+            raise WrongAnswer(f"an answer of {len(body)} bytes, the first one had {wanted}")
 
     def check_picture(self, index: int, body: bytes) -> None:
-        """Against the bare decode. Raises WrongAnswer."""
+        """Compare the image in an answer with the bare decode. Raises WrongAnswer."""
         quality = psnr(self.pixels(body), self.pixels(self.expected[index]))
         if quality < LEAST_PSNR_DB:
-            raise WrongAnswer(f"a picture {quality:.1f} dB from the bare decode")
+            raise WrongAnswer(f"the PSNR of an image is {quality:.1f} dB against the bare decode")
 
     def pixels(self, body: bytes) -> NDArray[np.float32]:
-        """In [0, 255]."""
+        """Return the pixels of an answer, in [0, 255]."""
         if self.answer != "tensor":
             return np.asarray(Image.open(io.BytesIO(body)), np.float32)
         dtype = {2: torch.bfloat16, 4: torch.float32}[len(body) // (3 * 64 * self.shape[2] * self.shape[3])]
@@ -101,7 +109,10 @@ class Work:
 
 
 def write_models(folder: Path) -> Path:
-    """The demo, and a decoder so small that what a server adds is what shows, with seeded random weights."""
+    """Write two models and their models.yaml into a folder, and return the models.yaml.
+
+    They are the demo, and a model with random weights that is so small that the costs of the server dominate.
+    """
     torch.manual_seed(0)
     tiny = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
@@ -120,11 +131,12 @@ def write_models(folder: Path) -> Path:
 
 
 def photo_latents(name: str, shape: Sequence[int]) -> bytes:
-    """The middle of a photograph's latents, float16."""
+    """Return the bytes of the middle of a photograph's latents, in float16."""
     latents = load_file(DEMO / "latents" / f"{name}.safetensors")["latents"]  # [1, 4, 64, 64]
     top, left = ((have - want) // 2 for have, want in zip(latents.shape[2:], shape[2:], strict=True))
     return latents[..., top : top + shape[2], left : left + shape[3]].contiguous().numpy().tobytes()
 
 
 def psnr(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Return the PSNR of two images in dB."""
     return 10 * math.log10(255**2 / max(1e-9, float(((one - other) ** 2).mean())))

@@ -1,7 +1,8 @@
-"""HunyuanVideo: the exact decoder beside diffusers' own, at its default temporal tiles and without them, alternating.
+"""Compare the exact decoder of HunyuanVideo with diffusers' own, with its default temporal tiles and without tiles.
 
-`python -m benchmarks.video [--device cpu] [--frames 17] [--size 256] [--repeats 1]`. The VAE has the published size and
-seeded random weights. The untiled float32 decode is the reference of quality; the default one differs by its blending.
+`python -m benchmarks.video [--device cpu] [--frames 17] [--size 256] [--repeats 1]`. The VAE has its published size,
+and random weights with a fixed seed. The float32 decode without tiles is the reference of quality. diffusers' default
+decode differs from it because it blends its tiles.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from server.values import Layout
 
 
 def full_size_vae() -> AutoencoderKLHunyuanVideo:
+    """Return a VAE of the published size with random weights, without its encoder."""
     torch.manual_seed(0)
     vae = AutoencoderKLHunyuanVideo()
     for module in vae.decoder.modules():
@@ -32,6 +34,8 @@ def full_size_vae() -> AutoencoderKLHunyuanVideo:
 
 
 def stock(vae: AutoencoderKLHunyuanVideo, is_tiled: bool) -> Variant:
+    """Return diffusers' own decode, with or without temporal tiles."""
+
     def decode(latents: Tensor) -> Tensor:
         vae.use_framewise_decoding = is_tiled
         sample: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
@@ -41,11 +45,12 @@ def stock(vae: AutoencoderKLHunyuanVideo, is_tiled: bool) -> Variant:
 
 
 def main() -> None:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=1, help="0: time the run that reads the memory")
+    parser.add_argument("--repeats", type=int, default=1, help="0: use the time of the run that measures the memory")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.backends.cudnn.allow_tf32 = False
@@ -71,12 +76,12 @@ def main() -> None:
     peaks, quality = {}, {}
     for name, decode in variants.items():
         started = time.perf_counter()
-        peaks[name], clip = peak_of(decode, latents, device)
+        peaks[name], video = peak_of(decode, latents, device)
         if not arguments.repeats:
             seconds[name].append(time.perf_counter() - started)
-        reference = clip.float().cpu() if reference is None else reference
-        quality[name] = psnr(clip.float().cpu(), reference)
-        del clip
+        reference = video.float().cpu() if reference is None else reference
+        quality[name] = psnr(video.float().cpu(), reference)
+        del video
     for _ in range(arguments.repeats):
         for name, decode in variants.items():
             seconds[name].append(timed(decode, latents, device))

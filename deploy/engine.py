@@ -1,4 +1,4 @@
-"""podman or docker by their command lines, which agree as far as they are used here."""
+"""Run podman or docker by their command lines, which are the same for everything that is used here."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ import click
 PROGRAMS = ("podman", "docker")
 IMAGE = "vae-decode-server"
 
-# As far as a container can be closed; the README tells to run it so.
+# The strictest flags for a container. The README recommends them.
 CLOSED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 
 
 class Failed(click.ClickException):
-    """A step or a check that did not come out as it must."""
+    """A command or a check has failed."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """program: podman or docker."""
+    """A container program. program: podman or docker."""
 
     program: str
 
     def run(self, *arguments: str) -> str:
-        """What the command prints. Raises Failed."""
+        """Run a command and return what it prints. Raises Failed."""
         ran = self._ran(*arguments, is_quiet=True)
         if ran.returncode:
             raise Failed(f"{self.program} {' '.join(arguments)}: exit {ran.returncode}\n{ran.stderr.strip()}")
         return ran.stdout.strip()
 
     def show(self, *arguments: str) -> None:
-        """Let the reader see what it prints. Raises Failed."""
+        """Run a command and show what it prints. Raises Failed."""
         if status := self._ran(*arguments, is_quiet=False).returncode:
             raise Failed(f"{self.program} {arguments[0]} exited with {status}")
 
     def succeeds(self, *arguments: str) -> bool:
+        """Run a command and return whether it succeeded."""
         return self._ran(*arguments, is_quiet=True).returncode == 0
 
     def logs(self, name: str) -> str:
-        """Both streams of a container."""
+        """Return what a container has written to stdout and stderr."""
         ran = self._ran("logs", name, is_quiet=True)
         return ran.stdout + ran.stderr
 
@@ -56,7 +57,7 @@ class Engine:
 
     @contextmanager
     def container(self, *flags: str, command: tuple[str, ...] = ()) -> Iterator[str]:
-        """A closed one that runs meanwhile. Yields its id."""
+        """Run a container of the image with the flags of CLOSED, and yield its id. Removes it at the end."""
         name = self.run("run", "--detach", *CLOSED, *flags, IMAGE, *command)
         try:
             yield name
@@ -65,8 +66,8 @@ class Engine:
 
 
 def engine_at_hand() -> Engine:
-    """Raises Failed."""
+    """Return the first container program that is installed. Raises Failed if there is none."""
     found = next(filter(shutil.which, PROGRAMS), None)
     if found is None:
-        raise Failed("there is neither podman nor docker; on Debian: apt-get install podman runc")
+        raise Failed("neither podman nor docker is installed; on Debian: apt-get install podman runc")
     return Engine(found)

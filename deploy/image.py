@@ -1,4 +1,4 @@
-"""Build the image and try it: `python -m deploy.image`. README.md beside this file says what that proves."""
+"""Build the image and test it: `python -m deploy.image`. README.md beside this file says what is tested."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ BASE_IMAGE, SUITE = "docker.io/library/python:3.11-slim", "bookworm"
 BASE_PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 BASE_ENVIRONMENT = ("PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8")
 
-# What may lie in a working copy, and must not come into the image.
+# Files that may be in a working copy and must not get into the image.
 STRAY = ("keys.txt", "server/.env", "server/vae.pt", "server/models/vae.safetensors", "server/__pycache__/old.pyc")
 
 
 def stand_in(engine: Engine) -> None:
-    """Debian's own Python 3.11 under the base image's name, for where no registry answers. Needs root."""
+    """Make an image with Debian's Python 3.11 and the name of the base image, for machines without a registry.
+
+    Needs root and debootstrap.
+    """
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # /tmp may be in memory
         root, archive = Path(folder) / "root", Path(folder) / "root.tar"
         subprocess.run(
@@ -41,14 +44,14 @@ def stand_in(engine: Engine) -> None:
 
 
 def tracked() -> list[str]:
-    """The working copy's files but those that git ignores."""
+    """Return the files of the working copy, except those that git ignores."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     return [name for name in listed.stdout.splitlines() if (REPOSITORY / name).is_file()]
 
 
 def write_context(folder: Path) -> None:
-    """The working copy, and what may lie around in one."""
+    """Copy the files of the working copy into a folder, and add the files of STRAY."""
     for name in (*tracked(), *STRAY):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name in STRAY:
@@ -58,29 +61,29 @@ def write_context(folder: Path) -> None:
 
 
 def wanted() -> set[str]:
-    """What the image's /app holds, beside compiled Python."""
+    """Return the files that the image must have in /app, except compiled Python."""
     alone = {"LICENSE", "constraints.txt", "handler.py", "models.yaml", "requirements.txt"}
     package = {name for name in tracked() if name.startswith("server/")}
     return alone | package - {"server/demo/train.py"}
 
 
 def report_size(engine: Engine) -> None:
-    """Of each layer that has one, the newest first, and of the whole."""
+    """Print the size of each layer that is not empty, the newest first, and the size of the image."""
     lines = engine.run("history", "--no-trunc", "--format={{.Size}}\t{{.CreatedBy}}", IMAGE).splitlines()
     for size, command in (line.split("\t", 1) for line in lines):
         if not size.startswith("0"):
             click.echo(f"{size}\t{command.rpartition('/bin/sh -c ')[2][:80]}")
     total = int(engine.run("image", "inspect", "--format={{.Size}}", IMAGE))
-    click.echo(f"{total / 1e6:.0f} MB\tin all")
+    click.echo(f"{total / 1e6:.0f} MB\tin total")
 
 
 @click.command()
-@click.option("--stand-in", "is_stand_in", is_flag=True, help=f"make {BASE_IMAGE} of Debian's own Python first")
+@click.option("--stand-in", "is_stand_in", is_flag=True, help=f"first make {BASE_IMAGE} from Debian's Python")
 @click.argument("build_flags", nargs=-1, metavar="[-- BUILD_FLAG...]")
 def main(is_stand_in: bool, build_flags: tuple[str, ...]) -> None:
-    """Build the image with podman or docker, say how large it is, run it, and see that it keeps its promises.
+    """Build the image with podman or docker, print its size, run it, and test it.
 
-    BUILD_FLAG: of podman build or docker build, such as --build-arg DEVICE=cuda.
+    BUILD_FLAG: a flag of podman build or docker build, such as --build-arg DEVICE=cuda.
     """
     engine = engine_at_hand()
     if is_stand_in:

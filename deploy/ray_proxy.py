@@ -1,6 +1,7 @@
-"""Around Ray's HTTP proxy: what it says by itself becomes the server's own JSON; what a front took along comes back.
+"""Middleware for Ray's HTTP proxy.
 
-The proxy calls `middlewares` if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it as Ray starts.
+It replaces the proxy's own error answers by the server's JSON, and sends a request again if its front process ended.
+The proxy calls `middlewares` if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it when Ray starts.
 """
 
 from __future__ import annotations
@@ -19,31 +20,38 @@ from server.errors import DeadlinePassed, ServerError, Unavailable
 from server.web.failures import as_json
 from server.web.request_scope import REQUEST_ID
 
-RAYS_OWN = "/-/"  # /-/healthz and /-/routes
-START_S = 30.0
-# A front is there again after some seconds. It may be the request that ends them, so not often.
+RAYS_OWN = "/-/"  # Ray's own routes: /-/healthz and /-/routes
+START_S = 30.0  # how long a request waits for a front to start
+# A front restarts within some seconds. There are few tries, because the request may be the reason why fronts end.
 TRIES, PAUSE_S = 2, 4.0
-KEPT_BYTES = 16 << 20  # of a body, for another try
+KEPT_BYTES = 16 << 20  # the largest body that is kept to be sent again
 
 ENDED = Unavailable("the process that had this request ended; send it again")
 NOT_THERE = Unavailable("the server is starting, or has no room for more requests; try again in a few seconds")
-TOO_LATE = DeadlinePassed("not done within the time that Ray's proxy allows; send fewer or smaller latents")
+TOO_LATE = DeadlinePassed(
+    "the request was not done within the time that Ray's proxy allows; send fewer or smaller latents or images"
+)
 
 
 def middlewares() -> list[Middleware]:
-    """For every request to a proxy."""
+    """Return the middleware for every request to a proxy."""
     return [Middleware(AroundProxy)]
 
 
 class BehindProxy:
-    """Around the front. The request id is the one that the proxy gave it, and the proxy sends that itself."""
+    """Middleware of the front. Removes X-Request-Id from answers, because the proxy sends the same id itself."""
 
     def __init__(self, app: ASGIApp, started: asyncio.Event) -> None:
-        """started: a front may take the place of one that ended; what Ray brings it meanwhile waits for its start."""
+        """Wrap an application.
+
+        started: set when the front has started. Decodes and encodes wait for it, because a front that replaces one that
+            ended gets requests immediately.
+        """
         self.app = app
         self._started = started
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -60,13 +68,16 @@ class BehindProxy:
         answering = asyncio.ensure_future(self.app(scope, leaving(receive, left), send_without))
         try:
             await asyncio.shield(answering)
-        except asyncio.CancelledError:  # by Ray: the client left
+        except asyncio.CancelledError:  # by Ray, because the client left
             left.set()
             await answering
 
 
 def leaving(receive: Receive, left: asyncio.Event) -> Receive:
-    """Of a client that leaves Ray cancels the work, or fails its next message: here that is a message, as elsewhere."""
+    """Return a `receive` that reports a client that has left with the message "http.disconnect", as uvicorn does.
+
+    Ray instead cancels the work or raises an error. left: set when Ray has cancelled the work.
+    """
 
     async def receive_or_leave() -> Message:
         tasks = asyncio.ensure_future(receive()), asyncio.create_task(left.wait())
@@ -83,12 +94,14 @@ def leaving(receive: Receive, left: asyncio.Event) -> Receive:
 
 
 class AroundProxy:
-    """A front that ends before it answers takes no request along: decodes and encodes may be run again."""
+    """Middleware of the proxy. Sends a decode or encode again if its front ended before it answered."""
 
     def __init__(self, app: ASGIApp) -> None:
+        """Wrap the proxy's application."""
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, up to 1 + TRIES times, and answer in JSON if it fails."""
         if scope["type"] != "http" or scope["path"].startswith(RAYS_OWN):
             await self.app(scope, receive, send)
             return
@@ -108,7 +121,7 @@ class AroundProxy:
             await as_json(error, headers["x-request-id"])(scope, receive, send)
 
     async def _failure(self, scope: Scope, body: Body, send: Send) -> ServerError | None:
-        """Pass the request on. Returns what went wrong, unless an answer was sent or nobody waits for one."""
+        """Pass the request on. Return what went wrong; None if an answer was sent or the client has left."""
         error: ServerError | None = ENDED
 
         async def send_ours(message: Message) -> None:
@@ -123,15 +136,20 @@ class AroundProxy:
 
 
 class Body:
-    """A request's messages, kept so that they can be read again from the start, unless they are too many."""
+    """The body of a request, which is kept so that it can be read again, unless it is larger than KEPT_BYTES.
+
+    is_client_gone: the client has left. is_forgotten: the body was too large to keep.
+    """
 
     def __init__(self, receive: Receive) -> None:
+        """Keep what `receive` returns."""
         self.is_client_gone = self.is_forgotten = False
         self._bytes = 0
         self._receive = receive
         self._kept: list[Message] = []
 
     def reader(self) -> Receive:
+        """Return a `receive` that begins with the first message."""
         place = 0
 
         async def receive() -> Message:
@@ -157,7 +175,7 @@ class Body:
 
 
 def patience_of(headers: MutableHeaders) -> float | None:
-    """What is no number is the front's to refuse."""
+    """Return X-Request-Timeout in seconds; None if it is not a number, which the front refuses."""
     try:
         return float(headers.get("x-request-timeout", ""))
     except ValueError:
@@ -165,7 +183,7 @@ def patience_of(headers: MutableHeaders) -> float | None:
 
 
 def _error_of(start: Message) -> ServerError | None:
-    """What an answer of the proxy's own means; None for an answer of the front's."""
+    """Return the error for an answer that the proxy itself made; None for an answer of the front."""
     status, kind = start["status"], MutableHeaders(scope=start).get("content-type", "")
     if status < 400 or kind.startswith("application/json"):
         return None

@@ -1,9 +1,9 @@
-"""The server on Ray Serve: a front that speaks HTTP, and replicas with a device each, fed by Ray's own router.
+"""The server on Ray Serve: a front that speaks HTTP, and replicas with one device each. Ray's router connects them.
 
 `serve run deploy.ray_serve:app` runs it on this machine, `serve run deploy/ray_serve.yaml` on GPUs. See ray.md.
 """
 
-# Without `from __future__ import annotations`: Ray reads the builder's argument's class off its annotation.
+# There is no `from __future__ import annotations`, because Ray reads the class of the arguments from the annotation.
 import asyncio
 import logging
 import os
@@ -38,42 +38,46 @@ log = logging.getLogger(__name__)
 
 
 class Arguments(BaseModel):
-    """`args` of the application. models_per_replica: a model's decoder and encoder count as two."""
+    """The `args` of the application.
+
+    config: a models.yaml, or a folder; None as for `serve`.
+    models_per_replica: how many decoders and encoders a replica keeps loaded.
+    """
 
     config: str | None = None
     models_per_replica: int = 4
 
 
 def app(arguments: Arguments) -> Application:
-    """The application of a models.yaml, by default of the one in the folder, else of the shipped one."""
-    load_settings(config=arguments.config)  # what is wrong with them ends the command that deploys
+    """Return the application. Raises ConfigError if the configuration is wrong."""
+    load_settings(config=arguments.config)  # so that a mistake ends the command that deploys
     replicas = VAE.bind(arguments.config, arguments.models_per_replica)  # type: ignore[attr-defined]  # by Ray's decorator
     front: Application = Front.bind(arguments.config, replicas)  # type: ignore[attr-defined]  # likewise
     return front
 
 
 def settings_of(config: str | None) -> Settings:
-    """As this replica's node has them, so that keys never pass through Ray. Raises ConfigError."""
+    """Read the settings on this node, so that API keys never pass through Ray, and start to log. Raises ConfigError."""
     settings = load_settings(config=config)
     write_logs(settings.options.log_level, settings.options.log_format)
     return settings
 
 
-# The front's log has a line for each request. A replica that ended is missed within HEALTH_S.
-HEALTH_S = 2
+HEALTH_S = 2  # Ray notices within this time that a replica has ended
 ALIKE: dict[str, Any] = {
-    "graceful_shutdown_timeout_s": 300,  # as long as a request may take; who has none ends at once
+    "graceful_shutdown_timeout_s": 300,  # the deadline of a request; a replica without requests ends immediately
     "health_check_period_s": HEALTH_S,
-    "logging_config": LoggingConfig(enable_access_log=False),
+    "logging_config": LoggingConfig(enable_access_log=False),  # the front logs a line for each request itself
 }
 
 
 @serve.deployment(max_ongoing_requests=4, **ALIKE)
 class VAE:
-    """A device. Of the few requests that Ray hands it, those that are alike run together."""
+    """A replica with one device. Ray gives it a few requests at a time, of which similar ones run in one batch."""
 
     async def __init__(self, config: str | None, models_per_replica: int) -> None:  # type: ignore[misc]  # Ray awaits it
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as it is loaded
+        """Start the device, and load the models with `preload` or `warmup`. Raises ConfigError, ModelUnavailable."""
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it when it is loaded
         from server.engine.local import LocalEngine, check_device
         from server.engine.worker import failure_of
 
@@ -92,7 +96,7 @@ class VAE:
                 await self._bring(id_of(CoderId(name)))
 
     async def run(self, message: bytes) -> AsyncIterator[bytes]:
-        """An Ask in; Replies out, one as it begins and one with the answer."""
+        """Run a request. message: an Ask. Yields a Reply when the device begins it, and one with the result."""
         ask = msgspec.msgpack.decode(message, type=Ask)
         begun = asyncio.Event()
         answer = asyncio.create_task(self._answer(ask.pending(), begun))
@@ -109,30 +113,31 @@ class VAE:
     async def _answer(self, pending: Pending, begun: asyncio.Event) -> bytes:
         pending.on_start = begun.set
         try:
-            # To its end, whoever leaves: Ray would go on telling of a load that was broken off.
+            # A load is not cancelled when its client leaves, because Ray would keep reporting the model as loaded.
             await asyncio.shield(self._bring(id_of(pending.coder)))
             return self._reply(result=await self._dispatcher.answer(pending))
-        except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
+        except Exception as error:  # noqa: BLE001  # nothing may escape from a replica: the front needs an answer
             return self._reply(failure=self._failure_of(error))
 
     async def describe(self, models: list[str], is_local_only: bool) -> AsyncIterator[bytes]:
-        """A Reply for each."""
+        """Read the config.json of some models. Yields a Reply for each."""
         for model in models:
             try:
                 yield self._reply(info=await self._dispatcher.describe(model, is_local_only=is_local_only))
-            except Exception as error:  # noqa: BLE001  # the border of a replica: every waiter is answered
+            except Exception as error:  # noqa: BLE001  # nothing may escape from a replica: the front needs an answer
                 yield self._reply(failure=self._failure_of(error))
 
     def _reply(self, **what: Any) -> bytes:
-        """Never an exception of Ray's: one of ours would lose its words in it."""
+        """Return a Reply. Errors are sent in it and not raised, because Ray would lose their arguments."""
         held = {name: info for name in self._settings.models for info in self._dispatcher.loaded(name)}
         return msgspec.msgpack.encode(Reply(self._name, held, **what))
 
 
 def multiplexed(engine: "LocalEngine", most: int) -> Callable[[str], Awaitable[str]]:
-    """Loads what a replica lacks; Ray knows what each has, and sends requests where their model is.
+    """Return a function that loads a coder by its name for Ray's model multiplexing.
 
-    What leaves, the engine decides: of as many it holds those used last, and so does Ray's list, about.
+    Through it, Ray learns which coders each replica has, and sends requests to replicas that have theirs. The engine
+    decides which coders to unload: it keeps the `most` recently used ones, and so does Ray's list, approximately.
     """
 
     async def bring(model_id: str) -> str:
@@ -144,8 +149,8 @@ def multiplexed(engine: "LocalEngine", most: int) -> Callable[[str], Awaitable[s
 
 
 def end(reason: str) -> None:
-    """End this process, which is the only way to end a decode that hangs; Ray starts another."""
-    log.critical("this replica is ended: %s", reason)
+    """End this process, which is the only way to end work that hangs. Ray starts another replica."""
+    log.critical("this replica ends: %s", reason)
     logging.shutdown()
     os._exit(1)
 
@@ -153,18 +158,21 @@ def end(reason: str) -> None:
 @serve.deployment(max_ongoing_requests=1000, max_queued_requests=1000, **ALIKE)
 @serve.ingress()
 class Front:
-    """The contract: parses, admits and answers, as the front process of `python -m server serve` does."""
+    """The HTTP side. It parses, admits and answers requests like the front process of `python -m server serve`."""
 
     def __init__(self, config: str | None, vae: DeploymentHandle[Any]) -> None:
+        """Make the service. vae: the handle of the replicas."""
         settings = settings_of(config)
         self._service = Service(settings, RayDevices(vae, list(settings.models)), Metrics())
 
     def __serve_build_asgi_app__(self) -> Starlette:
+        """Return the application that Ray serves."""
         started = asyncio.Event()
         app = create_app(self._service, started.set)
         app.add_middleware(BehindProxy, started=started)
         return app
 
     def check_health(self) -> None:
+        """Raise RuntimeError if the start failed, so that Ray replaces this front."""
         if self._service.state is State.FAILED:
             raise RuntimeError(f"the start failed: {self._service.failure}")

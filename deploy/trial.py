@@ -1,4 +1,4 @@
-"""Run the image as closed as a container can be, and see that it keeps its promises."""
+"""Test the image in containers with the strictest flags."""
 
 from __future__ import annotations
 
@@ -27,53 +27,60 @@ SAMPLE_SIZE = (512, 512)
 CONTRACT = (sys.executable, "-m", "tests.contract.__main__")
 
 USER, PORT = "10001", 8000
-# What the image's user may write: the volume, and what Debian itself leaves open.
+# The folders that the image's user may write to: the volume, and those that Debian itself leaves open.
 WRITABLE = ("/data", "/dev", "/proc", "/run/lock", "/sys", "/tmp", "/var/tmp")  # noqa: S108  # names, not files
-START_S = 120
-STOP_S = 10  # what `docker stop` grants
+START_S = 120  # the time in which the server must become healthy
+STOP_S = 10  # the time after which `docker stop` kills a container
 
 
 @dataclass(frozen=True)
 class Trial:
-    """files: what /app holds, beside compiled Python."""
+    """The tests of the image.
+
+    engine: the container program. files: the files that /app must contain, except compiled Python.
+    """
 
     engine: Engine
     files: set[str]
 
     def run(self) -> None:
-        """Raises Failed at the first promise that is not kept."""
+        """Run all checks. Raises Failed at the first one that fails."""
         self._check_files()
         self._check_shipped()
         self._check_mounted()
 
     @cached_property
     def _health(self) -> tuple[str, ...]:
-        """HEALTHCHECK's command."""
+        """The command of the image's HEALTHCHECK."""
         test = json.loads(self.engine.run("image", "inspect", "--format={{json .Config.Healthcheck.Test}}", IMAGE))
         return tuple(test[1:])
 
     def _check_files(self) -> None:
         inside = self._once("find", "/app", "-type", "f", "-not", "-name", "*.pyc").split()
         found = {path.removeprefix("/app/") for path in inside}
-        check(found == self.files, f"/app holds what it must and nothing else{sorted(found ^ self.files) or ''}")
+        check(found == self.files, f"/app contains the expected files and no others{sorted(found ^ self.files) or ''}")
         compiled = self._once("find", "/app", "-name", "*.pyc").split()
-        check(len(compiled) > len(self.files) / 2, f"{len(compiled)} modules are compiled ahead")
-        check(not any(path.endswith("old.pyc") for path in compiled), "none of them comes from the working copy")
+        check(len(compiled) > len(self.files) / 2, f"{len(compiled)} modules are compiled in the image")
+        check(not any(path.endswith("old.pyc") for path in compiled), "no compiled module is from the working copy")
         writable = self._once("find", "/", "-xdev", "-writable", "-not", "-type", "l").split()
-        check("/data" in writable, "the volume is the user's")
+        check("/data" in writable, "the user may write to the volume")
         open_paths = [path for path in writable if not path.startswith(WRITABLE)]
-        check(not open_paths, f"the user may write nowhere but under {', '.join(WRITABLE)}{open_paths or ''}")
+        check(not open_paths, f"the user may write only under {', '.join(WRITABLE)}{open_paths or ''}")
         command, *arguments = self._health
         is_healthy = self.engine.succeeds("run", "--rm", f"--entrypoint={command}", IMAGE, *arguments)
-        check(not is_healthy, "without a server it is not healthy")
+        check(not is_healthy, "without a server, the health check fails")
 
     def _once(self, *command: str) -> str:
-        """On a writable root, so that it is the modes that are tested. find's status tells what it may not read."""
+        """Run a command in a new container, and return what it prints.
+
+        The root is writable, so that the modes of the files are tested. The exit status is ignored, because find fails
+        for folders that it may not read.
+        """
         script = '"$@" 2>/dev/null || true'
         return self.engine.run("run", "--rm", "--entrypoint=sh", IMAGE, "-c", script, "sh", *command)
 
     def _check_shipped(self) -> None:
-        """CMD as it is, with the models of the image."""
+        """Test the image's own CMD with the image's own models."""
         with self.engine.container(f"--publish=127.0.0.1::{PORT}") as name:
             self._wait_until_healthy(name)
             self._check_process(name)
@@ -81,25 +88,25 @@ class Trial:
             self._check_end(name)
 
     def _check_mounted(self) -> None:
-        """A folder where hosting platforms mount a model."""
+        """Test with models that are mounted in the folders that hosting platforms use."""
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([*CONTRACT, "write", folder], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-            subprocess.run(["chmod", "-R", "a+rX", folder], check=True)  # weights are written for their owner alone
+            subprocess.run(["chmod", "-R", "a+rX", folder], check=True)  # weights are readable only by their owner
             self._check_contract(folder)
             self._check_sagemaker(folder)
 
     def _check_contract(self, folder: str) -> None:
-        """CMD as it is."""
+        """Run the contract suite against the image's own CMD, with models in /repository."""
         flags = (f"--volume={folder}:/repository:ro", f"--publish=127.0.0.1::{PORT}", "--env=HF_HUB_OFFLINE=1")
         with self.engine.container(*flags) as name:
             check(self._says_it_is_loading(name), "/health is 503 while the model is loaded")
             self._wait_until_healthy(name)
             ran = subprocess.run([*CONTRACT, "check", self._url(name), folder], cwd=REPOSITORY, check=False)
-            check(ran.returncode == 0, "/repository is found, and the contract holds")
+            check(ran.returncode == 0, "the models in /repository are found, and the contract suite passes")
             self._check_end(name)
 
     def _check_sagemaker(self, folder: str) -> None:
-        """Its argument, folder, port and routes, with the one variable that README tells to set."""
+        """Test SageMaker's argument, folder, port and routes, with the variable that README.md says to set."""
         flags = (f"--volume={folder}/sd:/opt/ml/model:ro", "--publish=127.0.0.1::8080", "--env=VAE_SERVER_PORT=8080")
         with self.engine.container(*flags, command=("serve",)) as name:
             self._wait_until_healthy(name)
@@ -108,13 +115,14 @@ class Trial:
             latents = base64.b64encode(bytes(4 * 8 * 8 * 2)).decode()
             body = {"inputs": latents, "parameters": {"shape": [1, 4, 8, 8], "dtype": "float16"}}
             answer = requests.post(f"{url}invocations", json=body, timeout=60)
-            check(answer.content.startswith(b"\xff\xd8"), "/opt/ml/model is found, and /invocations gives a JPEG")
+            check(answer.content.startswith(b"\xff\xd8"), "/opt/ml/model is found, and /invocations returns a JPEG")
 
     def _url(self, name: str, port: int = PORT) -> str:
+        """Return the URL of a container's port on this machine."""
         return f"http://{self.engine.run('port', name, str(port)).splitlines()[0]}/"
 
     def _wait_until_healthy(self, name: str) -> int:
-        """How many health checks failed before one succeeded."""
+        """Wait for a successful health check, and return how many failed before it. Raises Failed after START_S."""
         began, failures = time.monotonic(), 0
         while not self.engine.succeeds("exec", name, *self._health):
             failures += 1
@@ -125,7 +133,7 @@ class Trial:
         return failures
 
     def _says_it_is_loading(self, name: str) -> bool:
-        """Whether the first answer is a 503."""
+        """Return whether the first answer is a 503 that says that the server is loading."""
         began = time.monotonic()
         while time.monotonic() - began < START_S:
             with suppress(requests.RequestException):
@@ -135,10 +143,12 @@ class Trial:
         return False
 
     def _state(self, name: str) -> dict[str, object]:
+        """Return the state of a container."""
         state: dict[str, object] = json.loads(self.engine.run("inspect", "--format={{json .State}}", name))
         return state
 
     def _check_process(self, name: str) -> None:
+        """Check the user, the capabilities and the writable folders of the server's process."""
         lines = self.engine.run("exec", name, "cat", "/proc/1/status").splitlines()
         status = {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
         check(status["Name"] == ["python"], "the server is process 1")
@@ -146,7 +156,7 @@ class Trial:
         check(int(status["CapEff"][0], 16) == int(status["CapBnd"][0], 16) == 0, "it has no capabilities")
         for path, is_open in (("/data", True), ("/tmp", True), ("/app", False)):  # noqa: S108  # the container's
             wrote = self.engine.succeeds("exec", name, "touch", f"{path}/probe")
-            check(wrote is is_open, f"{path} is {'writable' if is_open else 'not'}")
+            check(wrote is is_open, f"{path} is {'writable' if is_open else 'not writable'}")
 
     def _check_decode(self, url: str) -> None:
         latents = read_latents(SAMPLE, None).tensor
@@ -164,10 +174,11 @@ class Trial:
         began = time.monotonic()
         self.engine.run("stop", f"--time={STOP_S}", name)
         seconds, status = time.monotonic() - began, self._state(name)["ExitCode"]
-        check(status == 0 and seconds < STOP_S, f"SIGTERM ends it: {seconds:.1f} s, exit {status}")
+        check(status == 0 and seconds < STOP_S, f"SIGTERM ends the server in {seconds:.1f} s with status {status}")
 
 
 def check(is_so: bool, sentence: str) -> None:
+    """Print the sentence if it is true. Raises Failed otherwise."""
     if not is_so:
-        raise Failed(f"not so: {sentence}")
+        raise Failed(f"this is not true: {sentence}")
     click.echo(f"ok: {sentence}")

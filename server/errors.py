@@ -1,4 +1,4 @@
-"""Every error of the server, one tree: its HTTP status, its stable code, whether a retry can help.
+"""All errors of the server in one tree, each with its HTTP status, its stable code and, for some, a Retry-After.
 
     ServerError 500 internal
     ├── BadRequest 400 bad_request
@@ -10,23 +10,33 @@
     ├── WrongHost 421 · Impossible 422 · HeadTooLarge 431
     ├── WorkerCrashed 500 worker_crashed
     ├── QueueFull 429 · Unavailable 503 (Broken, ModelUnavailable, TooManyConnections) · DeadlinePassed 504: try again
-    └── ConfigError: models.yaml, a flag or an environment variable; ends the process with exit status 2
 
-The text of an error is one sentence for its reader: what was wrong, what was expected, what to do next. It never holds
-a path, an address or a traceback; `ModelUnavailable.detail` and ConfigError may, they are for the operator.
+    ConfigError (not a ServerError): a mistake in models.yaml, a flag or an environment variable.
+        Ends the process with exit status 2.
+
+The text of an error is one sentence: what was wrong, what was expected, what to do next. Clients read it, so it never
+contains a path, an address or a traceback. `ModelUnavailable.detail` and ConfigError may contain them, because only the
+operator reads those.
 """
 
 from __future__ import annotations
 
 OUR_FAULT = "the server failed on this request"
-WHY_IN_LOG = "its log says why"
+WHY_IN_LOG = "the server's log says why"
 
 
 class ServerError(Exception):
-    """A request that ends without its answer. `str(error)` is the sentence the client reads.
+    """The base of all errors that a client is told. `str(error)` is the sentence that the client reads.
 
-    operator_task: what only the server's operator can do about it, as an infinitive. before_task: what joins it on.
-    in_log: what the server's log says more.
+    Without a sentence, the error is a fault of the server, and the client is told to have the operator read the log.
+
+    status: the HTTP status.
+    code: a word that never changes, for programs.
+    retry_after_s: the Retry-After header, in seconds; None for no header.
+    operator_task: what the operator of the server can do about the error, as an infinitive without "to": "raise
+        max_pixels in models.yaml". None if the operator can do nothing.
+    before_task: the text between the sentence and `operator_task`.
+    in_log: a clause that says what the server's log tells about the error, such as WHY_IN_LOG; None for nothing.
     """
 
     status = 500
@@ -37,17 +47,22 @@ class ServerError(Exception):
     in_log: str | None = None
 
     def __init__(self, *words: object, operator_task: str | None = None) -> None:
+        """Make the error. words: the sentence, or nothing. operator_task: replaces the task of the class."""
         super().__init__(*words)
         if operator_task is not None:
             self.operator_task = operator_task
 
     def told(self, *, to_operator: bool) -> str:
-        """Return the sentence: with what to do for the operator, with whom to ask or tell for anyone else."""
+        """Return the sentence, together with what the operator can do about the error.
+
+        to_operator: the reader is the operator, so the task is stated directly. Otherwise the sentence says to ask or
+            tell the operator.
+        """
         sentence, in_log = super().__str__(), self.in_log
         if not sentence:
             sentence, in_log = OUR_FAULT, "its log has the reason under this request_id"
         if in_log is not None:
-            return f"{sentence}; {in_log}" + ("" if to_operator else ", tell its operator")
+            return f"{sentence}; {in_log}" + ("" if to_operator else "; tell its operator")
         if self.operator_task is None:
             return sentence
         return sentence + self.before_task + ("" if to_operator else "ask its operator to ") + self.operator_task
@@ -57,95 +72,95 @@ class ServerError(Exception):
 
 
 class BadRequest(ServerError):
-    """Unreadable parameters."""
+    """A parameter, a header or the body cannot be read, or its value is not allowed."""
 
     status = 400
     code = "bad_request"
 
 
 class WrongLength(BadRequest):
-    """The body's byte count is not what shape and dtype need."""
+    """The body does not have the number of bytes that shape and dtype need."""
 
     code = "wrong_length"
 
 
 class WrongShape(BadRequest):
-    """The rank, the channels or the token count do not fit the model."""
+    """The number of axes, channels or tokens in `shape` does not fit the model."""
 
     code = "wrong_shape"
 
 
 class WrongChannels(WrongShape):
-    """Latents of another model's channels."""
+    """The latents have another number of channels than the model's."""
 
 
 class NonFiniteInput(BadRequest):
-    """NaN or Inf in the latents."""
+    """The tensor of the request contains NaN or infinity."""
 
     code = "nonfinite_input"
 
 
 class FreedMemory(BadRequest):
-    """The client sent memory that it had freed: a few values are not the tensor's."""
+    """The client sent memory that it had already freed, so a few values are not those of the tensor."""
 
     code = "freed_memory"
 
 
 class MalformedRequest(BadRequest):
-    """Not HTTP/1.1, or HTTP/1.1 that can be read in two ways."""
+    """The request is not valid HTTP/1.1, or can be read in two ways."""
 
     code = "malformed_request"
 
 
 class UpgradeRefused(BadRequest):
-    """WebSocket, HTTP/2 over cleartext, CONNECT."""
+    """The request asks for WebSocket, HTTP/2 without TLS, or CONNECT."""
 
     code = "upgrade_refused"
 
 
 class Unauthorized(ServerError):
-    """A key is required."""
+    """The request has no valid API key, and the server requires one."""
 
     status = 401
     code = "unauthorized"
 
 
 class NotFound(ServerError):
-    """No such route."""
+    """No route has this path."""
 
     status = 404
     code = "not_found"
 
 
 class UnknownModel(NotFound):
-    """No such model; the sentence lists the known ones."""
+    """No model has this name. The sentence lists the known names."""
 
     code = "unknown_model"
 
 
 class MethodNotAllowed(ServerError):
-    """The route exists, the method does not."""
+    """The path exists, but does not support this method."""
 
     status = 405
     code = "method_not_allowed"
 
 
 class NotAcceptable(ServerError):
-    """No representation that the client accepts."""
+    """The server cannot answer in any format that the client accepts."""
 
     status = 406
     code = "not_acceptable"
 
 
 class RequestTooSlow(ServerError):
-    """Head or body did not come in time."""
+    """The head or the body of the request did not arrive in time."""
 
     status = 408
     code = "request_too_slow"
 
 
 class TooLarge(ServerError):
-    """Body, pixels, frames or batch over a limit."""
+    """The body, or the number of pixels, frames or batch items, exceeds a limit."""
 
     status = 413
     code = "too_large"
@@ -153,13 +168,13 @@ class TooLarge(ServerError):
 
 
 class TooLargeForDevice(TooLarge):
-    """It does not fit the device's memory."""
+    """The request needs more memory than the device has."""
 
     code = "too_large_for_device"
 
 
 class CrossSite(ServerError):
-    """Sent by a web page of another origin, which may not use this server."""
+    """A web page of an origin that may not use this server sent the request."""
 
     status = 403
     code = "cross_site"
@@ -167,14 +182,14 @@ class CrossSite(ServerError):
 
 
 class UnsupportedBody(ServerError):
-    """A body type or encoding that is not read."""
+    """The server does not read this type or encoding of a body."""
 
     status = 415
     code = "unsupported_body"
 
 
 class WrongHost(ServerError):
-    """A name that this server does not answer for."""
+    """The Host header has a name that this server does not accept."""
 
     status = 421
     code = "wrong_host"
@@ -182,32 +197,33 @@ class WrongHost(ServerError):
 
 
 class Impossible(ServerError):
-    """Understood, and impossible."""
+    """The request is well-formed, but asks for something that cannot be done."""
 
     status = 422
     code = "impossible"
 
 
 class HeadTooLarge(ServerError):
-    """Request line and headers over their limit."""
+    """The request line and the headers are larger than their limit."""
 
     status = 431
     code = "head_too_large"
 
 
 class QueueFull(ServerError):
-    """Too many requests wait already."""
+    """The server holds as many requests, or as many bytes of requests, as it may."""
 
     status = 429
     code = "queue_full"
 
     def __init__(self, sentence: str, retry_after_s: int) -> None:
+        """Make the error. retry_after_s: when a retry may succeed, in seconds."""
         super().__init__(sentence)
         self.retry_after_s = retry_after_s
 
 
 class Unavailable(ServerError):
-    """Starting, draining, or out of workers."""
+    """The server is starting, is draining, or has no running worker."""
 
     status = 503
     code = "unavailable"
@@ -215,17 +231,23 @@ class Unavailable(ServerError):
 
 
 class Broken(Unavailable):
-    """Nothing can be served until the operator does something."""
+    """The server cannot serve this request until the operator has fixed something."""
 
     in_log = WHY_IN_LOG
 
 
 class ModelUnavailable(Broken):
-    """The model cannot be loaded. `str(error)` is for clients; `detail` may name paths and is for the operator."""
+    """A model cannot be loaded. `str(error)` is for the client, `detail` for the operator."""
 
     code = "model_unavailable"
 
     def __init__(self, model: str, detail: str, retry_after_s: int = 60) -> None:
+        """Make the error.
+
+        model: the model's name.
+        detail: why it cannot be loaded; may contain paths.
+        retry_after_s: how long the server will not try to load the model again, in seconds.
+        """
         super().__init__(f"the model '{model}' cannot be loaded on this server")
         self.model = model
         self.detail = detail
@@ -233,28 +255,29 @@ class ModelUnavailable(Broken):
 
 
 class WorkerCrashed(ServerError):
-    """The process that ran the request ended, twice."""
+    """Worker processes ended repeatedly while they had this request, so the server gave it up."""
 
     code = "worker_crashed"
     in_log = WHY_IN_LOG
 
 
 class TooManyConnections(Unavailable):
-    """More open connections than the server keeps."""
+    """The server already has as many open connections as it may."""
 
     code = "too_many_connections"
 
 
 class DeadlinePassed(ServerError):
-    """The request took longer than its deadline."""
+    """The request was not done before its deadline, or is estimated to take longer than that."""
 
     status = 504
     code = "deadline_passed"
 
     def __init__(self, sentence: str, retry_after_s: int | None = None) -> None:
+        """Make the error. retry_after_s: when a retry may succeed, in seconds; None if a retry does not help."""
         super().__init__(sentence)
         self.retry_after_s = retry_after_s
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used: the file, the key, what was expected."""
+    """The configuration cannot be used. The sentence names the file or option, the key, and what was expected."""

@@ -1,4 +1,4 @@
-"""What is told of a model, by `GET /models`, by `python -m server models` and by the table in README.md."""
+"""Describe models, for `GET /models`, for `python -m server models`, and for the table in README.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ INPUTS = {
 
 
 def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, Any]:
-    """One entry, as `GET /models` has it, but for what only a running server knows."""
+    """Return the entry of a model in `GET /models`, without what only a running server knows.
+
+    name: the name of the model. info: what its config.json says; None if it has not been read.
+    """
     entry = settings.models[name]
     known: dict[str, Any] = {
         "name": name,
@@ -47,20 +50,20 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
 
 
 def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:
-    """Two lines."""
+    """Return a description of a model in two lines of text. Parameters as for `listed`."""
     entry = settings.models[name]
     subfolder = f", subfolder {entry.subfolder}" if entry.subfolder else ""
     also = f" (also {', '.join(entry.aliases)})" if entry.aliases else ""
     first = f"{'*' if name == settings.default else ' '} {name:<18} {entry.repo}{subfolder}{also}"
     if info is None:
-        return f"{first}\n    not described here; its config.json is read with the first request"
+        return f"{first}\n    no description yet; the first request downloads and reads its config.json"
     facts = [*_facts(info.latents), *_rate(settings, name, info), _limits(settings, name, info)]
     facts += [*_licence(info), *_sizes(info.weights)]
     return f"{first}\n    {'; '.join(facts)}"
 
 
 def families_table(settings: Settings, infos: dict[str, ModelInfo]) -> str:
-    """Markdown, a row for models alike."""
+    """Return a Markdown table of models. Neighbours with the same class and latents share a row."""
 
     def alike(name: str) -> tuple[str, ...]:
         spec = infos[name].latents
@@ -83,12 +86,15 @@ def _ratios(spec: LatentSpec) -> str:
 
 
 def _facts(spec: LatentSpec) -> Iterator[str]:
-    yield f"{'clips' if spec.kind == 'video' else 'pictures'}, {_latents(spec)}, each of {_ratios(spec)}"
+    covered = f"{spec.vae_scale_factor}x{spec.vae_scale_factor} pixels"
+    if spec.temporal_compression_ratio > 1:
+        covered += f" of {spec.temporal_compression_ratio} frames"
+    yield f"{spec.kind}s, latents with {_latents(spec)}, each latent pixel covers {covered}"
     numbers = {"scaling_factor": spec.scaling_factor, "shift_factor": spec.shift_factor}
     said = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
     if spec.latents_mean is not None:
-        said.append("mean and deviation by channel")
-    yield ", ".join(said) or "statistics among the weights"
+        said.append("a mean and a standard deviation per channel")
+    yield ", ".join(said) or "statistics stored in the weights"
 
 
 def _rate(settings: Settings, name: str, info: ModelInfo) -> Iterator[str]:
@@ -111,8 +117,8 @@ def _sizes(weights: Weights | None) -> Iterable[str]:
     if weights is None:
         return
     if weights.is_here:
-        yield f"weights here, {weights.disk_mb} MB on disk"
+        yield f"weights on disk, {weights.disk_mb} MiB"
     else:
-        yield "not downloaded" + (f", at most {weights.disk_mb} MB" if weights.disk_mb is not None else "")
+        yield "not downloaded" + (f", at most {weights.disk_mb} MiB" if weights.disk_mb is not None else "")
     if weights.decoder_mb is not None:
-        yield f"{weights.decoder_mb} MB in memory to decode, {weights.encoder_mb} MB to encode, in {weights.dtype}"
+        yield f"{weights.decoder_mb} MiB in memory to decode, {weights.encoder_mb} MiB to encode, in {weights.dtype}"

@@ -1,4 +1,7 @@
-"""Log lines as text or as JSON objects, with what is known of their request. No client can break or forge a line."""
+"""Write log lines as text or as JSON objects, with the fields of their request.
+
+Control characters are escaped, so that no client can break a line or forge one.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,20 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-# What `extra` of a log call may hold, in this order. None of them is a payload, a key or a path.
+# The fields that `extra` of a log call may contain, in the order of the output. None is a payload, a key or a path.
 FIELDS = (
     *("request_id", "route", "model", "caller", "status", "code", "ms"),
     *("queue_ms", "size", "bytes_in", "bytes_out"),
 )
-# C0, DEL, C1 and the line and paragraph separators: what ends a line or moves a terminal's cursor.
+# C0, DEL, C1, and the line and paragraph separators. They can end a line or move the cursor of a terminal.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class TextFormatter(logging.Formatter):
-    """`TIME LEVEL LOGGER MESSAGE key=value …`; a traceback follows on lines of its own, indented."""
+    """Formats lines as `TIME LEVEL LOGGER MESSAGE key=value …`. A traceback follows in indented lines."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a log record."""
         line = [_time(record), record.levelname, record.name, _escaped(record.getMessage())]
         line += [f"{key}={value}" for key, value in _fields(record).items()]
         trace = self.formatException(record.exc_info) if record.exc_info else ""
@@ -29,9 +33,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line; json.dumps escapes the rest of what is not ASCII."""
+    """Formats each line as a JSON object, in ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the JSON of a log record."""
         line: dict[str, Any] = {"time": _time(record), "level": record.levelname, "logger": record.name}
         line |= {"message": record.getMessage(), **_fields(record)}
         if record.exc_info:
@@ -40,7 +45,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def write_logs(level: str, layout: str) -> None:
-    """Every logger's lines to stderr."""
+    """Write the lines of all loggers to stderr. level: the lowest level to write. layout: text or json."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if layout == "json" else TextFormatter())
     logging.getLogger("huggingface_hub").setLevel(max(logging.ERROR, logging.getLevelName(level.upper())))

@@ -1,4 +1,4 @@
-"""Fixtures: the small VAEs, and the server they are served by, a real uvicorn on a free port."""
+"""Fixtures: small VAEs, and a server that serves them, which is a real uvicorn on a free port."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.waiting import PATIENCE_S, until
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-# Those that take longest or start most processes: they begin first, so that none is left over at the end.
+# The test files that take longest or start most processes. They begin first, so that no slow file remains at the end.
 LONGEST = ("test_ray_serve", "test_load", "test_workers", "test_toolkit", "test_streaming", "test_serving_process")
 
 
@@ -42,8 +42,8 @@ def pytest_configure() -> None:
 def take_default_signals() -> None:
     """Make child processes start with default signals.
 
-    A shell's `make test &` ignores SIGINT and nohup ignores SIGHUP. Child processes inherit what is ignored, but not
-    what is handled, so these tests handle it and do nothing.
+    `make test &` in a shell ignores SIGINT, and nohup ignores SIGHUP. Child processes inherit ignored signals but not
+    handlers, so the tests replace an ignored signal by a handler that does nothing.
     """
     for ending in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         if signal.getsignal(ending) is signal.SIG_IGN:
@@ -51,9 +51,9 @@ def take_default_signals() -> None:
 
 
 def share_the_cores() -> None:
-    """Compute on one thread where several test processes run: small VAEs gain nothing by two.
+    """Compute on one thread, for runs with several test processes.
 
-    OpenMP's threads would wait for each other for most of the time.
+    Small VAEs gain nothing from a second thread, and OpenMP's threads would wait for each other most of the time.
     """
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -80,7 +80,11 @@ def models_yaml(vaes: dict[str, LocalVae]) -> Path:
 
 @contextmanager
 def running(settings: Settings, engine: Any = None, until_started: bool = True) -> Iterator[str]:
-    """The server's URL, while it runs in a thread of this process; engine: makes one of the settings and metrics."""
+    """Run a server in a thread of this process, and yield its URL.
+
+    engine: makes the engine from the settings and the metrics; by default, a LocalEngine.
+    until_started: wait until the server is READY or FAILED.
+    """
     started = threading.Event()
     listener = bind("127.0.0.1", 0)
     metrics = Metrics()
@@ -111,7 +115,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Serve other models or settings, for one test."""
+    """Start a server with a test's own models and flags. The first model is the default."""
     with ExitStack() as stack:
 
         def start(models: dict[str, Any], engine: Any = None, until_started: bool = True, **flags: Any) -> str:
@@ -124,7 +128,11 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 @pytest.fixture
 def one_core() -> Iterator[None]:
-    """The smallest VAE gains nothing by two, and OpenMP's threads wait for each other for seconds on a busy machine."""
+    """Compute on one thread.
+
+    The smallest VAE gains nothing from a second one, and on a busy machine OpenMP's threads wait for each other for
+    seconds.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

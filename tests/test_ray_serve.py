@@ -214,7 +214,7 @@ def test_nothing_is_lost_when_a_replica_is_killed_under_load(deployment: str, pa
         assert not answered.done()
         assert answered.result(300) == {200: 60}
     if deployment == "VAE":
-        assert "with a request in hand" in pair.log.read_text()
+        assert "while it had a request" in pair.log.read_text()
     pair.wait_for(deployment, count)
 
 

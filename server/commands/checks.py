@@ -1,4 +1,4 @@
-"""What `python -m server check` and `models` find out: configuration, device, weights, codecs, one real decode."""
+"""Check the configuration, the device, the weights and the codecs, and decode once, for `check` and `models`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..values import RawTensor
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of `check`."""
+    """One line of `check`. is_problem: the server cannot work as configured. text: what was found."""
 
     is_problem: bool
     text: str
@@ -35,15 +35,17 @@ class Finding:
 
 
 def ok(text: str) -> Finding:
+    """Return a finding that is no problem."""
     return Finding(False, text)
 
 
 def problem(text: str) -> Finding:
+    """Return a finding that is a problem."""
     return Finding(True, text)
 
 
 def describe_all(settings: Settings) -> dict[str, ModelInfo]:
-    """What is known of each model without the network; those of which nothing is are left out."""
+    """Return what is known of each model without the network. Models of which nothing is known are left out."""
     models, infos = LoadedModels(settings), {}
     for name in settings.models:
         with suppress(ModelUnavailable):
@@ -52,7 +54,7 @@ def describe_all(settings: Settings) -> dict[str, ModelInfo]:
 
 
 def check_all(settings: Settings) -> Iterator[Finding]:
-    """Everything that can be known without the network, in the order in which a start needs it."""
+    """Yield all findings that need no network, in the order in which the server needs them when it starts."""
     yield ok(f"configuration: {settings.source}, {len(settings.models)} models, default '{settings.default}'")
     yield _device(settings)
     yield from _codecs()
@@ -76,15 +78,18 @@ def _codecs() -> Iterator[Finding]:
         yield (
             ok(f"codec: Pillow has {codec}")
             if found
-            else problem(f"Pillow lacks {codec}: pip install --force-reinstall pillow")
+            else problem(f"codec: Pillow does not have {codec}; run: pip install --force-reinstall pillow")
         )
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-encoders"]
         has_x264 = "libx264" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (RuntimeError, OSError, subprocess.CalledProcessError):
-        yield problem("no ffmpeg runs: pip install --force-reinstall imageio-ffmpeg")
+        yield problem("codec: ffmpeg cannot be run; run: pip install --force-reinstall imageio-ffmpeg")
         return
-    yield ok("codec: ffmpeg has libx264") if has_x264 else problem("ffmpeg lacks libx264: unset IMAGEIO_FFMPEG_EXE")
+    if has_x264:
+        yield ok("codec: ffmpeg has libx264")
+    else:
+        yield problem("codec: ffmpeg does not have libx264; unset IMAGEIO_FFMPEG_EXE to use the bundled ffmpeg")
 
 
 def _weights(settings: Settings, name: str) -> Finding:
@@ -98,19 +103,23 @@ def _weights(settings: Settings, name: str) -> Finding:
     source = source_of(settings, name)
     is_needed = name == settings.default or settings.models[name].preload
     if source.local is None and not source.is_here() and not is_needed:
-        return ok(f"{name}: not downloaded yet; the first request will, or run `python -m server download {name}`")
+        return ok(f"{name}: not downloaded; the first request downloads it, or run `python -m server download {name}`")
     try:
         info = read_info(source, is_local_only=True)
         source.folder(is_local_only=True)
     except ModelUnavailable as error:
         return problem(error.detail)
     return ok(
-        f"{name}: weights here, {info.class_name}, family {info.latents.family}, {info.latents.channels} channels"
+        f"{name}: weights are on disk, {info.class_name}, family {info.latents.family}, "
+        f"{info.latents.channels} channels"
     )
 
 
 def _decodes(settings: Settings, name: str) -> Finding:
-    """A small latent through the whole path, unscaled with the model's own statistics; NaN weights show as NaN."""
+    """Decode small latents of zeros, unscaled with the model's statistics, and render the result.
+
+    Weights that are NaN show as a sample that is NaN.
+    """
     direct = Direct(settings)
     try:
         spec = direct.models.describe(name).latents
@@ -120,13 +129,15 @@ def _decodes(settings: Settings, name: str) -> Finding:
         latents = bytes(RawTensor.bytes_needed(shape, "float32"))
         sample = direct.run(direct.parse(name, parameters, latents, "*/*")).body
         if not is_finite(sample):
-            return problem(f"'{name}' decodes to NaN; are its weights damaged, or do they overflow its dtype?")
+            return problem(
+                f"'{name}' decodes to NaN; download its weights again, or set dtype: float32 in case they overflow"
+            )
         parameters |= {"output_type": "pil" if spec.kind == "image" else "mp4"}
         request = direct.parse(name, parameters, latents, "*/*")
         result = direct.run(request)
         body = direct.render(request, result).body
     except (ServerError, ConfigError) as error:
         return problem(f"'{name}' does not decode: {getattr(error, 'detail', error)}")
-    except RuntimeError as error:  # a codec's
-        return problem(f"'{name}' decodes, but its answer does not render: {error}")
-    return ok(f"'{name}' decodes: {result.device_ms:.0f} ms to {len(body)} bytes")
+    except RuntimeError as error:  # of a codec
+        return problem(f"'{name}' decodes, but the result cannot be rendered: {error}")
+    return ok(f"'{name}' decodes in {result.device_ms:.0f} ms; the answer has {len(body)} bytes")

@@ -1,4 +1,7 @@
-"""`python -m server`: serve, models, check, download, decode, encode. Only the commands that compute import torch."""
+"""The commands of `python -m server`: serve, models, check, download, decode, encode.
+
+Only the commands that decode or encode in this process, or look at weights, import torch.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Open files of the front process beside its connections: its own, its workers', and those of files that ffmpeg reads.
+# The open files of the front process in addition to its connections: its own files, the connections to its workers, and
+# the files that ffmpeg reads.
 OTHER_FILES = 40
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def options(*names: str) -> Callable[[Command], Command]:
-    """Flags made from ServerOptions' fields, so that each is described once; pydantic checks the values."""
+    """Return a decorator that adds options of `serve` to a command.
+
+    The flags are made from the fields of ServerOptions, so that each is described only once. pydantic checks values.
+
+    names: the options to add; all except `api_key` if none is given.
+    """
 
     def add(command: Command) -> Command:
         for name in reversed(names or [name for name in ServerOptions.model_fields if name != "api_key"]):
@@ -48,9 +57,10 @@ def options(*names: str) -> Callable[[Command], Command]:
 
 
 class OneSentence(click.Group):
-    """Every failure that a user can cause ends in one plain sentence and a non-zero exit, never a traceback."""
+    """A group of commands that report every failure that a user can cause in one sentence, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run a command. Exits with status 2 for a mistake in the configuration, 1 for other errors."""
         try:
             return super().invoke(ctx)
         except ConfigError as error:
@@ -62,6 +72,7 @@ class OneSentence(click.Group):
 
 
 def fail(sentence: str, status: int) -> NoReturn:
+    """Print an error and exit with this status."""
     click.echo(f"error: {sentence}", err=True)
     sys.exit(status)
 
@@ -69,17 +80,17 @@ def fail(sentence: str, status: int) -> NoReturn:
 @click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__)
 def main() -> None:
-    """A self-hosted VAE server. Point diffusers' remote_decode and remote_encode at it."""
+    """A self-hosted VAE server for diffusers' remote_decode and remote_encode."""
 
 
 @main.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @options()
 def serve(models: tuple[str, ...], **flags: Any) -> None:
-    """Serve the models of models.yaml, or just the named ones: the first then answers at /."""
-    # From the first import on, also as process 1 of a container; uvicorn takes over and hands the signal back.
+    """Serve all models of models.yaml, or only the named ones. The first named model answers at /."""
+    # Signals end the process from the beginning, also as process 1 of a container. Later uvicorn handles them.
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup's choice is kept
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that stays so
             signal.signal(ending, lambda *_: sys.exit(0))
     settings = load_settings(models, **flags)
     forget_keys()
@@ -89,10 +100,11 @@ def serve(models: tuple[str, ...], **flags: Any) -> None:
 
 
 def fit_connections(settings: Settings) -> Settings:
-    """Raise this process's limit of open files as far as `max_connections` needs it, else lower `max_connections`.
+    """Raise this process's limit of open files as far as `max_connections` needs it.
 
-    Past the limit the kernel's queue would be closed without an answer. Connections that are refused are open for a
-    moment too, see `REFUSED_SHARE`.
+    If the limit cannot be raised so far, return settings with a lower `max_connections`, and log a warning. Without
+    that, waiting connections would be closed without an answer when the limit is reached. Connections that are refused
+    are also open for a moment, see `REFUSED_SHARE`.
     """
     options = settings.options
     needed = OTHER_FILES + options.max_connections + options.max_connections // REFUSED_SHARE
@@ -114,7 +126,10 @@ def fit_connections(settings: Settings) -> Settings:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket before anything slow happens: who connects early waits. Raises ConfigError."""
+    """Return a listening socket, to be made before anything slow, so that early clients wait instead of failing.
+
+    Raises ConfigError if the address cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -129,7 +144,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run_server(settings: Settings, listener: socket.socket) -> None:
-    """Serve until a signal. Raises ModelUnavailable or ConfigError when what must be there is not."""
+    """Serve until a signal arrives.
+
+    Raises ModelUnavailable or ConfigError if a model or a device that is needed at the start cannot be used.
+    """
     from .. import ffmpeg
     from ..metrics import Metrics
     from ..scheduling.dispatcher import Dispatcher
@@ -139,7 +157,7 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     from ..workers.process import engines_for, start_forkserver
 
     start_forkserver()
-    with suppress(RuntimeError):  # images need none, and `check` tells that there is none
+    with suppress(RuntimeError):  # images need no ffmpeg, and `check` reports that there is none
         ffmpeg.executable()
     metrics = Metrics()
     dispatcher = Dispatcher(engines_for(settings, metrics), settings.options)
@@ -156,13 +174,13 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     try:
         server.run(sockets=[listener])
     finally:
-        dispatcher.kill()  # a second signal leaves no time for their own end
+        dispatcher.kill()  # after a second signal, the engines have no time to end by themselves
     if service.failure:
         raise service.failure
 
 
 def announce(settings: Settings, listener: socket.socket) -> None:
-    """What to paste into a client."""
+    """Print the address to use in a client, and a warning if everyone may use it."""
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
     others = [name for name in settings.models if name != settings.default]
@@ -170,11 +188,15 @@ def announce(settings: Settings, listener: socket.socket) -> None:
     if others:
         click.echo(f"       {url}NAME decodes with {', '.join(others)}", err=True)
     if not settings.api_keys and host not in ("127.0.0.1", "::1"):
-        click.echo("       anyone who reaches this address may decode: set --api-key-file", err=True)
+        click.echo(
+            "       every client that can reach this address may use it; to require keys, set --api-key-file", err=True
+        )
 
 
 @main.command()
-@click.option("--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", help="how to list")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", help="format of the list"
+)
 @options("config")
 def models(form: str, config: str | None) -> None:
     """List the models of models.yaml: latents, statistics, limits, licences, weights."""
@@ -196,7 +218,7 @@ def models(form: str, config: str | None) -> None:
 @click.argument("names", nargs=-1, metavar="[MODEL]...")
 @options("config", "device")
 def check(names: tuple[str, ...], config: str | None, device: str | None) -> None:
-    """Validate configuration, device, weights and codecs; say what to do about what is wrong."""
+    """Check the configuration, the device, the weights and the codecs, and decode once with each downloaded model."""
     from .checks import check_all
 
     problems = 0
@@ -211,7 +233,7 @@ def check(names: tuple[str, ...], config: str | None, device: str | None) -> Non
 @click.argument("names", nargs=-1, metavar="[MODEL]...")
 @options("config")
 def download(names: tuple[str, ...], config: str | None) -> None:
-    """Download weights ahead of serving, with a progress bar; all models of models.yaml unless some are named."""
+    """Download the weights of all models of models.yaml, or only of the named ones, with a progress bar."""
     from ..engine.weights.config_json import read_info
     from ..engine.weights.hub import source_of
 
@@ -222,7 +244,7 @@ def download(names: tuple[str, ...], config: str | None) -> None:
             read_info(source)
             click.echo(f"{name}: {(folder := source.folder())}")
             if (commit := source.commit_of(folder)) and not source.entry.revision:
-                click.echo(f"   to keep this version: revision: {commit}")
+                click.echo(f"   to pin this version, add to models.yaml: revision: {commit}")
         except ModelUnavailable as error:
             click.echo(f"error: {error.detail}", err=True)
             missed += 1
@@ -233,21 +255,21 @@ def download(names: tuple[str, ...], config: str | None) -> None:
 @main.command()
 @click.argument("latents", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--server", metavar="URL", help="decode there; default: in this process")
-@click.option("--model", help="name or alias in models.yaml; default: its default")
-@click.option("--key", help="the tensor's name in the file; default: 'latents', or the only one")
-@click.option("--height", type=int, help="the picture's height in pixels, for packed latents")
-@click.option("--width", type=int, help="the picture's width in pixels, for packed latents")
-@click.option("--num-frames", type=int, help="the clip's frames, for packed latents of clips")
+@click.option("--server", metavar="URL", help="decode on this server; default: decode in this process")
+@click.option("--model", help="name or alias of the model; default: the default model")
+@click.option("--key", help="name of the tensor in the file; default: 'latents', or the only tensor")
+@click.option("--height", type=int, help="height of the image in pixels, for packed latents")
+@click.option("--width", type=int, help="width of the image in pixels, for packed latents")
+@click.option("--num-frames", type=int, help="number of frames, for CogVideoX 1.5 and packed video latents")
 @click.option(
     "--scaled/--unscaled",
     default=True,
-    help="the latents are as a pipeline emits them (default) or as vae.decode takes them",
+    help="whether the latents are scaled, as pipelines return them (default), or unscaled, as vae.decode takes them",
 )
-@click.option("--quality", type=float, help="JPEG 1 to 100, MP4 1 to 10")
+@click.option("--quality", type=float, help="quality: JPEG 1 to 100, MP4 1 to 10")
 @options("config", "device", "fps")
 def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled: bool, **given: Any) -> None:
-    """Decode LATENTS (a .safetensors file) to OUT (.png, .jpg or .mp4)."""
+    """Decode LATENTS (a .safetensors or .latent file) to OUT (a .png, .jpg or .mp4 file)."""
     from .local_files import output_of, read_latents
 
     flags = {name: given.pop(name) for name in ("config", "device")}
@@ -272,19 +294,19 @@ def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled
 
 
 @main.command()
-@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--server", metavar="URL", help="encode there; default: in this process")
-@click.option("--model", help="name or alias in models.yaml; default: its default")
-@click.option("--seed", type=int, help="a sample of the posterior, with this seed; default: its mode")
+@click.option("--server", metavar="URL", help="encode on this server; default: encode in this process")
+@click.option("--model", help="name or alias of the model; default: the default model")
+@click.option("--seed", type=int, help="return a sample of the posterior with this seed; default: its mode")
 @click.option(
     "--scaled/--unscaled",
     default=True,
-    help="the latents are as a pipeline takes them (default) or as vae.encode gives them",
+    help="whether to scale the latents, as pipelines take them (default), or not, as vae.encode returns them",
 )
 @options("config", "device")
-def encode(picture: Path, out: Path, server: str | None, seed: int | None, scaled: bool, **given: Any) -> None:
-    """Encode PICTURE (.png, .jpg, .webp or .mp4) to latents in OUT (a .safetensors file)."""
+def encode(file: Path, out: Path, server: str | None, seed: int | None, scaled: bool, **given: Any) -> None:
+    """Encode FILE (a .png, .jpg, .webp or .mp4 file) to latents in OUT (a .safetensors file)."""
     from ..model_info import Direction
     from ..outputs.tensor import as_safetensors
     from ..values import RawTensor
@@ -292,9 +314,9 @@ def encode(picture: Path, out: Path, server: str | None, seed: int | None, scale
     flags = {name: given.pop(name) for name in ("config", "device")}
     parameters = {"do_scaling": scaled, **given, **({} if seed is None else {"sample": True, "seed": seed})}
     try:
-        data = picture.read_bytes()
+        data = file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{picture}: {error.strerror}") from None
+        raise ConfigError(f"{file}: {error.strerror}") from None
     if server:
         answer = _ask(server.rstrip("/") + "/encode", parameters, data, {})
         shape, dtype = tuple(json.loads(answer.headers["shape"])), answer.headers["dtype"]
@@ -306,6 +328,7 @@ def encode(picture: Path, out: Path, server: str | None, seed: int | None, scale
 
 
 def _write(out: Path, body: bytes) -> None:
+    """Write a file and print its size. Raises ConfigError."""
     try:
         out.write_bytes(body)
     except OSError as error:
@@ -314,27 +337,29 @@ def _write(out: Path, body: bytes) -> None:
 
 
 def _ask(server: str, parameters: dict[str, Any], data: bytes, headers: dict[str, str]) -> requests.Response:
+    """Send a request to a server, and return its answer. Raises ConfigError if it fails."""
     import requests
 
     try:
         response = requests.post(server, params=parameters, data=data, headers=headers, timeout=(10, None))
     except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
-        raise ConfigError(f"{server}: not an address; write http://{server}") from None
+        raise ConfigError(f"{server}: not a URL; write http://{server}") from None
     except requests.RequestException as error:
         raise ConfigError(f"{server}: no answer ({type(error).__name__}); is the server running?") from None
     if not response.ok:
         try:
             sentence = response.json()["error"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            sentence = f"status {response.status_code}; is this a VAE decode server?"
+            sentence = f"it answered with status {response.status_code}; is this a VAE decode server?"
         raise ConfigError(f"{server}: {sentence}")
     return response
 
 
 def _direct(settings: Settings, model: str | None) -> tuple[Direct, str]:
+    """Return what runs requests in this process, and the name of the model. Raises ConfigError for an unknown one."""
     from ..inprocess.direct import Direct
 
     name = settings.name_of(model) if model else settings.default
     if name is None:
-        raise ConfigError(f"no model '{model}' in {settings.source}; known: {', '.join(settings.models)}")
+        raise ConfigError(f"there is no model '{model}' in {settings.source}; known: {', '.join(settings.models)}")
     return Direct(settings), name

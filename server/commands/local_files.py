@@ -1,4 +1,4 @@
-"""The files of the commands `decode` and `encode`: latents to read, and output files by their suffix."""
+"""Read the latents of the command `decode`, and choose the format of its output by the suffix of the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from ..outputs import FORMATS
 
 
 def read_latents(path: Path, key: str | None) -> TensorFile:
-    """Return the latents in a file. key: name of the tensor; None as for `read_tensor`. Raises ConfigError."""
+    """Return the latents in a .safetensors or .latent file.
+
+    key: the name of the tensor; None for the one that `read_tensor` chooses. Raises ConfigError.
+    """
     try:
         return read_tensor(path.read_bytes(), key)
     except OSError as error:
@@ -22,7 +25,10 @@ def read_latents(path: Path, key: str | None) -> TensorFile:
 
 
 def output_of(path: Path) -> tuple[str, str]:
-    """Return the `Accept` and the `output_type` of a request whose answer is this kind of file. Raises ConfigError."""
+    """Return the `Accept` header and the `output_type` of a request whose answer is this kind of file.
+
+    Raises ConfigError for an unknown suffix.
+    """
     suffix = path.suffix.removeprefix(".").lower()
     encoded = [entry for entry in FORMATS if entry.is_encoded]
     chosen = next((entry for entry in encoded if suffix in entry.names), None)

@@ -1,4 +1,7 @@
-"""The configuration: models.yaml, VAE_SERVER_* and flags become one frozen Settings. Mistakes raise ConfigError."""
+"""Read the configuration from models.yaml, environment variables and flags into one frozen Settings.
+
+Every mistake in the configuration raises ConfigError.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,18 @@ from .models_yaml import ModelEntry, ModelsFile, Strict, check_name, parse_model
 from .options import REFUSED_SHARE, SLOWEST_BYTES_PER_S, USUAL_FPS, ServerOptions, read_options
 
 SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent.parent / "models.yaml"
-MOUNTED = (Path("/repository"), Path("/opt/ml/model"))  # Inference Endpoints and SageMaker put a model there
+MOUNTED = (Path("/repository"), Path("/opt/ml/model"))  # where Inference Endpoints and SageMaker mount a model
 
 
 class Settings(Strict):
-    """The whole configuration, checked."""
+    """The whole configuration, which has been checked.
+
+    options: the options of `serve`.
+    source: the models.yaml, or the folder with a VAE.
+    default: the name of the model at POST /.
+    models: the models by name.
+    api_keys: the accepted keys; without any, every client is accepted.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -29,22 +39,27 @@ class Settings(Strict):
     api_keys: tuple[ApiKey, ...] = ()
 
     def name_of(self, word: str) -> str | None:
-        """The model that a name or an alias means, whatever its case."""
+        """Return the name of the model that has this name or alias, in any case; None if there is none."""
         word = word.lower()
         return next((name for name, entry in self.models.items() if word in (name, *entry.aliases)), None)
 
     def fps_of(self, name: str) -> float:
-        """Return the frames per second of a model's MP4s where a request does not say them."""
+        """Return the frames per second of a model's MP4s, for requests that do not set them."""
         return self.options.fps or self.models[name].fps or USUAL_FPS
 
     def folder_of(self, name: str) -> Path | None:
+        """Return the local folder of a model; None if it is on the Hub."""
         return self.models[name].local_folder(self.source.parent)
 
 
 def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
-    """Flags over environment over models.yaml over defaults.
+    """Read the configuration. Flags take precedence over environment variables, and these over defaults.
 
-    only: names or aliases to keep, preloaded; the first becomes the default. Raises ConfigError.
+    only: names or aliases of models. If given, the settings contain only these models, all of them with `preload`, and
+        the first one is the default.
+    flags: options of `serve`; None counts as not given.
+
+    Raises ConfigError.
     """
     options = read_options({key: value for key, value in flags.items() if value is not None})
     try:
@@ -60,7 +75,7 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     known = settings.name_of(default)
     if known is None:
         raise ConfigError(
-            f"{source}: default: no model '{default}'{nearest(default, names)}; known: {', '.join(names)}"
+            f"{source}: default: there is no model '{default}'{nearest(default, names)}; known: {', '.join(names)}"
         )
     if not only:
         return settings.model_copy(update={"default": known})
@@ -68,32 +83,39 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     for word in only:
         name = settings.name_of(word)
         if name is None:
-            raise ConfigError(f"no model '{word}' in {source}{nearest(word, names)}; known: {', '.join(names)}")
+            raise ConfigError(
+                f"there is no model '{word}' in {source}{nearest(word, names)}; known: {', '.join(names)}"
+            )
         kept.append(name)
-    # Who names a model wants it ready, not at its first request.
+    # A model that is named should be ready at the start, not at its first request.
     models = {name: file.models[name].model_copy(update={"preload": True}) for name in kept}
     return settings.model_copy(update={"default": kept[0], "models": models})
 
 
 def _source(chosen: Path | None) -> Path:
-    """A models.yaml or a folder."""
+    """Return the models.yaml or the folder to read. chosen: the value of `--config`. Raises ConfigError."""
     if chosen is None:
         mounted = (folder for folder in MOUNTED if folder.is_dir() and any(folder.iterdir()))
         here = (file for file in (Path("models.yaml"),) if file.is_file())
         return next(iter((*mounted, *here, SHIPPED_MODELS_YAML))).resolve()
     if not chosen.exists():
-        raise ConfigError(f"{chosen}: no such file; --config names a models.yaml, or a folder with one or with a VAE")
+        raise ConfigError(
+            f"{chosen}: no such file; --config must name a models.yaml, or a folder that contains one or a VAE"
+        )
     return chosen.resolve()
 
 
 def _is_vae(folder: Path) -> bool:
-    """Whether its config.json is a model's of diffusers, not, say, a text encoder's."""
+    """Return whether a folder has the config.json of a diffusers model, and not, for example, of a text encoder."""
     config = folder / "config.json"
     return config.is_file() and b"_class_name" in config.read_bytes()
 
 
 def _models_of(source: Path) -> tuple[Path, ModelsFile]:
-    """The file or folder that names them, and the models: of a folder with a VAE that one alone, to load at start."""
+    """Return the models of a models.yaml or a folder, and the file or folder that they come from.
+
+    A folder with a VAE gives only this VAE, to be loaded at the start. Raises ConfigError.
+    """
     if not source.is_dir():
         return source, parse_models(source)
     for vae in (source, source / "vae"):
@@ -102,7 +124,8 @@ def _models_of(source: Path) -> tuple[Path, ModelsFile]:
     if (file := source / "models.yaml").is_file():
         return file, parse_models(file)
     raise ConfigError(
-        f"{source} has no config.json of a diffusers VAE, no vae/config.json and no models.yaml; put one of them there"
+        f"{source} contains no config.json of a diffusers VAE, no vae/config.json and no models.yaml; "
+        "put one of them there"
     )
 
 

@@ -1,4 +1,4 @@
-"""Sentences about a mistake in the configuration."""
+"""Describe mistakes in the configuration."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ ORIGIN = r"(null|[a-z][a-z0-9+.-]*://[^\s,/?#@]+)"
 ORIGINS = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
 PATTERNS = {
     DEVICE: "auto, cpu, mps, cuda or cuda:N",
-    DEVICES: "auto, cpu, mps, cuda or cuda:N, or several of cpu and cuda:N with commas",
+    DEVICES: "auto, cpu, mps, cuda or cuda:N, or several of cpu and cuda:N separated by commas",
     ROUTE: "a path that starts with /",
-    ORIGINS: "origins as browsers send them, such as https://app.example, with commas between them, or *",
+    ORIGINS: "origins as browsers send them, such as https://app.example, separated by commas, or *",
 }
-"""The patterns of values, and what each expects in words."""
+"""The patterns of values, and a description of what each accepts."""
 
 
 def expected(problem: Any) -> str:
-    """Return what pydantic expected, as `expected a valid integer`. problem: one of `ValidationError.errors()`."""
+    """Return what pydantic expected, such as "expected a valid integer". problem: one of `ValidationError.errors()`."""
     if problem["type"] == "string_pattern_mismatch":
         return f"expected {PATTERNS[problem['ctx']['pattern']]}"
     message = str(problem["msg"])

@@ -1,4 +1,4 @@
-"""models.yaml: its schema, and the errors of a file with the line and the key."""
+"""Read models.yaml. An error names the file, the line and the key."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ _LIMITS = {field.name: field for field in fields(Limits)}
 
 
 class Strict(BaseModel):
+    """The base of the configuration's classes: frozen, without unknown keys, without conversions of types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class ModelEntry(Strict):
-    """One entry under `models`."""
+    """One entry under `models`. docs/operations.md describes the keys."""
 
     repo: str = Field(min_length=1)
     subfolder: str | None = None
@@ -51,19 +53,23 @@ class ModelEntry(Strict):
 
     @property
     def decodes_exactly(self) -> bool:
-        """Whether an exact decoder may run it."""
+        """Whether this server's own decoder, which is exact and faster, may be used instead of diffusers'."""
         return self.decoder == "auto" and self.tiling == "none"
 
     def local_folder(self, base: Path) -> Path | None:
-        """The folder that `repo` names, relative to models.yaml; None for a hub id.
+        """Return the folder that `repo` names; None if it names a repository on the Hub.
 
-        A hub id is `owner/name`; what starts with `.`, `/` or `~`, or exists beside models.yaml, is a folder.
+        It names a folder if it starts with `.`, `/` or `~`, or if such a folder exists.
+
+        base: the folder of models.yaml, to which `repo` is relative.
         """
         folder = (base / os.path.expanduser(self.repo)).resolve()  # noqa: PTH111  # Path's raises for an unknown user
         return folder if self.repo.startswith((".", "/", "~")) or folder.is_dir() else None
 
 
 class ModelsFile(Strict):
+    """The content of models.yaml. default: a name or an alias; None for the first model."""
+
     default: str | None = None
     models: dict[str, ModelEntry] = Field(min_length=1)
 
@@ -80,14 +86,18 @@ class ModelsFile(Strict):
 
 
 def check_name(word: str) -> None:
-    """Raise ValueError unless `word` can be a model's name in a URL."""
+    """Raise ValueError unless `word` can be the name of a model in a URL."""
     if not re.match(NAME_PATTERN, word):
-        raise ValueError(f"'{word}' cannot be a model's name: use a-z, 0-9, '.', '_' and '-', at most 64")
+        raise ValueError(
+            f"'{word}' cannot be a model's name: use at most 64 characters from a-z, 0-9, '.', '_' and '-', "
+            "and begin with a letter or a digit"
+        )
     if word in RESERVED:
         raise ValueError(f"'{word}' cannot be a model's name: it is a route of the server")
 
 
 def parse_models(source: Path) -> ModelsFile:
+    """Read and check a models.yaml. Raises ConfigError."""
     try:
         node = yaml.compose(source.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         data = yaml.safe_load(source.read_text(encoding="utf-8"))
@@ -99,23 +109,25 @@ def parse_models(source: Path) -> ModelsFile:
     try:
         lines = _lines(node, source)
     except RecursionError:
-        raise ConfigError(f"{source}: an alias refers to what it stands in") from None
+        raise ConfigError(f"{source}: a YAML alias refers to a value that contains it") from None
     try:
         return ModelsFile.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         raise ConfigError(_sentence(error, source, lines)) from None
     except (TypeError, ValueError):
-        raise ConfigError(f"{source}: a key is not a text; write dates and numbers that are names in quotes") from None
+        raise ConfigError(
+            f"{source}: a key is not a string; write names that look like dates or numbers in quotes"
+        ) from None
 
 
 def _lines(node: yaml.Node | None, source: Path, path: KeyPath = ()) -> dict[KeyPath, int]:
-    """The line of every key. Raises ConfigError for a key that stands twice."""
+    """Return the line of every key and list item by its path. Raises ConfigError for a duplicate key."""
     lines = {path: node.start_mark.line + 1} if node else {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             place = (*path, str(key.value))
             if place in lines:
-                raise ConfigError(f"{source}:{key.start_mark.line + 1}: {_dotted(place)}: this key stands twice")
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}: {_dotted(place)}: this key is there twice")
             lines |= _lines(value, source, place) | {place: key.start_mark.line + 1}
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
@@ -124,7 +136,8 @@ def _lines(node: yaml.Node | None, source: Path, path: KeyPath = ()) -> dict[Key
 
 
 def _sentence(error: ValidationError, source: Path, lines: Mapping[KeyPath, int]) -> str:
-    # A key that is misspelt is often the one that is missing.
+    """Return the sentence about the first mistake. lines: the line of each key."""
+    # Unknown keys come first, because a misspelt key often explains a missing one.
     first = min(error.errors(), key=lambda each: each["type"] not in UNKNOWN)
     place = tuple(first["loc"])
     line = next((lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
@@ -140,6 +153,7 @@ def _sentence(error: ValidationError, source: Path, lines: Mapping[KeyPath, int]
 
 
 def _known_keys(place: KeyPath) -> Mapping[str, Any]:
+    """Return the keys that are known where an unknown one was found."""
     if len(place) == 1:
         return ModelsFile.model_fields
     return _LIMITS if "limits" in place[2:-1] else ModelEntry.model_fields

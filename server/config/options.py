@@ -1,4 +1,4 @@
-"""The options of `serve`: flags, environment variables, defaults."""
+"""The options of `serve`, which are read from flags and environment variables."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..errors import ConfigError
 from .mistakes import DEVICES, ORIGINS, ROUTE, expected
 from .paths import DECODE, HEALTH, RESERVED
 
-USUAL_FPS = 10.0  # as the hosted endpoint for videos
-SLOWEST_BYTES_PER_S = 64 << 10  # the rate at which a client must send or read, once its time of grace has passed
-REFUSED_SHARE = 4  # beside max_connections, a fourth as many may be open only to be told that they are refused
+USUAL_FPS = 10.0  # the same as the hosted endpoint for videos
+SLOWEST_BYTES_PER_S = 64 << 10  # the rate at which a client must send or read after its grace period
+REFUSED_SHARE = 4  # a quarter of max_connections more may be open for a moment, to get a refusal
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Route = Annotated[str, Field(pattern=ROUTE), AfterValidator(lambda path: path.rstrip("/") or "/")]
@@ -24,17 +24,18 @@ Origins = Annotated[str, Field(pattern=ORIGINS)]
 
 
 class ServerOptions(BaseSettings):
-    """Every flag of `serve`; the environment variable is VAE_SERVER_ and the name in capitals. A flag wins.
+    """The options of `serve`.
 
-    Where Vertex AI or SageMaker have a variable for the same thing, that is read last.
+    Each is a flag, and an environment variable whose name is VAE_SERVER_ and the name of the option in capitals. The
+    flag takes precedence. If Vertex AI or SageMaker have a variable for the same purpose, it is read last.
     """
 
     model_config = SettingsConfigDict(env_prefix="VAE_SERVER_", frozen=True, extra="ignore", populate_by_name=True)
 
     config: Path | None = Field(
         None,
-        description="models.yaml, or a folder with one or with a VAE; default: /repository or /opt/ml/model if a model "
-        "is mounted there, else the models.yaml in this folder, else the shipped one",
+        description="a models.yaml, or a folder that contains one or a VAE; default: /repository or /opt/ml/model if a "
+        "model is mounted there, else models.yaml in the current folder, else the one that comes with the server",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(
@@ -42,102 +43,130 @@ class ServerOptions(BaseSettings):
         ge=0,
         le=65535,
         validation_alias=AliasChoices("VAE_SERVER_PORT", "AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
-        description="port to listen on; 0 takes a free one",
+        description="port to listen on; 0 for any free port",
     )
     health_route: Route | None = Field(
         None,
         validation_alias=AliasChoices("VAE_SERVER_HEALTH_ROUTE", "AIP_HEALTH_ROUTE"),
-        description="one more path for GET /health",
+        description="additional path for GET /health",
     )
     predict_route: Route | None = Field(
         None,
         validation_alias=AliasChoices("VAE_SERVER_PREDICT_ROUTE", "AIP_PREDICT_ROUTE"),
-        description="one more path for POST /",
+        description="additional path for POST /",
     )
     device: str = Field(
         "auto",
         pattern=DEVICES,
-        description="auto, cpu, cuda, cuda:N or mps, or several with commas, each with a worker process of its own; "
-        "auto and cuda take every CUDA device",
+        description="auto, cpu, cuda, cuda:N or mps, or several separated by commas; each device gets its own worker "
+        "process; auto and cuda use every CUDA device",
     )
     threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of a worker's decode; default: the cores there are, shared by the CPU's workers",
+        description="CPU threads of each worker; default: all cores, divided among the workers on the CPU",
     )
     dtype: Dtype = Field(
-        "auto", description="auto, float32, float16 or bfloat16, for models whose entry names none; auto: by the device"
+        "auto",
+        description="auto, float32, float16 or bfloat16, for models whose entry sets no dtype; auto depends on the "
+        "device",
     )
     memory_budget_mb: int | None = Field(
-        None, ge=1, description="most memory a decode's activations may take, in MiB; default: what is free"
+        None,
+        ge=1,
+        description="maximum memory for activations, in MiB; default: the memory that is free",
     )
     model_memory_mb: int | None = Field(
-        None, ge=1, description="most memory that a device's models may take, in MiB; the least recently used leave"
+        None,
+        ge=1,
+        description="maximum memory for the models of a device, in MiB; the least recently used are unloaded",
     )
     max_loaded: int | None = Field(
-        None, ge=1, description="most decoders and encoders that a device holds; the least recently used leave"
+        None,
+        ge=1,
+        description="maximum number of decoders and encoders on a device; the least recently used are unloaded",
     )
-    idle_unload_s: float | None = Field(None, gt=0, description="unload a model that was not used for so long")
+    idle_unload_s: float | None = Field(
+        None, gt=0, description="unload a model that has not been used for so many seconds"
+    )
     max_queue: int = Field(
-        16, ge=1, description="requests that wait or are computed at a time, for each device; one more is 429"
+        16, ge=1, description="maximum number of waiting and running requests per device; beyond it: 429"
     )
-    max_batch: int = Field(16, ge=1, description="requests decoded together at most")
+    max_batch: int = Field(16, ge=1, description="maximum number of requests in a batch")
     max_queue_mb: int = Field(
-        1024, ge=1, description="bytes of accepted requests and their answers, in MiB; what comes over it is 429"
+        1024,
+        ge=1,
+        description="maximum memory for the bytes of accepted requests and their answers, in MiB; beyond it: 429",
     )
     batch_pixels: int = Field(
-        1 << 20, ge=1, description="pixels decoded together, of requests alike; larger ones are decoded alone"
+        1 << 20,
+        ge=1,
+        description="maximum number of pixels in a batch of several requests; a larger request gets its own batch",
     )
-    max_body_mb: int = Field(128, ge=1, description="largest request body, in MiB")
-    request_timeout_s: float = Field(300, gt=0, description="deadline of one request, in seconds; past it: 504")
-    hang_timeout_s: float = Field(600, gt=0, description="a decode that takes so long has hung: its worker is ended")
-    drain_timeout_s: float = Field(25, gt=0, description="after SIGTERM accepted requests have so long to finish")
+    max_body_mb: int = Field(128, ge=1, description="maximum size of a request's body, in MiB")
+    request_timeout_s: float = Field(300, gt=0, description="deadline of a request, in seconds; after it: 504")
+    hang_timeout_s: float = Field(
+        600, gt=0, description="restart a worker whose work makes no progress for so many seconds"
+    )
+    drain_timeout_s: float = Field(
+        25, gt=0, description="after SIGTERM, wait at most so many seconds for the accepted requests"
+    )
     drain_notice_s: float = Field(
-        0, ge=0, description="after SIGTERM new requests are answered 503 for at least so long"
+        0, ge=0, description="after SIGTERM, answer new requests with 503 for at least so many seconds"
     )
-    jpeg_quality: int = Field(75, ge=1, le=100, description="JPEG quality unless the request says one")
-    video_quality: float = Field(5, ge=1, le=10, description="MP4 quality unless the request says one; 5 is crf 25")
+    jpeg_quality: int = Field(75, ge=1, le=100, description="JPEG quality, if the request does not set it")
+    video_quality: float = Field(5, ge=1, le=10, description="MP4 quality, if the request does not set it; 5 is crf 25")
     fps: float | None = Field(
         None,
         gt=0,
         le=240,
-        description="frames per second of every MP4 unless the request says them; "
+        description="frames per second of every MP4, if the request does not set them; "
         f"default: the fps of the model in models.yaml, else {USUAL_FPS:g}",
     )
-    render_threads: int = Field(2, ge=1, description="threads that render JPEG, PNG and MP4")
+    render_threads: int = Field(2, ge=1, description="threads of each worker that render JPEG, PNG and MP4")
     allowed_hosts: str | None = Field(
         None,
-        description="Host names and addresses to answer for, with commas between them, or *; "
-        "default: on a loopback address loopback names alone, else any",
+        description="accepted Host names and addresses, separated by commas, or *; "
+        "default: only loopback names if the server listens on a loopback address, else any",
     )
     cors_origins: Origins | None = Field(
         None,
-        description="origins of web pages that may use the server, with commas between them, such as "
-        "https://app.example:8443, or *; default: pages of the server itself",
+        description="origins of web pages that may use the server, separated by commas, such as "
+        "https://app.example:8443, or *; default: only the server's own page",
     )
-    head_timeout_s: float = Field(10, gt=0, description="most time for a request's line and headers, in seconds")
+    head_timeout_s: float = Field(
+        10, gt=0, description="maximum time to receive a request's line and headers, in seconds"
+    )
     body_timeout_s: float = Field(
-        30, gt=0, description="most time for a request's body, in seconds, beside a second for each 64 KiB of it"
+        30, gt=0, description="maximum time to receive a body, in seconds, plus one second per 64 KiB"
     )
     send_timeout_s: float = Field(
-        30, gt=0, description="most time for a client to take its answer, in seconds, beside a second for each 64 KiB"
+        30, gt=0, description="maximum time for a client to read its answer, in seconds, plus one second per 64 KiB"
     )
-    max_connections: int = Field(800, ge=1, description="open connections, idle ones too; one more is answered 503")
+    max_connections: int = Field(
+        800, ge=1, description="maximum number of open connections, including idle ones; beyond it: 503"
+    )
     log_format: Literal["text", "json"] = Field("text", description="log lines as text or as JSON objects")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
-    api_key_file: Path | None = Field(None, description="file of accepted keys, a line each: KEY, or NAME: KEY")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lowest level of log lines: debug, info, warning or error"
+    )
+    api_key_file: Path | None = Field(None, description="file of accepted API keys, one per line: KEY, or NAME: KEY")
     api_key: SecretStr | None = Field(
-        None, description="accepted keys, with commas between them; by environment only, for process lists show flags"
+        None,
+        description="accepted API keys, separated by commas; not a flag, because process lists show flags",
     )
 
     @property
     def first_device(self) -> str:
-        """Where one process has all models."""
+        """The first device, which runs all models if there is only one process."""
         return self.device.split(",")[0]
 
 
 def read_options(flags: Mapping[str, Any]) -> ServerOptions:
-    """Return the options: flags over environment variables over defaults. Raises ConfigError."""
+    """Read the options. Flags take precedence over environment variables, and these over defaults.
+
+    flags: options by name. Raises ConfigError.
+    """
     try:
         options = ServerOptions(**flags)
     except ValidationError as error:
@@ -150,15 +179,15 @@ def read_options(flags: Mapping[str, Any]) -> ServerOptions:
 
 
 def _check_routes(options: ServerOptions) -> None:
-    """Raise ConfigError where one would take another route's place."""
+    """Raise ConfigError if an additional route would replace another route of the server."""
     for name, own in (("health_route", HEALTH), ("predict_route", DECODE)):
         path = getattr(options, name) or "/"
         if path.split("/")[1] in RESERVED - {own_path.split("/")[1] for own_path in own}:
-            raise ConfigError(f"{name}: {path} is another route of the server; choose a path of its own")
+            raise ConfigError(f"{name}: {path} is another route of the server; choose another path")
 
 
 def _variable_of(key: str) -> str:
-    """The environment variable that was read. key: a field's name, or the first of its aliases."""
+    """Return the environment variable that was read. key: the name of a field, or one of its aliases."""
     for field in ServerOptions.model_fields.values():
         choices = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else ()
         if key in choices:

@@ -1,4 +1,4 @@
-"""The paths of the routes. Whatever treats a path in a special way takes it from here."""
+"""The paths of the routes. All code that treats a path in a special way imports it from here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DECODE = ("/", "/predict", "/invocations")
 ENCODE = "/encode"
 
 PROBES = frozenset({*HEALTH, LIVE})
-"""Answered without a key, and by any address."""
+"""The health routes, which need no key and accept any IP address as Host."""
 
 RESERVED = frozenset(path.split("/")[1] for path in (*HEALTH, METRICS, MODELS, OPENAPI, *DECODE, ENCODE)) - {""}
-"""The first segments of these paths. No model can have such a name."""
+"""The first segments of all paths. A model cannot have such a name."""

@@ -1,4 +1,4 @@
-"""Bodies: a tensor's or a file's own bytes, or JSON with base64 in it.
+"""Read the body of a request: the bytes of a tensor or a file, or JSON that contains them in base64.
 
 A hostile body must not block the event loop, so nothing here holds the GIL for long. A JSON body of up to twice
 AROUND_BYTES is parsed whole. In a larger one only the part outside the string `inputs` is parsed, at most AROUND_BYTES
@@ -24,35 +24,46 @@ BINARY_BODIES = frozenset({"", "tensor/binary", "application/octet-stream"})
 JSON_BODIES = frozenset({"tensor/base64", "application/json"})
 
 AROUND_BYTES = 64 << 10
-DEEPEST = 8  # {"parameters": {"shape": [1, …]}} is 3 deep
-PIECE_BYTES = 256 << 10  # decoded within a millisecond
+DEEPEST = 8  # levels of nesting; {"parameters": {"shape": [1, …]}} has 3
+PIECE_BYTES = 256 << 10  # of base64; decoding so much takes less than a millisecond
 URL_PREFIX_BYTES = 256
 EXPECTED = 'expected {"inputs": "<base64 of the bytes>", "parameters": {…}}'
 NOT_BASE64 = "'inputs' is not base64; send base64.b64encode of the bytes"
 BACKSLASH = ord("\\")
-PADDING = {0: b"", 2: b"==", 3: b"="}  # by how many characters are left over
+PADDING = {0: b"", 2: b"==", 3: b"="}  # by the number of characters after the last group of four
 TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
 def is_json_body(content_type: str | None, content_encoding: str | None, *, may_be_file: bool = False) -> bool:
-    """Whether the body is JSON with base64 in it, or the bytes themselves. Raises UnsupportedBody."""
+    """Return True if the body is JSON that contains base64, False if it is the bytes themselves.
+
+    content_type, content_encoding: the headers; None if there is none.
+    may_be_file: the body may also be a file, which is recognized by its first bytes, whatever its type.
+
+    Raises UnsupportedBody for a type that the server does not read, and for a compressed body.
+    """
     if content_encoding and content_encoding.strip().lower() != "identity":
-        raise UnsupportedBody("compressed bodies are not read; send the bytes without Content-Encoding")
+        raise UnsupportedBody("the server does not read compressed bodies; send the body without Content-Encoding")
     media_type = (content_type or "").split(";")[0].strip().lower()
     if media_type in JSON_BODIES:
         return True
-    if may_be_file and not media_type.startswith("multipart/"):  # the bytes say what they are; curl calls all a form
+    if may_be_file and not media_type.startswith("multipart/"):  # curl declares every body as a form by default
         return False
     if media_type in BINARY_BODIES:
         return False
     if may_be_file:
-        raise UnsupportedBody("forms are not read; send the file itself as the body (curl: --data-binary @FILE)")
+        raise UnsupportedBody(
+            "the server does not read forms; send the file itself as the body (curl: --data-binary @FILE)"
+        )
     known = ", ".join(sorted((BINARY_BODIES | JSON_BODIES) - {""}))
     raise UnsupportedBody(f"the body's Content-Type is not one of {known}; send tensor/binary and the tensor's bytes")
 
 
 def check_length(job: Job, found: int) -> None:
-    """Raise WrongLength, with a guess at the mistake, unless a tensor of `found` bytes is what the job announces."""
+    """Raise WrongLength if a body of `found` bytes does not fit the shape and the dtype of the job.
+
+    The sentence of the error contains a guess at the mistake.
+    """
     needed = job.bytes_needed
     if found == needed:
         return
@@ -60,9 +71,9 @@ def check_length(job: Job, found: int) -> None:
     others = [name for name in known if RawTensor.bytes_needed(job.shape, name) == found]
     guess = f"was dtype={' or '.join(others)} meant?" if others else "check shape and dtype"
     if 0 < found - needed <= MOST_HEADER_BYTES:
-        guess += "; if the body is a .safetensors file, leave both out"
+        guess += "; if the body is a .safetensors file, leave shape and dtype out"
     sizes = "x".join(map(str, job.shape))
-    raise WrongLength(f"shape {sizes} of {job.dtype} needs {needed} bytes, the body has {found}; {guess}")
+    raise WrongLength(f"shape {sizes} of {job.dtype} needs {needed} bytes, but the body has {found}; {guess}")
 
 
 def with_data(job: Job, data: Bytes) -> Request:
@@ -86,7 +97,9 @@ def read_json(body: bytes | bytearray) -> tuple[bytes | bytearray, Mapping[str, 
         stand_in = secrets.token_hex(16)
         content = _parsed(b"".join((body[: place.start], stand_in.encode(), body[place.stop :])))
         if _text_of(content) != stand_in:
-            raise BadRequest(f"the JSON body has a text of more than {AROUND_BYTES} bytes beside 'inputs'; {EXPECTED}")
+            raise BadRequest(
+                f"the JSON body has a string of more than {AROUND_BYTES} bytes that is not 'inputs'; {EXPECTED}"
+            )
         encoded = memoryview(body)[place.start : place.stop]
     parameters = content.get("parameters") or {}
     if not isinstance(parameters, dict):
@@ -103,13 +116,13 @@ def read_base64(text: str) -> bytearray:
 
 
 def _parsed(around: bytes) -> dict[str, Any]:
-    """The JSON object without its long text. Raises BadRequest."""
+    """Parse a JSON object, whose long string has been replaced by a short one. Raises BadRequest."""
     try:
-        content = json.loads(around, strict=False)  # so that base64 may be wrapped
+        content = json.loads(around, strict=False)  # not strict: base64 that is wrapped contains line ends
     except (ValueError, RecursionError):
         raise BadRequest(f"the body is not JSON; {EXPECTED}") from None
     if not isinstance(content, dict):
-        raise BadRequest(f"the JSON body has no text 'inputs'; {EXPECTED}")
+        raise BadRequest(f"the JSON body has no string 'inputs'; {EXPECTED}")
     if _depth(content) > DEEPEST:
         raise BadRequest(f"the JSON body is nested more than {DEEPEST} levels deep; {EXPECTED}")
     return content
@@ -118,12 +131,12 @@ def _parsed(around: bytes) -> dict[str, Any]:
 def _text_of(content: dict[str, Any]) -> str:
     text = content.get("inputs")
     if not isinstance(text, str):
-        raise BadRequest(f"the JSON body has no text 'inputs'; {EXPECTED}")
+        raise BadRequest(f"the JSON body has no string 'inputs'; {EXPECTED}")
     return text
 
 
 def _depth(value: Any) -> int:
-    """How many containers are in each other, no further than is asked about."""
+    """Return how many levels of lists and objects are nested, or DEEPEST + 1 if there are more than DEEPEST."""
     level, depth = [value], 0
     while level and depth <= DEEPEST:
         inner = [each for each in level if isinstance(each, dict | list)]
@@ -133,9 +146,10 @@ def _depth(value: Any) -> int:
 
 
 def _longest_text(body: bytes | bytearray) -> slice:
-    """Where the longest text is; no further than AROUND_BYTES of other things are looked at.
+    """Return the place of the longest string in a JSON body, without its quotes.
 
-    Raises BadRequest where the others are more.
+    The search ends after AROUND_BYTES outside of that string. Raises BadRequest if the body has more than AROUND_BYTES
+    outside of it.
     """
     found, start = slice(0, 0), 0
     while (opening := body.find(b'"', start)) >= 0 and start - (found.stop - found.start) <= AROUND_BYTES:
@@ -145,14 +159,17 @@ def _longest_text(body: bytes | bytearray) -> slice:
         start = closing + 1
     if len(body) - (found.stop - found.start) > AROUND_BYTES:
         raise BadRequest(
-            f"the JSON body has more than {AROUND_BYTES} bytes beside the text of 'inputs'; {EXPECTED}, "
-            "or the tensor's own bytes with Content-Type: tensor/binary"
+            f"the JSON body has more than {AROUND_BYTES} bytes outside the string 'inputs'; {EXPECTED}, "
+            "or the tensor's bytes with Content-Type: tensor/binary"
         )
     return found
 
 
 def _closing_quote(body: bytes | bytearray, start: int) -> int:
-    """Where the text that begins at `start` ends, or the body does. Base64 has no escaped quotes: few are skipped."""
+    """Return the index of the quote that ends the string beginning at `start`; the body's length if there is none.
+
+    Escaped quotes are skipped only in the first AROUND_BYTES of the string, because base64 contains none.
+    """
     end = body.find(b'"', start)
     while end >= 0 and end - start <= AROUND_BYTES and _is_escaped(body, start, end):
         end = body.find(b'"', end + 1)
@@ -160,6 +177,7 @@ def _closing_quote(body: bytes | bytearray, start: int) -> int:
 
 
 def _is_escaped(body: bytes | bytearray, start: int, end: int) -> bool:
+    """Return whether an odd number of backslashes precedes the quote at `end` in the string beginning at `start`."""
     first = end
     while first > start and body[first - 1] == BACKSLASH:
         first -= 1
@@ -167,8 +185,9 @@ def _is_escaped(body: bytes | bytearray, start: int, end: int) -> bool:
 
 
 def _decoded(encoded: bytes | memoryview, *, is_escaped: bool) -> bytearray:
-    """The bytes of base64. is_escaped: it is the inside of a JSON text. Raises BadRequest."""
-    data, left, padding = bytearray(), b"", b""  # not of its final size: filling 100 MiB with zeros takes too long
+    """Decode base64 and return the bytes. is_escaped: it may contain JSON's escape sequences. Raises BadRequest."""
+    # The array grows piece by piece, because filling 100 MiB with zeros in one call would hold the GIL for too long.
+    data, left, padding = bytearray(), b"", b""
     try:
         for piece in _plain_pieces(_after_prefix(encoded), is_escaped):
             characters, equals, _ = piece.partition(b"=")
@@ -188,7 +207,10 @@ def _decoded(encoded: bytes | memoryview, *, is_escaped: bool) -> bytearray:
 
 
 def _after_prefix(encoded: bytes | memoryview) -> memoryview:
-    """Without `data:image/png;base64,`, as browsers' FileReader writes it. Raises ValueError."""
+    """Return what follows a prefix like `data:image/png;base64,`, which FileReader writes in browsers.
+
+    Raises ValueError for a data URL that is not in base64.
+    """
     begin, view = bytes(encoded[:URL_PREFIX_BYTES]), memoryview(encoded)
     if not begin.lower().startswith(b"data:"):
         return view
@@ -199,8 +221,8 @@ def _after_prefix(encoded: bytes | memoryview) -> memoryview:
 
 
 def _plain_pieces(encoded: memoryview, is_escaped: bool) -> Iterator[bytes]:
-    """Pieces of standard base64 without white space. Raises ValueError."""
-    held = b""  # the beginning of an escape that the next piece ends
+    """Yield the base64 in pieces, in the standard alphabet and without white space. Raises ValueError."""
+    held = b""  # the beginning of an escape sequence that may end in the next piece
     for start in range(0, len(encoded), PIECE_BYTES):
         piece = held + bytes(encoded[start : start + PIECE_BYTES])
         held = b""

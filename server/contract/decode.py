@@ -1,6 +1,6 @@
-"""Turn the parameters and `Accept` of a decode into a Job.
+"""Turn the parameters and the `Accept` header of a decode into a Job.
 
-Everything that can be refused without the tensor is refused here or by the family, before the body is received.
+Every mistake that can be seen without the tensor is refused here or by the family, before the body is received.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ BOTH_ROUTES = "latents are decoded at POST / or /{model}, images encoded there a
 
 @dataclass(frozen=True, slots=True)
 class RenderDefaults:
-    """The settings of the server that a request may override."""
+    """The settings of the server that a request may override.
+
+    fps: frames per second of a video. jpeg_quality: 1 to 100. video_quality: 1 to 10.
+    """
 
     fps: float = USUAL_FPS
     jpeg_quality: float = 75
@@ -44,7 +47,11 @@ def decode_job(
 ) -> Job:
     """Check everything except the bytes of latents to decode, and return the job.
 
-    parameters: must have `shape` and `dtype`. others: models that are suggested if the latents do not fit `info`.
+    parameters: must have `shape` and `dtype`.
+    accept: the `Accept` header; may be empty.
+    info: the model that decodes.
+    defaults: used for what the parameters do not say.
+    others: models that the error may suggest if the latents do not have the channels of `info`.
 
     Raises BadRequest, WrongShape, TooLarge, NotAcceptable, Impossible.
     """
@@ -77,18 +84,22 @@ def decode_job(
 
 
 def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, others: Iterable[ModelInfo]) -> Geometry:
-    """Raises WrongShape; of wrong channels it names the models that these latents fit."""
+    """Return the geometry of the latents.
+
+    Raises WrongShape. If only the number of channels is wrong, the error names the models that accept these latents.
+    """
     try:
         return FAMILIES[info.latents.family].decode_geometry(info.latents, shape, parameters)
     except WrongChannels as error:
         fitting = [other.name for other in others if _fits(parameters, shape, other)]
         if fitting:
-            raise WrongChannels(f"{error}; of this server's models {', '.join(fitting)} would take them") from None
+            raise WrongChannels(f"{error}; models of this server that accept them: {', '.join(fitting)}") from None
         raise WrongChannels(f"{error}; {BOTH_ROUTES}") from None
 
 
 def _fits(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo) -> bool:
-    if len(shape) == 4 and info.latents.kind == "video":  # it would, as clips of one frame
+    """Return whether a model accepts latents of this shape, and is worth suggesting for them."""
+    if len(shape) == 4 and info.latents.kind == "video":  # it accepts them as videos of one frame, which is not meant
         return False
     try:
         FAMILIES[info.latents.family].decode_geometry(info.latents, shape, parameters)
@@ -113,11 +124,11 @@ def _check_fits(geometry: Geometry, chosen: Format, layout: Layout, kind: Kind) 
     if chosen.max_side is not None and longest > chosen.max_side:
         raise Impossible(
             f"{geometry.height}x{geometry.width} does not fit a {chosen.names[0].upper()}, whose sides are at most "
-            f"{chosen.max_side} pixels; ask for output_type=pt"
+            f"{chosen.max_side} pixels; send output_type=pt"
         )
     if geometry.batch == 1 or layout is Layout.SAMPLE or (kind == "image" and not chosen.is_encoded):
         return
     what = f"one {chosen.names[0].upper()}" if chosen.is_encoded else "one tensor of frames"
     raise Impossible(
-        f"a batch of {geometry.batch} does not fit {what}; ask for output_type=pt, or send one request each"
+        f"a batch of {geometry.batch} does not fit {what}; send output_type=pt, or a request for each item of the batch"
     )

@@ -1,4 +1,4 @@
-"""Whole files as bodies: what their first bytes say they are, and whether a request is meant to be encoded."""
+"""Recognize whole files in bodies by their first bytes, and find out whether a request is a decode or an encode."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ NOT_READ = {
 
 
 def opened(parameters: Parameters, data: bytes | bytearray) -> tuple[Parameters, Bytes]:
-    """Return the tensor in a safetensors file and the parameters with its shape and dtype; other bytes as they are.
+    """Return the parameters with the shape and dtype of a safetensors file, and the bytes of its tensor.
 
-    The tensor of a ComfyUI .latent is already unscaled, so `do_scaling` is not looked at. Raises BadRequest for a
-    damaged file, UnsupportedBody for a NumPy, zip or pickle file.
+    Other parameters and bytes are returned unchanged. The tensor of a ComfyUI .latent file is already unscaled, so
+    `do_scaling` is ignored for it.
+
+    Raises BadRequest for a damaged file and for parameters that contradict it, UnsupportedBody for a NumPy, zip or
+    pickle file.
     """
     for begin, name in NOT_READ.items():
         if data.startswith(begin):
             raise UnsupportedBody(
-                f"the body is {name}, which is not read; send a .safetensors file, or the tensor's bytes "
+                f"the body is {name}, which the server does not read; send a .safetensors file, or the tensor's bytes "
                 "(array.tobytes()) with shape and dtype"
             )
     if not is_safetensors(data):
@@ -43,12 +46,15 @@ def opened(parameters: Parameters, data: bytes | bytearray) -> tuple[Parameters,
 
 
 def direction_of(parameters: Parameters, info: ModelInfo, data: Bytes | None, asked: Direction) -> Direction:
-    """Return the direction of a request that was sent to the address of `asked`.
+    """Return whether a request is a decode or an encode.
 
-    A request to a decode address is an encode if only that makes sense: for an image or MP4 file, and for a tensor of 3
-    channels if the model's latents have another number of channels.
+    A request to a decode route is an encode if it makes sense only as an encode: if the body is an image or MP4 file,
+    or if the tensor has 3 channels and the model's latents have another number of channels.
 
-    data: the body; None while it has not been received. Raises BadRequest for a shape that cannot be read.
+    data: the body; None if it has not been received yet.
+    asked: the direction of the route that the request was sent to.
+
+    Raises BadRequest for a shape that cannot be read.
     """
     if asked is Direction.ENCODE or _is_for_encoding(parameters, info, data):
         return Direction.ENCODE

@@ -1,4 +1,4 @@
-"""`Accept` and `output_type` to one of the FORMATS."""
+"""Choose the format of an answer by `Accept` and `output_type`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from ..model_info import Kind
 from ..outputs import FORMATS, Format
 from .parameters import DECIMAL, Parameters
 
-MOST_TYPES = 64  # of an `Accept` header that are read
+MOST_TYPES = 64  # media types of an `Accept` header that are read; the rest is ignored
 
 
 def choose_format(parameters: Parameters, output_type: str, accept: str, kind: Kind) -> tuple[Format, str]:
-    """`Accept` and `output_type` to a format and the media type to answer with. Raises NotAcceptable, BadRequest."""
+    """Return the format of the answer, and the media type to send with it.
+
+    parameters: `image_format` is read if `output_type` is pil and `kind` is image.
+    output_type: one of OUTPUT_TYPES.
+    accept: the `Accept` header; an empty one accepts everything.
+    kind: image or video.
+
+    Raises NotAcceptable if no format fits, BadRequest for an unknown `image_format`.
+    """
     usual = [entry for entry in FORMATS if output_type in entry.output_types and kind in entry.kinds]
     named = [entry for entry in FORMATS if output_type in entry.when_named and kind in entry.kinds]
     if output_type == "pil" and kind == "image":
@@ -36,17 +44,18 @@ def _no_format(output_type: str, kind: Kind, possible: list[Format]) -> str:
     types = ", ".join(media_type for entry in possible for media_type in entry.media_types)
     if kind == "video" and output_type == "pil":
         return (
-            f"this model decodes videos, which no picture format holds; use output_type=mp4 or pt, or Accept: {types}"
+            "this model decodes videos, and an image format cannot hold a video; "
+            f"send output_type=mp4 or pt, or Accept: {types}"
         )
     if kind == "image" and output_type == "mp4":
-        return "this model decodes pictures, not videos; use output_type=pil or pt"
-    return f"no representation of output_type={output_type} that Accept asks for; send one of {types}"
+        return "this model decodes images, not videos; send output_type=pil or pt"
+    return f"Accept names no media type that this request can be answered with; send one of {types}"
 
 
 def _usual_first(equals: list[str]) -> list[str]:
-    """Media types of equal preference, with what HTTP libraries always ask for last.
+    """Return media types of equal preference, with those that HTTP libraries send by default moved to the end.
 
-    axios sends `application/json, text/plain, */*` with every request, and means what `*/*` gives.
+    axios sends `application/json, text/plain, */*` with every request; such a client expects what `*/*` gives.
     """
     if "application/json" not in equals:
         return equals
@@ -55,9 +64,10 @@ def _usual_first(equals: list[str]) -> list[str]:
 
 
 def _preferences(accept: str) -> tuple[list[list[str]], set[str]]:
-    """Return the media types of an `Accept` header, and those refused with q=0; of their parameters only `q` is read.
+    """Return the media types that an `Accept` header accepts, and those that it refuses with q=0.
 
-    Types of equal preference are in one list, in their order; the lists are in the order of preference.
+    The accepted types are grouped: types of equal preference are in one list, in the order of the header, and the lists
+    are in the order of preference. `q` is the only parameter of a media type that is read.
     """
     ranked: list[tuple[float, str]] = []
     for part in dict.fromkeys((accept.strip() or "*/*").split(",")[:MOST_TYPES]):

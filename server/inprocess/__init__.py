@@ -1,1 +1,1 @@
-"""The server without a process of its own: one request by a function call, or inside another server's app."""
+"""Use the server inside another process: run one request by a function call, or serve inside another server's app."""

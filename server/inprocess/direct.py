@@ -20,6 +20,7 @@ class Direct:
     """
 
     def __init__(self, settings: Settings, models: LoadedModels | None = None) -> None:
+        """Prepare to run requests. models: the loaded models to use; None for new ones, of which none is loaded."""
         self.settings = settings
         self.models = models or LoadedModels(settings)
         self._infos: dict[str, ModelInfo] = {}
@@ -34,9 +35,12 @@ class Direct:
     ) -> Request:
         """Return the request that the server would make of these parameters and this body.
 
-        parameters: as in the query of a request. data: the bytes of a tensor, or a whole file. direction: of the
-        address that the request would be sent to. A request to a decode address that only makes sense as an encode is
-        an encode.
+        model: the name of the model.
+        parameters: those of the HTTP contract.
+        data: the bytes of a tensor, or a whole file.
+        accept: the `Accept` header.
+        direction: the direction of the route that the request would be sent to. As over HTTP, a decode that makes sense
+            only as an encode becomes an encode.
         """
         sent = contract.Parameters([], parameters)
         body: contract.Bytes = data

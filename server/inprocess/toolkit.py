@@ -1,6 +1,7 @@
-"""The whole server inside the app of Hugging Face's inference toolkit, which alone cannot speak the contract.
+"""Run the whole server inside the app of Hugging Face's inference toolkit.
 
-The toolkit refuses `tensor/binary`, keeps only the last `shape` of a query, and decodes one request at a time.
+The toolkit itself cannot serve the HTTP contract: it refuses `tensor/binary`, keeps only the last `shape` of a query,
+and decodes one request at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MODULE = "webservice_starlette"
 
 
 def running_app() -> Starlette | None:
-    """The toolkit's app while its start-up hook, on the event loop, makes the handler; None anywhere else."""
+    """Return the toolkit's app while its start-up hook makes the handler on the event loop; None in any other case."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -37,36 +38,43 @@ def running_app() -> Starlette | None:
 
 
 def take_over(app: Starlette, settings: Settings) -> LoadedModels:
-    """Serve every path. Returns the models, for who calls the handler.
+    """Replace all routes of the toolkit's app by those of the server, and return the server's models.
 
-    Returns at once: /health is 503 until the default model is loaded. A start that fails ends the process, as the
-    toolkit's own does.
+    Returns before anything is loaded: /health is 503 until the default model is loaded. If the start fails, the process
+    ends, as it does when a start of the toolkit itself fails.
     """
-    # Not worker processes: their fork server wants to be started before the event loop and its threads are, and torch
-    # is in this process anyway, for the toolkit imports it. One device is what an endpoint's replica has.
+    # There are no worker processes, because their fork server must be started before the event loop and its threads,
+    # and because the toolkit imports torch into this process anyway. A replica of an endpoint has one device.
     engine = LocalEngine(as_served(settings))
     service = Service(as_served(settings), Dispatcher([engine], settings.options), Metrics())
     ours = create_app(service, lambda: end_if_failed(service))
     app.router.routes[:] = [Mount("", ours)]
-    app.state.vae_server = asyncio.create_task(run(ours))  # the event loop itself keeps no task alive
+    app.state.vae_server = asyncio.create_task(run(ours))  # a reference, because the event loop keeps none
     return engine.host.models
 
 
 def as_served(settings: Settings) -> Settings:
-    """Ready means that the default model is loaded; and the toolkit listens on every address, whatever ours is."""
+    """Return settings in which the default model has `preload`, and the host is every address.
+
+    So the server is ready only when its default model is loaded. The toolkit listens on every address, whatever the
+    host is, so the server must not assume that it can only be reached from this machine.
+    """
     default = settings.models[settings.default].model_copy(update={"preload": True})
-    options = settings.options.model_copy(update={"host": "0.0.0.0"})  # noqa: S104  # whatever reaches the container
+    options = settings.options.model_copy(update={"host": "0.0.0.0"})  # noqa: S104  # the container bounds the access
     return settings.model_copy(update={"models": {**settings.models, settings.default: default}, "options": options})
 
 
 async def run(ours: Starlette) -> None:
-    """From start to close, which comes with the end of the event loop: by then uvicorn has answered what it took."""
+    """Run the lifespan of the server until the event loop ends. By then uvicorn has answered all accepted requests."""
     async with ours.router.lifespan_context(ours):
         await asyncio.Event().wait()
 
 
 def end_if_failed(service: Service) -> None:
-    """An endpoint that says `initializing` for ever would not tell its owner to read the log."""
+    """End the process if the start of the service failed.
+
+    Otherwise the endpoint would stay in the state "initializing", and nothing would tell its owner to read the log.
+    """
     if service.state is State.FAILED:
         log.critical("%s", getattr(service.failure, "detail", service.failure))
         signal.raise_signal(signal.SIGTERM)

@@ -25,30 +25,35 @@ from .load_failures import LoadFailures
 
 log = logging.getLogger(__name__)
 
-STAGED = 2  # batches in an engine: one on the device, one ready to be
-MAX_DEATHS = 2
-MAX_TRIES = 5
-STAGED_S = 0.25  # work that takes longer does not gain by being there early
-LOOK_AGAIN_S = 0.25  # while short work waits for its share beside long work
-WATCH_S = 1.0  # between two looks at whether a batch makes progress
+STAGED = 2  # the most batches in an engine: one on the device, and one that is ready to follow it
+MAX_DEATHS = 2  # the number of workers that may die while they compute a request, before it fails
+MAX_TRIES = 5  # the number of attempts that the death of a worker may end, before the request fails
+STAGED_S = 0.25  # a batch that takes longer gains nothing from being staged
+LOOK_AGAIN_S = 0.25  # the time until the next pump while requests wait and no batch can be given to an engine
+WATCH_S = 1.0  # the time between two checks of whether a batch makes progress
 
 
 def _holds(engine: Engine, coder: CoderId) -> bool:
+    """Return whether an engine has a coder loaded."""
     info = engine.loaded(coder.model)
     return info is not None and info.runs(coder.direction)
 
 
 def _may_run_beside(engine: Engine, coder: CoderId, batch: Batch) -> bool:
-    """Whether a loaded direction may run between the steps of a batch, which may be one of its own."""
+    """Return whether a loaded coder may run between the steps of a batch, which may be a batch of the same coder."""
     info = engine.loaded(coder.model)
     return coder != batch.coder or (info is not None and info.may_run_inside_itself(coder.direction))
 
 
 class Dispatcher:
-    """Feeds every engine from one queue. `pump` runs whenever something changed: it starts whatever can start."""
+    """The devices of this machine: gives the requests of one queue to several engines.
+
+    `pump` runs whenever something has changed, and starts all work that can start. The public methods are described in
+    `Devices`.
+    """
 
     def __init__(self, engines: Sequence[Engine], options: ServerOptions) -> None:
-        """engines: of the devices that are known; those that they find at their start join them."""
+        """Make a dispatcher. engines: those of the known devices; engines that they find when they start are added."""
         self.engines = list(engines)
         self.queue: Queue[Pending] = Queue(options.batch_pixels, options.max_batch)
         self.batches: dict[Engine, set[Batch]] = defaultdict(set)
@@ -59,11 +64,12 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start every engine, and those of the devices that they find. Raises ConfigError."""
-        for engine in self.engines:  # grows on the way
+        """Start every engine, and the engines of the devices that they find. Raises ConfigError."""
+        for engine in self.engines:  # the list grows in the loop
             self.engines += await engine.start(self.pump)
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
+        """Read a model's config.json. Without `is_local_only`, a failure counts as a failed load of both directions."""
         engines = self._engines_for(model)
         engine = max(engines, key=lambda engine: engine.is_alive)
         try:
@@ -76,17 +82,21 @@ class Dispatcher:
             raise
 
     async def load(self, model: str) -> None:
+        """Load a model's decoder on every engine that may run it."""
         for engine in self._engines_for(model):
             await engine.load(CoderId(model))
 
     def loaded(self, model: str) -> list[LoadedInfo]:
+        """Return one entry for each engine that has the model loaded."""
         return [info for engine in self.engines if (info := engine.loaded(model)) is not None]
 
     def load_failure(self, coder: CoderId) -> ModelUnavailable | None:
+        """Return why no running engine will load a coder for now; None if one has it or may try."""
         alive = [engine for engine in self._engines_for(coder.model) if engine.is_alive]
         return self._failures.find(alive, coder)
 
     async def answer(self, pending: Pending) -> RenderedResult:
+        """Queue a request and wait for its result. Cancelling removes it from the queue, or stops its work."""
         if failure := self.load_failure(pending.coder):
             raise failure
         self.queue.put(pending)
@@ -99,29 +109,35 @@ class Dispatcher:
 
     @property
     def is_alive(self) -> bool:
+        """Whether at least one engine is running."""
         return any(engine.is_alive for engine in self.engines)
 
     @property
     def count(self) -> int:
+        """The number of engines."""
         return len(self.engines)
 
     @property
     def waiting(self) -> int:
+        """The number of requests that no device has begun: those in the queue and those in staged batches."""
         staged = (pending for batch in self._all_batches() if not batch.started.done() for pending in batch.members)
         return len(self.queue) + sum(pending.is_wanted for pending in staged)
 
     @property
     def running(self) -> int:
+        """The number of requests that a device has begun and that have no answer yet."""
         return sum(
             pending.is_wanted for batch in self._all_batches() if batch.started.done() for pending in batch.members
         )
 
     @property
     def seconds_ahead(self) -> float:
+        """The estimated time, in seconds, until the engines have done all work that they have and that waits."""
         alive = [engine for engine in self.engines if engine.is_alive]
         return (self._seconds_running(alive) + sum(pending.seconds for pending in self.queue)) / max(1, len(alive))
 
     def pump(self) -> None:
+        """Fail the requests that cannot be served, give batches to the engines, and start loading needed models."""
         for late in self.queue.expire(asyncio.get_running_loop().time()):
             late.fail(DeadlinePassed("the request's deadline passed while it waited in the queue; try again later"))
         for coder in {pending.coder for pending in self.queue}:
@@ -133,11 +149,12 @@ class Dispatcher:
             self._load_what_waits(engine)
 
     def kill(self) -> None:
-        """End every engine at once."""
+        """End every engine immediately."""
         for engine in self.engines:
-            engine.kill("the server ends")
+            engine.kill("the server is shutting down")
 
     async def close(self) -> None:
+        """Cancel all work and close every engine."""
         if self._looking:
             self._looking.cancel()
         for task in list(self._tasks):
@@ -152,10 +169,14 @@ class Dispatcher:
         return chain.from_iterable(self.batches.values())
 
     def _uncomputed(self, engine: Engine) -> int:
+        """Return how many batches of an engine are on the device or staged."""
         return sum(not batch.computed.done() for batch in self.batches[engine])
 
     def _feed(self, engine: Engine) -> None:
-        """Jobs whose weights are not loaded stay queued, so that loading a model never blocks the device."""
+        """Give batches to an engine until it has STAGED of them or no batch is ready.
+
+        Requests whose weights are not loaded stay queued, so that loading a model never blocks the device.
+        """
 
         def is_there(coder: CoderId) -> bool:
             return engine.can_run(coder.model) and _holds(engine, coder)
@@ -168,6 +189,10 @@ class Dispatcher:
             self._spawn(self._run(engine, batch))
 
     def _next_batch(self, engine: Engine, is_there: Callable[[CoderId], bool]) -> Batch | None:
+        """Take the next batch for an engine from the queue; None if there is none to give it now.
+
+        is_there: returns whether the engine has a coder loaded.
+        """
         on_device = self._on_device(engine)
         if on_device is None:
             members = self.queue.take(is_there)
@@ -180,17 +205,22 @@ class Dispatcher:
             if members:
                 return Batch(members, beside=on_device)
         else:
-            # A partial batch may still grow while it waits, and a long one gains nothing by being staged.
+            # A batch that is not full may still grow while it waits, and a long batch gains nothing from being staged.
             members = self.queue.take(is_there, ahead_of_time_s=STAGED_S)
         if not members and self.queue:
             self._look_again()
         return Batch(members) if members else None
 
     def _on_device(self, engine: Engine) -> Batch | None:
+        """Return a batch of the engine that is running or staged; None if it has none."""
         return next((batch for batch in self.batches[engine] if not batch.computed.done()), None)
 
     def _look_again(self) -> None:
-        """Pump after a while: what the device works on may turn out to be long, or may have had its share by then."""
+        """Pump again after LOOK_AGAIN_S.
+
+        By then the batch on the device may have turned out to be long, so that short work may run between its steps; or
+        it may have used up its share, so that more short work may.
+        """
         if self._looking is None:
 
             def look() -> None:
@@ -200,50 +230,56 @@ class Dispatcher:
             self._looking = asyncio.get_running_loop().call_later(LOOK_AGAIN_S, look)
 
     def _seconds_running(self, engines: Sequence[Engine]) -> float:
+        """Return the estimated seconds that these engines still need for the batches that they have."""
         batches = chain.from_iterable(self.batches[engine] for engine in engines)
         return sum(batch.seconds_left for batch in batches if not batch.computed.done())
 
     def _seconds_before(self, pending: Pending) -> float:
-        """How long a pending in the queue will wait, by what is known of the engines that may run it."""
+        """Return the estimated seconds that a queued request will wait for the engines that may run it."""
         engines = [engine for engine in self._engines_for(pending.coder.model) if engine.is_alive]
 
         def may_come_first(other: Pending) -> bool:
             return any(engine.can_run(other.coder.model) and _holds(engine, other.coder) for engine in engines)
 
         short_s = max((self._short_s(engine, pending) for engine in engines), default=0.0)
-        if short_s:  # it runs between the steps of what is on a device, and only short work comes first
+        if short_s:  # it runs between the steps of a longer batch, so only other short work runs before it
             return self.queue.seconds_before(pending, lambda other: may_come_first(other) and other.seconds <= short_s)
         before = self.queue.seconds_before(pending, may_come_first)
         return (self._seconds_running(engines) + before) / max(1, len(engines))
 
     def _short_s(self, engine: Engine, pending: Pending) -> float:
-        """Return how long work may be, in seconds, to run beside an engine's batch; 0 if the request may not."""
+        """Return the most seconds that work may take to run between the steps of an engine's batch.
+
+        Returns 0 if this request may not run there.
+        """
         batch = self._on_device(engine)
         if batch is None or pending.seconds > batch.short_s or not _holds(engine, pending.coder):
             return 0.0
         return batch.short_s if _may_run_beside(engine, pending.coder, batch) else 0.0
 
     def _check_in_time(self, pending: Pending) -> None:
-        """Raise DeadlinePassed when by all that is known the pending cannot be done before its deadline."""
+        """Raise DeadlinePassed if even by the lowest estimate the request cannot be done before its deadline."""
         if not pending.least_seconds:
             return
         left_s = pending.deadline - asyncio.get_running_loop().time()
         waits_s = self._seconds_before(pending)
         if pending.least_seconds > left_s:
             raise DeadlinePassed(
-                f"this takes about {pending.least_seconds:.3g} s, its deadline is in {left_s:.3g} s; "
-                "send a smaller request, or allow more time with X-Request-Timeout or --request-timeout-s"
+                f"this request takes about {pending.least_seconds:.3g} s, but its deadline is in {left_s:.3g} s; "
+                "send a smaller request, or allow more time (X-Request-Timeout, or the server's --request-timeout-s)"
             )
         if waits_s + pending.least_seconds > left_s:
             raise DeadlinePassed(
-                f"about {waits_s:.3g} s of other requests come first and this takes about "
-                f"{pending.least_seconds:.3g} s, its deadline is in {left_s:.3g} s; try later, "
-                "or allow more time with X-Request-Timeout",
+                f"this request takes about {pending.least_seconds:.3g} s and waits about {waits_s:.3g} s for others, "
+                f"but its deadline is in {left_s:.3g} s; try again later, or allow more time with X-Request-Timeout",
                 retry_after_s=max(1, round(waits_s)),
             )
 
     def _load_what_waits(self, engine: Engine) -> None:
-        """A model that no engine has, or that this one lacks while it is idle."""
+        """Start to load the coders that queued requests need.
+
+        A coder is loaded if no engine has it and none is loading it, or if this engine is idle and does not have it.
+        """
         for coder in dict.fromkeys(pending.coder for pending in self.queue):
             if not engine.can_run(coder.model) or _holds(engine, coder) or self._failures.find([engine], coder):
                 continue
@@ -253,35 +289,36 @@ class Dispatcher:
                 self._spawn(self._load(engine, coder))
 
     def _is_coming(self, coder: CoderId) -> bool:
-        """Whether an engine has it, or soon will."""
+        """Return whether a running engine has a coder loaded or is loading it."""
         alive = (engine for engine in self.engines if engine.is_alive)
         return any(_holds(engine, coder) or (engine, coder) in self._loading for engine in alive)
 
     def _note_failure(self, engines: Sequence[Engine], coder: CoderId, error: ModelUnavailable) -> None:
-        """Remember a failed load, answer the requests that wait for it, and pump when the next attempt may begin."""
+        """Remember a failed load, fail the requests that only wait for it, and pump when the next attempt may begin."""
         for engine in engines:
             self._failures.note(engine, coder, error)
         self._fail_if_none_loads(coder)
         asyncio.get_running_loop().call_later(error.retry_after_s or 0, self.pump)
 
     def _fail_if_none_loads(self, coder: CoderId) -> None:
-        """Answer the members that wait for a direction that no engine will load for now."""
+        """Fail the requests that wait for a coder, if no engine will try to load it for now."""
         if failure := self.load_failure(coder):
             for pending in self._waiting_for(coder):
                 self.queue.remove(pending)
                 pending.fail(failure)
 
     async def _load(self, engine: Engine, coder: CoderId) -> None:
+        """Load a coder on an engine. Failures are remembered, not raised."""
         try:
             await engine.load(coder)
         except ModelUnavailable as error:
             log.error("%s", error.detail)
             self._note_failure([engine], coder, error)
-        except Unavailable:  # the worker died, perhaps of this load
+        except Unavailable:  # the worker died, perhaps because of this load
             for pending in self._waiting_for(coder):
                 self._count_death(pending)
-        except Exception as error:  # the border of a load: every waiter is answered
-            log.exception("%s failed to load", coder.model)
+        except Exception as error:  # nothing may escape from a load: the waiting requests must be answered
+            log.exception("the model '%s' failed to load", coder.model)
             self._note_failure([engine], coder, ModelUnavailable(coder.model, f"{coder.model}: {error!r}"))
         finally:
             self._loading.discard((engine, coder))
@@ -291,6 +328,7 @@ class Dispatcher:
         return [pending for pending in self.queue if pending.coder == coder]
 
     async def _run(self, engine: Engine, batch: Batch) -> None:
+        """Run a batch on an engine, and make sure that each of its requests is answered or tried again."""
         batch.computed.add_done_callback(lambda _: self.pump())
         watch = self._spawn(self._watch(engine, batch))
         try:
@@ -298,9 +336,9 @@ class Dispatcher:
             self._note_failed_load(engine, batch)
         except WorkerDied:
             self._retry(batch)
-        except Exception as error:  # the border of a batch: every waiter is answered
+        except Exception as error:  # nothing may escape from a batch: its requests must be answered
             if not isinstance(error, ServerError):
-                log.exception("an engine failed")
+                log.exception("an engine failed while it ran a batch")
             for pending in batch.members:
                 pending.fail(error)
         finally:
@@ -309,7 +347,10 @@ class Dispatcher:
             batch.note_computed()
 
     def _note_failed_load(self, engine: Engine, batch: Batch) -> None:
-        """A model may have been unloaded after its members were taken, and fail to load again."""
+        """Remember a failed load that happened inside a batch.
+
+        That is possible because a model may be unloaded after its requests were taken from the queue.
+        """
         for answer in (pending.answer for pending in batch.members):
             if answer.done() and not answer.cancelled() and isinstance(answer.exception(), ModelUnavailable):
                 error = answer.exception()
@@ -319,10 +360,11 @@ class Dispatcher:
                 return
 
     async def _watch(self, engine: Engine, batch: Batch) -> None:
-        """End the engine's process when its work makes no progress for `hang_timeout_s`.
+        """Kill the engine when a batch makes no progress for `hang_timeout_s`.
 
-        A kernel or an encoder that hangs cannot be cancelled. Work that goes on step by step is never ended, however
-        long it takes. Twice the time before the batch has started, because it waits for the one before it.
+        This is the only way to end a kernel or an encoder that hangs. Work that makes one step after another is never
+        killed, however long it takes. A batch that has not started has twice the time, because it waits for the batch
+        before it.
         """
         clock = asyncio.get_running_loop().time
         steps, since = engine.steps, clock()
@@ -335,6 +377,7 @@ class Dispatcher:
                 return
 
     def _retry(self, batch: Batch) -> None:
+        """Put the requests of a batch whose worker died back into the queue. Those that were computed go alone."""
         was_on_device = batch.started.done() and not batch.computed.done()
         for pending in batch.members:
             pending.deaths += was_on_device
@@ -344,15 +387,16 @@ class Dispatcher:
         self.pump()
 
     def _count_death(self, pending: Pending) -> bool:
-        """Whether the pending may be tried again after a worker died with it in hand."""
+        """Count an attempt that the death of a worker ended. Return whether another one is allowed, else fail it."""
         pending.tries += 1
         if pending.deaths < MAX_DEATHS and pending.tries < MAX_TRIES:
             return True
         self.queue.remove(pending)
-        pending.fail(WorkerCrashed("the worker process crashed again while this request was in it"))
+        pending.fail(WorkerCrashed("the worker process crashed again while it had this request"))
         return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task and keep a reference to it, because the event loop keeps none."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from ..model_info import CoderId
 
 FIRST_GUESS_S_PER_PIXEL = 1e-6
-KEPT = 8  # measurements of each size
-FEWEST = 2  # measurements that a lower bound needs: the first one contains compilations
-LASTS_S = 120.0  # older measurements refuse no work, so that a wrong one cannot refuse it for ever
+KEPT = 8  # the number of latest measurements that are kept for each size
+FEWEST = 2  # the number of measurements that a lower bound needs, because the first one includes compilation
+LASTS_S = 120.0  # older measurements give no lower bound, so that a wrong one cannot refuse work for ever
 
 Measured = deque[tuple[float, float]]
-"""When it was measured, and how many seconds a pixel took."""
+"""Pairs of the time of a measurement, and the seconds that one pixel took."""
 
 
 class Estimates:
@@ -26,16 +26,20 @@ class Estimates:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        """Start without measurements. clock: returns the time in seconds."""
         self._clock = clock
         self._measured: dict[CoderId, dict[int, Measured]] = {}
 
     def note(self, coder: CoderId, pixels: int, seconds: float) -> None:
-        """Learn from work that took so long on the device. pixels, seconds: one request's share of its batch."""
+        """Add a measurement. pixels, seconds: one request's share of a batch, and its time on the device."""
         sizes = self._measured.setdefault(coder, {})
         sizes.setdefault(_size_of(pixels), deque(maxlen=KEPT)).append((self._clock(), seconds / pixels))
 
     def seconds(self, coder: CoderId, pixels: int) -> float:
-        """Return how long it usually takes: by the median of this size or the nearest one, else a guess."""
+        """Estimate the usual time of a request on the device, in seconds.
+
+        Uses the median rate of this size, or of the nearest size that was measured; without measurements, a guess.
+        """
         sizes = self._measured.get(coder)
         if not sizes:
             return FIRST_GUESS_S_PER_PIXEL * pixels
@@ -44,7 +48,10 @@ class Estimates:
         return rates[(len(rates) - 1) // 2] * pixels  # the lower median: the first run is slow
 
     def least_seconds(self, coder: CoderId, pixels: int) -> float:
-        """Return how long the fastest of the latest like it would take; 0 while too little was measured to say so."""
+        """Estimate the least time of a request on the device, in seconds, by the fastest recent one of its size.
+
+        Returns 0 if there are fewer than FEWEST measurements of this size, or if they are older than LASTS_S.
+        """
         measured = self._measured.get(coder, {}).get(_size_of(pixels), deque())
         if len(measured) < FEWEST or measured[-1][0] < self._clock() - LASTS_S:
             return 0.0

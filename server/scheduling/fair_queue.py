@@ -1,10 +1,12 @@
-"""The queue: who goes next, and with whom. Knows keys, pixels, seconds and deadlines; no HTTP, no tensors, no clock.
+"""The queue: which request goes next, and which others go with it in a batch.
 
-Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996) between flows, a model's requests of about one size: while
-several flows wait, each gets the same share of the device's time. A ticket is tagged with the queue's virtual time, or
-with the end of the ticket before it of its flow if that is later; the lowest tag is next. So a picture waits for what
-runs and for its like, not for the videos that were queued before it, and however many pictures come, a video gets its
-share.
+Knows only keys, pixels, seconds and deadlines: no HTTP, no tensors, no clock.
+
+Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996) between flows. A flow is the requests of one direction of
+a model that have about the same size. While several flows wait, each gets the same share of the device's time. Every
+ticket has a tag: the virtual time of the queue when it is put, or the end of the previous ticket of its flow if that
+is later. The ticket with the lowest tag is next. So an image waits for the running batch and for other images, but not
+for the videos that were queued before it; and a video gets its share of the time, however many images arrive.
 """
 
 from __future__ import annotations
@@ -17,20 +19,32 @@ from typing import Any, Generic, TypeVar
 
 @dataclass(eq=False, kw_only=True)
 class Ticket:
-    """One request's place in the queue. Times are seconds of the caller's clock."""
+    """One request's place in the queue.
 
-    coder: Hashable  # what a device must hold to run it
-    key: Hashable  # tickets of one key may be computed together
+    coder: what a device must have loaded to run it.
+    key: tickets with the same key may be computed in one batch.
+    pixels: the size of its work.
+    seconds: the estimated time of its work on a device.
+    arrived, deadline: in seconds of the caller's clock.
+    is_alone: it is computed in a batch of its own, because it may have killed a worker and would kill it again.
+    tag: its virtual time, which decides its place; None until it is first put into the queue.
+    """
+
+    coder: Hashable
+    key: Hashable
     pixels: int
-    seconds: float  # what its work takes
+    seconds: float
     arrived: float
     deadline: float
-    is_alone: bool = False  # it may have brought a worker down: nobody shall go down with it
-    tag: float | None = None  # its place, from when it is first put
+    is_alone: bool = False
+    tag: float | None = None
 
     @property
     def flow(self) -> Hashable:
-        """A model's requests within a factor of four in pixels: so few that no choice of sizes is a choice of place."""
+        """The flow that it belongs to: its coder, and its size within a factor of four.
+
+        The sizes are so coarse that a client cannot gain priority by sending many distinct sizes.
+        """
         return self.coder, self.pixels.bit_length() // 2
 
 
@@ -38,15 +52,19 @@ T = TypeVar("T", bound=Ticket)
 
 
 class Queue(Generic[T]):
-    """Tickets that wait, the next one first."""
+    """The waiting tickets. Iterating yields them by their tags, the next one first."""
 
     def __init__(self, batch_pixels: int, max_batch: int) -> None:
-        """batch_pixels, max_batch: bounds of a batch; a ticket alone may be larger."""
+        """Make an empty queue.
+
+        batch_pixels: the most pixels in a batch of several tickets. A single ticket may have more.
+        max_batch: the most tickets in a batch.
+        """
         self.batch_pixels = batch_pixels
         self.max_batch = max_batch
         self._waiting: list[T] = []
-        self._virtual_s = 0.0  # the tag of the ticket that was taken last
-        self._ends: dict[Hashable, float] = {}  # of each flow's last ticket, in virtual time
+        self._virtual_s = 0.0  # the virtual time, which follows the tags of the tickets that are taken
+        self._ends: dict[Hashable, float] = {}  # the virtual time at which the last ticket of each flow ends
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -55,14 +73,14 @@ class Queue(Generic[T]):
         return iter(self._waiting)
 
     def put(self, ticket: T) -> None:
-        """Again with a ticket that was taken before, and it has the place that it had."""
+        """Add a ticket. A ticket that was taken and is put back keeps its original tag."""
         if ticket.tag is None:
             ticket.tag = max(self._virtual_s, self._ends.get(ticket.flow, 0.0))
             self._ends[ticket.flow] = ticket.tag + ticket.seconds
         bisect.insort(self._waiting, ticket, key=lambda waiting: (waiting.tag, waiting.arrived))
 
     def remove(self, ticket: T) -> None:
-        """Forget the ticket, if it still waits; its flow is not charged for it."""
+        """Remove a ticket, and do not charge its flow for it. Does nothing if the ticket does not wait."""
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             flow = [other for other in self._waiting if other.flow == ticket.flow]
@@ -70,16 +88,18 @@ class Queue(Generic[T]):
             self._ends[ticket.flow] = max(ends, default=0.0)
 
     def expire(self, now: float) -> list[T]:
-        """Take out those whose deadline has passed: they never start."""
+        """Remove and return the tickets whose deadline has passed. now: in seconds of the caller's clock."""
         late = [ticket for ticket in self._waiting if ticket.deadline <= now]
         for ticket in late:
             self.remove(ticket)
         return late
 
     def take(self, can_run: Callable[[Any], bool], ahead_of_time_s: float | None = None) -> list[T]:
-        """The next batch for a device that runs these models: the ticket of the lowest tag, and others of its key.
+        """Remove and return the next batch: the runnable ticket with the lowest tag, and others with the same key.
 
-        ahead_of_time_s: for a device that is still at work. Nothing, unless the batch is full and takes no longer.
+        can_run: returns whether the device can run a coder.
+        ahead_of_time_s: for a device that is still busy. The batch is returned only if it is full and takes at most so
+            long; otherwise the list is empty, and the tickets keep their places.
         """
         head = self._head(can_run)
         if head is None:
@@ -91,10 +111,12 @@ class Queue(Generic[T]):
         return self._taken(batch)
 
     def take_short(self, can_run: Callable[[Any], bool], longest_s: float, latest_tag: float) -> list[T]:
-        """Return a batch to run between the steps of longer work, or nothing. Longer tickets keep their place.
+        """Remove and return a batch to run between the steps of longer work; an empty list if there is none.
 
-        longest_s: bounds the batch's own seconds. latest_tag: the virtual time that the longer work has used up.
-        Tickets with a later tag belong to a flow that has had as much of the device as the longer work: they wait.
+        can_run: returns whether the device can run a coder between those steps.
+        longest_s: the most seconds that the batch may take.
+        latest_tag: the virtual time that the longer work has used up. Tickets with a later tag wait, because their
+            flow has already had as much of the device as the longer work.
         """
         for head in self._waiting:
             if (head.tag or 0.0) > latest_tag:
@@ -105,7 +127,7 @@ class Queue(Generic[T]):
         return []
 
     def seconds_before(self, ticket: T, counts: Callable[[T], bool]) -> float:
-        """Return the seconds of the tickets that come before this one, of those that count."""
+        """Return the estimated seconds of the tickets before this one. counts: returns whether to count a ticket."""
         place = self._waiting.index(ticket)
         return sum(before.seconds for before in self._waiting[:place] if counts(before))
 
@@ -113,7 +135,7 @@ class Queue(Generic[T]):
         return next((ticket for ticket in self._waiting if can_run(ticket.coder)), None)
 
     def _batch_of(self, head: T) -> tuple[list[T], int]:
-        """The ticket with others of its key that fit one batch, and the pixels of all."""
+        """Return the ticket with others of its key that fit into one batch, and the pixels of all of them."""
         batch, pixels = [head], head.pixels
         for ticket in self._waiting:
             is_alike = ticket.key == head.key and ticket is not head and not (ticket.is_alone or head.is_alone)
@@ -123,6 +145,7 @@ class Queue(Generic[T]):
         return batch, pixels
 
     def _taken(self, batch: list[T]) -> list[T]:
+        """Remove the tickets of a batch, advance the virtual time, and return the batch."""
         for ticket in batch:
             self._waiting.remove(ticket)
         first_left = self._waiting[0].tag if self._waiting else None

@@ -1,4 +1,4 @@
-"""Which models failed to load, and until when nobody tries again. The only memory of that fact."""
+"""Remember which models failed to load, and when the next attempt may begin. Nothing else remembers that."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from ..model_info import CoderId
 
 
 class LoadFailures:
-    """Load failures by device and direction. Times are seconds of the clock that is given."""
+    """The load failures by device and coder."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        """Start without failures. clock: returns the time in seconds."""
         self._clock = clock
         self._failures: dict[tuple[object, CoderId], tuple[float, ModelUnavailable]] = {}
 
     def note(self, device: object, coder: CoderId, error: ModelUnavailable) -> None:
-        """Remember that this direction did not load on this device, for as long as the error says."""
+        """Remember for `error.retry_after_s` that this coder did not load on this device."""
         self._failures[device, coder] = self._clock() + (error.retry_after_s or 0), error
 
     def find(self, devices: Iterable[object], coder: CoderId) -> ModelUnavailable | None:
-        """Return the failure of a direction that failed on every one of these devices, None if one may still load it.
+        """Return the failure of a coder if it failed on all of these devices; None if one of them may try to load it.
 
-        Its `retry_after_s` is what is left until the first of them tries again, at least 1 s.
+        The `retry_after_s` of the failure is the time until the first device may try again, at least 1 s.
         """
         now = self._clock()
         found = [self._failures.get((device, coder), (0.0, None)) for device in devices]

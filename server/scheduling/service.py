@@ -1,4 +1,7 @@
-"""The sole owner of what the server is doing: state, models, queue, counts. Knows no HTTP and no torch."""
+"""The server without HTTP: its state, what is known of its models, the admission of requests, and their answers.
+
+The queue belongs to the devices (see `engines.Devices`). Knows no HTTP and no torch.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class State(StrEnum):
-    """STARTING -> READY -> DRAINING, or FAILED when a device or a model that must be there at the start is not."""
+    """The state of the server: STARTING, then READY, then DRAINING.
+
+    FAILED replaces READY if a device, or a model that must be loaded at the start, is not usable.
+    """
 
     STARTING = "starting"
     READY = "ready"
@@ -34,17 +40,25 @@ class State(StrEnum):
 
 
 class Service:
-    """Admits, queues, answers."""
+    """Admits requests, has the devices answer them, and counts both.
+
+    settings: the configuration.
+    metrics: the collectors that it updates.
+    state: see `State`.
+    failure: why the state is FAILED; None otherwise.
+    infos: what is known of each model, by name, as far as its config.json has been read.
+    """
 
     def __init__(self, settings: Settings, devices: Devices, metrics: Metrics) -> None:
+        """Make a service that has not started. devices: run the requests; `start` starts them."""
         self.settings = settings
         self.metrics = metrics
         self.state = State.STARTING
         self.failure: ModelUnavailable | ConfigError | None = None
         self.infos: dict[str, ModelInfo] = {}
         self._devices = devices
-        self._descriptions: dict[str, asyncio.Future[ModelInfo]] = {}  # that are asked for
-        self._answering = 0  # requests that are here as a whole, and whose answer is not sent yet
+        self._descriptions: dict[str, asyncio.Future[ModelInfo]] = {}  # those that are being read now
+        self._answering = 0  # the number of requests that are complete and whose answer has not been sent yet
         self._nothing_to_answer = asyncio.Event()
         options = settings.options
         self._admissions = Admissions(
@@ -56,7 +70,10 @@ class Service:
             metrics.model_loaded.labels(name).set_function(partial(self._holders, name))
 
     async def start(self) -> None:
-        """Start the devices and load what must be there; READY, or FAILED with `failure` set."""
+        """Start the devices, and load the models that must be ready at the start.
+
+        Raises nothing. Afterwards the state is READY, or FAILED with `failure` set.
+        """
         try:
             await self._devices.start()
             for name in self.settings.models:
@@ -67,7 +84,7 @@ class Service:
                     await self._devices.load(name)
         except (ModelUnavailable, ConfigError) as error:
             self._end_start(error)
-        except Exception as error:  # the border of the start: a server that cannot start must say so, not hang
+        except Exception as error:  # nothing may escape: a server that cannot start must say so and not hang
             log.exception("the start failed")
             detail = f"the start failed ({type(error).__name__}); the log above says where"
             self._end_start(ModelUnavailable(self.settings.default, detail))
@@ -75,20 +92,21 @@ class Service:
             self._end_start(None)
 
     async def _describe_what_is_here(self, name: str) -> None:
+        """Describe a model by the files on this machine. Does nothing if there are none."""
         try:
             self.infos[name] = await self._devices.describe(name, is_local_only=True)
         except ModelUnavailable as error:
-            if self.settings.folder_of(name) is not None:  # a hub's may be fetched yet
+            if self.settings.folder_of(name) is not None:  # a model of the Hub can still be downloaded
                 log.error("%s", error.detail)
 
     def _end_start(self, failure: ModelUnavailable | ConfigError | None) -> None:
-        if self.state is State.STARTING:  # a signal may have come meanwhile
+        if self.state is State.STARTING:  # after a signal it is DRAINING already
             self.state, self.failure = (State.FAILED if failure else State.READY), failure
 
     async def drain(self) -> None:
-        """Refuse what comes and wait for what was accepted, no longer than `drain_timeout_s`.
+        """Refuse new requests, and wait until the accepted ones are answered, but at most `drain_timeout_s`.
 
-        Requests whose body is still on its way are not waited for.
+        It does not wait for requests whose body is still arriving.
         """
         self.state = State.DRAINING
         options = self.settings.options
@@ -99,28 +117,39 @@ class Service:
                     self._nothing_to_answer.clear()
                     await self._nothing_to_answer.wait()
         if self._answering:
-            log.error("%d requests were not done within %g s of draining", self._answering, options.drain_timeout_s)
+            log.error(
+                "%d requests were not answered within the %g s of --drain-timeout-s",
+                self._answering,
+                options.drain_timeout_s,
+            )
 
     async def close(self) -> None:
+        """Release the devices."""
         await self._devices.close()
 
     def resolve(self, word: str | None) -> str:
-        """The model that a request names, the default when it names none. Raises UnknownModel."""
+        """Return the name of the model that a request names, or of the default model if it names none.
+
+        word: a name or an alias, in any case; None if the request names none. Raises UnknownModel.
+        """
         if word is None:
             return self.settings.default
         name = self.settings.name_of(word)
         if name is None:
             known = ", ".join(sorted({*self.settings.models, *self._aliases()}))
-            raise UnknownModel(f"no such model here; known models: {known}")
+            raise UnknownModel(f"this server has no such model; known models: {known}")
         return name
 
     async def describe(self, name: str) -> ModelInfo:
-        """Return what is known of a model before it is loaded. Raises ModelUnavailable."""
+        """Return what is known of a model before its weights are loaded. Reads its config.json if that is still unread.
+
+        Raises ModelUnavailable.
+        """
         known = self.infos.get(name)
         if known is None or known.is_assumed:
-            self.check_loads(name, Direction.DECODE)  # a description that failed counts for both directions
+            self.check_loads(name, Direction.DECODE)  # a failed description counts as a failed load of both directions
             asked = self._descriptions.get(name)
-            # Requests at the same time share one answer: a hub that cannot be reached takes half a minute to say so.
+            # Simultaneous requests share one attempt, because it takes half a minute if the Hub cannot be reached.
             if asked is None:
                 asked = self._descriptions[name] = asyncio.ensure_future(self._devices.describe(name))
                 asked.add_done_callback(lambda _: self._descriptions.pop(name, None))
@@ -128,49 +157,52 @@ class Service:
         return self.infos[name]
 
     def check_loads(self, name: str, direction: Direction) -> None:
-        """Raise ModelUnavailable when this direction of a model failed to load and is not tried again yet."""
+        """Raise ModelUnavailable if this direction of a model failed to load and may not be tried again yet."""
         if failure := self._devices.load_failure(CoderId(name, direction)):
             raise failure
 
     def loaded(self, name: str) -> list[LoadedInfo]:
-        """On each device that holds it."""
+        """Return one entry for each device that has the model loaded."""
         return self._devices.loaded(name)
 
     def model_state(self, name: str) -> str:
-        """`loaded`, `not loaded` or `failed`."""
+        """Return `loaded`, `not loaded`, or `failed` if its decoder failed to load and may not be tried again yet."""
         if self.loaded(name):
             return "loaded"
         return "failed" if self._devices.load_failure(CoderId(name)) else "not loaded"
 
     def check_ready(self) -> None:
-        """Raises Unavailable unless requests are taken."""
+        """Raise Unavailable unless the server accepts requests."""
         match self.state:
             case State.STARTING:
                 raise Unavailable("the server is still loading its models; try again in a few seconds")
             case State.DRAINING:
                 raise Unavailable("the server is shutting down and takes no new requests; try again later")
             case State.FAILED:
-                raise Broken("a model that this server needs did not load")
+                raise Broken("this server did not start, because a model did not load or a device cannot be used")
         if not self._devices.is_alive:
-            raise Unavailable("the worker of this server's device is restarting; try again in a few seconds")
+            raise Unavailable("the workers of this server are restarting; try again in a few seconds")
 
     def failed_models(self) -> list[str]:
-        """Return the models of which a direction did not load and is not tried again yet."""
+        """Return the names of the models whose decoder or encoder failed to load and may not be tried again yet."""
         failed = (CoderId(name, direction) for name in self.settings.models for direction in Direction)
         return list(dict.fromkeys(half.model for half in failed if self._devices.load_failure(half)))
 
     def check_can_serve(self) -> None:
-        """Raise Unavailable unless requests are taken and there is a model that has not failed to load."""
+        """Raise Unavailable unless the server accepts requests and has a model that did not fail to load."""
         self.check_ready()
         if all(self.model_state(name) == "failed" for name in self.settings.models):
-            raise Broken("no model of this server loads")
+            raise Broken("every model of this server failed to load")
 
     @contextmanager
     def admitted(self, peer: str, patience_s: float | None = None) -> Iterator[Admission]:
-        """Let a request in, from its head to the end of its answer. peer: the address that it came from.
+        """Admit a request in a context, which lasts from its head until its answer is sent.
 
-        patience_s: the client's own limit; the deadline is the earlier of this and the server's.
-        Raises Unavailable and QueueFull.
+        peer: the address of the client.
+        patience_s: the client's own time limit in seconds; None for none. The deadline is the earlier of the client's
+            limit and the server's.
+
+        Raises Unavailable, QueueFull.
         """
         self.check_ready()
         self._admissions.check_place(peer)
@@ -179,31 +211,31 @@ class Service:
             yield admission
 
     def check_room(self, size_bytes: int) -> None:
-        """Raise QueueFull if a request of so many bytes would not fit now. Reserves no memory."""
+        """Raise QueueFull if a request of this size would not fit now. Reserves no memory."""
         self._admissions.check_room(size_bytes)
 
     def keep_until(self, future: asyncio.Future[Any], admission: Admission) -> None:
-        """Count a request's bytes until a thread is done with them, even if the request ends before."""
+        """Count a request's bytes until `future` is done, because its thread uses them even if the request ends."""
         self._admissions.keep_until(future, admission)
 
     @asynccontextmanager
     async def in_time(self, admission: Admission) -> AsyncIterator[None]:
-        """Bound a request's time from its head until its answer is made. Raises DeadlinePassed.
+        """Bound the time from the head of a request until its answer is ready. Raises DeadlinePassed.
 
-        Sending is not part of it: an answer may be large and its reader slow, which the protocol bounds by progress.
+        The time to send the answer is not included, because it depends on the client. `web.protocol` bounds it.
         """
         try:
             async with asyncio.timeout_at(admission.deadline):
                 yield
         except TimeoutError:
             raise DeadlinePassed(
-                f"not done after {admission.deadline - admission.began:.3g} s, the deadline of a request; "
-                "send fewer or smaller latents or images, or try later"
+                f"the request was not done after {admission.deadline - admission.began:.3g} s, its deadline; "
+                "send fewer or smaller latents or images, or try again later"
             ) from None
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Count a request that is here as a whole until its answer is sent: a drain waits for it."""
+        """Count a complete request in a context, which lasts until its answer is sent. A drain waits for it."""
         self._answering += 1
         try:
             yield
@@ -213,7 +245,7 @@ class Service:
                 self._nothing_to_answer.set()
 
     def place(self, admission: Admission) -> AbstractContextManager[None]:
-        """Hold one of the places of requests that wait or are computed. Raises QueueFull."""
+        """Hold one of the places for requests that wait or are computed, in a context. Raises QueueFull."""
         return self._admissions.place(admission.peer)
 
     async def answer(self, request: Request, admission: Admission) -> RenderedResult:
@@ -234,6 +266,7 @@ class Service:
         return result
 
     def _pending(self, request: Request, admission: Admission) -> Pending:
+        """Return the queue's entry for a request, with the estimates of its time."""
         coder, pixels = request.job.coder, request.job.geometry.pixels
         return Pending.of(
             request,
@@ -261,10 +294,12 @@ class Service:
             metrics.nonfinite.labels("output").inc()
 
     def _queue_full(self, what: str) -> QueueFull:
+        """Return the error, with the estimated time until a retry may succeed. what: says what is full."""
         wait_s = max(1, math.ceil(self._devices.seconds_ahead))
         return QueueFull(f"{what}; try again in {wait_s} s", wait_s)
 
     def _holders(self, model: str) -> int:
+        """Return how many devices have the model loaded."""
         return len(self.loaded(model))
 
     def _aliases(self) -> set[str]:

@@ -1,1 +1,1 @@
-"""The Starlette application: routes, the wire format, JSON errors."""
+"""HTTP: the Starlette application with its middleware and routes, and uvicorn with limits for slow clients."""

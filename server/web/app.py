@@ -1,4 +1,4 @@
-"""The Starlette application for one Service."""
+"""Make the Starlette application of a Service."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from .tracing import tracing
 
 
 def create_app(service: Service, on_started: Callable[[], None] | None = None) -> Starlette:
-    """The whole server. `on_started` is called once the service is READY or FAILED; until then /health is 503."""
+    """Return the application. Its lifespan starts and closes the service.
+
+    on_started: called once the service is READY or FAILED. Until then /health is 503.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -1,4 +1,8 @@
-"""API keys: `Authorization: Bearer`, `X-API-Key`, or Basic with the key as the password (`http://user:KEY@host/`)."""
+"""Require API keys.
+
+A client sends its key as `Authorization: Bearer KEY`, as `X-API-Key: KEY`, or as the password of Basic authentication,
+which is what the address `http://user:KEY@host/` does.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,21 @@ from .failures import failure
 
 
 def is_probe(scope: Scope, options: ServerOptions) -> bool:
-    """Return whether a request only asks for the health: a GET or HEAD of a health route."""
+    """Return whether a request is a health check: a GET or HEAD of a health route."""
     return scope["method"] in ("GET", "HEAD") and scope["path"] in PROBES | {options.health_route}
 
 
 class RequireKey:
-    """Everything but health is closed when keys are configured."""
+    """Middleware that refuses requests without a known key, except health checks. Without keys it refuses nothing."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], options: ServerOptions) -> None:
+        """Wrap an application. keys: the known keys."""
         self.app = app
         self._options = options
         self._keys = [(known.name, known.key.get_secret_value().encode()) for known in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, with the name of its key in `scope["state"]["caller"]`, or answer 401."""
         if scope["type"] != "http" or not self._keys or is_probe(scope, self._options):
             await self.app(scope, receive, send)
             return
@@ -43,13 +49,13 @@ class RequireKey:
         await failure(Request(scope), Unauthorized(sentence))(scope, receive, send)
 
     def _name_of(self, key: bytes) -> str | None:
-        # Every key is compared, each in constant time, so that timing tells neither the key nor its place.
+        # Every key is compared in constant time, so that the timing reveals neither the key nor its place in the list.
         names = [name for name, known in self._keys if hmac.compare_digest(key, known)]
         return names[0] if names else None
 
 
 def sent_key(scope: Scope) -> bytes:
-    """The key of a request, empty when it sent none that can be read."""
+    """Return the key that a request sent; empty if it sent none, or none that can be read."""
     headers = Headers(scope=scope)
     if key := headers.get("x-api-key"):
         return key.encode("latin-1")

@@ -1,4 +1,7 @@
-"""uvicorn, but the first signal drains and the second ends: accepted requests are answered, new ones are told."""
+"""Run uvicorn so that the first signal drains the server, and the second one ends it at once.
+
+While it drains, the server answers the accepted requests and refuses new ones.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,19 @@ from starlette.applications import Starlette
 from ..scheduling.service import Service
 from .protocol import uvicorn_config
 
-# Answers are sent before uvicorn is told to stop: what is open then are idle connections and half-sent uploads.
+# How long uvicorn waits for open connections when it stops. All answers have been sent by then, so only idle
+# connections and incomplete uploads are open.
 CLOSE_S = 1
 
 
 class DrainingServer(uvicorn.Server):
-    """Exits with status 0 after a signal, unlike uvicorn's own, which raises the signal again."""
+    """A uvicorn server that drains the service when it gets a signal.
+
+    The process exits with status 0 after a signal; uvicorn's own class would raise the signal again.
+    """
 
     def __init__(self, service: Service, app: Starlette) -> None:
+        """Make a server that has not started. app: the application of the service."""
         super().__init__(uvicorn_config(app))
         self.config.timeout_graceful_shutdown = CLOSE_S
         self._service = service
@@ -31,7 +39,10 @@ class DrainingServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn does, and SIGHUP too, which a closed terminal sends, unless nohup has it ignored."""
+        """Handle signals as uvicorn does, and also SIGHUP, which a closed terminal sends.
+
+        SIGHUP stays ignored if it was, which is what nohup does.
+        """
         usual = signal.getsignal(signal.SIGHUP)
         if usual is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self.handle_exit)
@@ -48,7 +59,7 @@ class DrainingServer(uvicorn.Server):
                     await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called on SIGTERM, SIGINT and SIGHUP."""
+        """Begin to drain at the first SIGTERM, SIGINT or SIGHUP; end at the second."""
         if self._is_told:
             self.force_exit = self.should_exit = True
         self._is_told = True

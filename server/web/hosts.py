@@ -1,4 +1,7 @@
-"""Which names the server answers for. A web page whose own name was made to lead to 127.0.0.1 must not reach it."""
+"""Check the Host header, so that a web page cannot reach the server by a name that resolves to 127.0.0.1.
+
+Such an attack is called DNS rebinding: the page's own name is made to resolve to the address of the server.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,13 @@ HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{0,5})?",
 
 
 class CheckHost:
-    """A known `Host`, exactly one. Probes, which often know an address alone, may ask for health by any address."""
+    """Middleware that refuses requests unless they have exactly one Host header, with a name that the server accepts.
+
+    Health checks may use any IP address, because their senders often know no name.
+    """
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        """Wrap an application. options: `allowed_hosts` and `host` are read."""
         self.app = app
         self._options = options
         self._allowed = {plain(name) for name in (options.allowed_hosts or "").split(",") if name.strip()}
@@ -28,6 +35,7 @@ class CheckHost:
             self._allowed = {"*"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 400 or 421."""
         error = self._refusal(scope) if scope["type"] == "http" else None
         if error is None:
             await self.app(scope, receive, send)
@@ -37,16 +45,17 @@ class CheckHost:
     def _refusal(self, scope: Scope) -> ServerError | None:
         sent = Headers(scope=scope).getlist("host")
         if not sent and scope["http_version"] == "1.0":
-            return None  # it had no Host; every browser sends one
+            return None  # HTTP/1.0 has no Host header; every browser sends one
         found = HOST.fullmatch(sent[0].strip()) if len(sent) == 1 else None
         if found is None:
             return BadRequest("send exactly one Host header, with the name or address of this server")
         name = plain(found["name"])
         if self._answers_for(name) or (is_probe(scope, self._options) and is_address(name)):
             return None
-        return WrongHost("this server does not answer for that Host")
+        return WrongHost("this server does not accept the name in the Host header")
 
     def _answers_for(self, name: str) -> bool:
+        """Return whether the server accepts this name."""
         if not self._allowed:
             return is_loopback(name)
         return "*" in self._allowed or name in self._allowed

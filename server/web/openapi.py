@@ -1,4 +1,4 @@
-"""The OpenAPI description, hand-written in openapi.yaml beside this file."""
+"""The OpenAPI description of the server, which is written by hand in openapi.yaml beside this file."""
 
 from __future__ import annotations
 

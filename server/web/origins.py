@@ -1,6 +1,7 @@
-"""Web pages of other sites: none may use the server, unless `--cors-origins` lists its origin.
+"""Refuse requests of web pages of other sites, unless `--cors-origins` lists the page's origin.
 
-A browser lets any page send requests to 127.0.0.1 or into a local network, even if the page cannot read the answers.
+This is needed because a browser lets any page send requests to 127.0.0.1 or into a local network, even if the page
+cannot read the answers.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class Origins:
     """The origins that `--cors-origins` lists."""
 
     def __init__(self, options: ServerOptions) -> None:
+        """Read the origins from the options."""
         listed = (options.cors_origins or "").split(",")
         self._listed = frozenset(origin.strip() for origin in listed if origin.strip())
 
     def grant(self, headers: Headers) -> str | None:
-        """Return the Access-Control-Allow-Origin for a request, None for one that no listed origin sent."""
+        """Return the Access-Control-Allow-Origin header for a request; None if no listed origin sent the request."""
         origin = headers.get("origin")
         if origin is None or not (self._listed & {"*", origin}):
             return None
@@ -43,13 +45,15 @@ class Origins:
 
 
 class ExposeAnswers:
-    """Middleware around RequestScope, so that pages of listed origins can read every answer, including errors."""
+    """Middleware that lets pages of listed origins read all answers. It surrounds RequestScope to include errors."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        """Wrap an application. options: `cors_origins` is read."""
         self.app = app
         self._origins = Origins(options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and add the CORS headers to its answer if a listed origin sent it."""
         granted = self._origins.grant(Headers(scope=scope)) if scope["type"] == "http" else None
         if granted is None:
             await self.app(scope, receive, send)
@@ -67,14 +71,16 @@ class ExposeAnswers:
 
 
 class CheckOrigin:
-    """Refuses what a page of another origin sent, and answers the preflight requests of listed ones."""
+    """Middleware that refuses requests of pages of other origins, and answers the preflight requests of listed ones."""
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        """Wrap an application. options: `cors_origins` and the health routes are read."""
         self.app = app
         self._options = options
         self._origins = Origins(options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, answer a preflight request, or answer 403."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -83,12 +89,15 @@ class CheckOrigin:
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 app = preflight(headers)
         elif _is_foreign(scope, headers) and not is_probe(scope, self._options):
-            app = failure(Request(scope), CrossSite("a web page of another site sent this, which this server refuses"))
+            app = failure(Request(scope), CrossSite("this server refuses requests from web pages of other sites"))
         await app(scope, receive, send)
 
 
 def preflight(asked: Headers) -> Response:
-    """Return what lets a listed page send its request."""
+    """Return the answer to a preflight request, which allows a listed page to send its request.
+
+    asked: the headers of the preflight request.
+    """
     headers = {"Access-Control-Allow-Methods": METHODS, "Access-Control-Max-Age": str(PREFLIGHT_S)}
     names = asked.get("access-control-request-headers", "")
     if HEADER_NAMES.fullmatch(names):
@@ -99,9 +108,12 @@ def preflight(asked: Headers) -> Response:
 
 
 def _is_foreign(scope: Scope, headers: Headers) -> bool:
-    """Whether a page of another origin sent it. A link to this server that is followed is not: no page reads it."""
+    """Return whether a page of another origin sent a request.
+
+    A link that a person follows does not count, because no page can read what it opens.
+    """
     site = headers.get("sec-fetch-site")
-    if site is not None:  # no page can forge it
+    if site is not None:  # browsers set this header, and a page cannot forge it
         is_followed_link = (
             scope["method"] in ("GET", "HEAD")
             and headers.get("sec-fetch-mode") == "navigate"
@@ -113,7 +125,10 @@ def _is_foreign(scope: Scope, headers: Headers) -> bool:
 
 
 def _is_own(origin: str, host: str) -> bool:
-    """Whether they have one name and port. A proxy may speak TLS for this server, so the scheme is not compared."""
+    """Return whether an origin and a Host header have the same name and port.
+
+    The scheme is not compared, because a proxy in front of this server may speak TLS.
+    """
     scheme, _, name = origin.lower().partition("://")
     port = DEFAULT_PORTS.get(scheme, "")
     return bool(name) and name.removesuffix(port) == host.strip().lower().removesuffix(port)

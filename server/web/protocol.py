@@ -1,9 +1,9 @@
-"""What uvicorn's HTTP class does not do: bounds on head, connections and slow clients, and refusals in JSON.
+"""Bound heads, connections and slow clients, and refuse malformed requests in JSON, which uvicorn does not do.
 
-An honest client on a slow line is never cut off: what counts is progress, and 64 KiB a second on average are enough.
+A client on a slow connection is never cut off as long as it makes progress: an average of 64 KiB per second is enough.
 
-The only place that leans on uvicorn's own attributes; tests/web/test_protocol.py lists them to notice an upgrade.
-Knows no route. The deadline of a body that a route reads is the route's own, see routes.py.
+This is the only module that uses internal attributes of uvicorn. tests/web/test_protocol.py lists them, to notice when
+an upgrade changes them. The module knows no route. A route that reads a body bounds its time itself, see receive.py.
 """
 
 from __future__ import annotations
@@ -29,22 +29,26 @@ from .failures import as_json
 
 log = logging.getLogger(__name__)
 
-HEAD_BYTES = 64 << 10
-MAX_PIPELINED = 64
-MOST_PIECES = 20_000  # chunks in one read: each costs the event loop some microseconds
-OFFER = frozenset({b"upgrade", b"http2-settings"})  # the headers, and their names in Connection
-SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to turn out to be a health probe
-# How long a refused client may go on sending: closing at once would reset the connection under its unread bytes, and
-# take the refusal along.
+HEAD_BYTES = 64 << 10  # the largest request line and headers together
+MAX_PIPELINED = 64  # the most requests of one connection that wait for their turn
+MOST_PIECES = 20_000  # the most chunks in one read, because each costs the event loop some microseconds
+OFFER = frozenset({b"upgrade", b"http2-settings"})  # headers that offer a protocol, and their names in Connection
+SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to send the head of a health check
+# How long a refused client may go on sending. Closing the connection at once would reset it, because of the unread
+# bytes, and the client would not get the refusal.
 LINGER_S = 2.0
-TICK_S = 0.25
-# How far ahead of 64 KiB a second a reader may get: without a bound it could stop for hours after a fast start.
+TICK_S = 0.25  # the time between two checks of a connection
+# The most time that a client can save by reading faster than 64 KiB per second. Without a bound, it could stop reading
+# for hours after a fast start.
 MOST_CREDIT_S = 60.0
-TURNS = itertools.count()  # orders events of one moment, which the loop's clock may give the same time
+TURNS = itertools.count()  # orders events, because several may have the same time on the event loop's clock
 
 
 def uvicorn_config(app: Starlette) -> uvicorn.Config:
-    """uvicorn as this server runs it. httptools only: of two lengths h11 takes one, and it never ends a slow head."""
+    """Return the configuration of uvicorn for an application that `create_app` made.
+
+    Only httptools is used: h11 accepts a request with two different lengths, and never ends a slow head.
+    """
     service = app.state.service
 
     class Protocol(BoundedProtocol):
@@ -64,9 +68,10 @@ def uvicorn_config(app: Starlette) -> uvicorn.Config:
 
 
 class CountingTransport:
-    """A transport that counts the bytes written to it; everything else is the transport's own."""
+    """A wrapper of a transport that counts the bytes written to it."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
+        """Wrap a transport. All its other methods work as before."""
         self._transport = transport
         self.write = self._write
         self.written_bytes = 0
@@ -80,32 +85,36 @@ class CountingTransport:
 
     @property
     def taken_bytes(self) -> int:
-        """How many bytes have left this process."""
+        """The number of bytes that have left this process."""
         return self.written_bytes - self._transport.get_write_buffer_size()
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Every TICK_S it looks at the clock: a timer for each phase would have to be undone in each."""
+    """One connection.
+
+    It checks its time limits every TICK_S. A timer for each phase would have to be cancelled in every other phase.
+    """
 
     options: ServerOptions
     metrics: Metrics
     transport: CountingTransport  # type: ignore[assignment]  # it has all of a transport's methods
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
+        """Begin to watch a new connection. If there are too many, close an idle one or refuse this one."""
         super().connection_made(CountingTransport(transport))  # type: ignore[arg-type]  # likewise
         self.became_idle = next(TURNS)
         self._head_of_offer = b""
-        self._pieces = 0  # of bodies, in what was read last
-        self._running: RequestResponseCycle | None = None  # whose answer is being made
-        self._is_spare = False
+        self._pieces = 0  # the number of pieces of bodies in the last read
+        self._running: RequestResponseCycle | None = None  # the request whose answer is being made
+        self._is_spare = False  # whether the connection is over the limit, and may only send a health check
         self._is_refused = False
-        self._head_bytes = 0  # received since the last head or piece of a body
+        self._head_bytes = 0  # the number of bytes received since the last head or piece of a body
         self._body_bytes = 0
         self._head_since: float | None = self.loop.time()
         self._body_since: float | None = None
         self._looked_at = self.loop.time()
-        self._taken_bytes = 0  # by then
-        self._credit_s = self.options.send_timeout_s  # how long the client may go on without reading
+        self._taken_bytes = 0  # the number of bytes that had left this process at that time
+        self._credit_s = self.options.send_timeout_s  # how long the client may stop reading
         self._hang_up_at: float | None = None
         self._tick = self.loop.call_later(TICK_S, self._watch)
         if len(self.connections) > self.options.max_connections:
@@ -116,7 +125,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _make_room(self) -> None:
-        """Close the connection that has been idle for longest; without one, serve this one only if it is a probe."""
+        """Close the connection that has been idle for the longest time.
+
+        If none is idle, serve this connection only if it sends a health check.
+        """
         others = (other for other in self.connections if other is not self and isinstance(other, BoundedProtocol))
         idle = [other for other in others if other.is_idle]
         if idle:
@@ -128,23 +140,26 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _most_connections(self) -> int:
-        """With those that are over the limit and open for a moment, to be refused or to answer a probe."""
+        """The most open connections, including those over the limit that get a refusal or send a health check."""
         return self.options.max_connections + max(4, self.options.max_connections // REFUSED_SHARE)
 
     @property
     def is_idle(self) -> bool:
-        """Whether no whole head of a request is here that is still to be answered, and no answer still to be read."""
+        """Whether no complete head of a request waits for its answer, and no answer waits to be read by the client."""
         is_working = self._owes_answer() or self.pipeline or self._body_since is not None
         return not (is_working or self.transport.is_closing() or self.transport.get_write_buffer_size())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop watching, and tell the running request that its client has left."""
         self._tick.cancel()
-        if self._running is not None and not self._running.response_complete:  # uvicorn tells the last pipelined one
+        # uvicorn tells only the last of several pipelined requests, which may not be the running one.
+        if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse received bytes, and refuse a head that is too large."""
         if self._is_refused:
             return
         if self._head_since is None and self._body_since is None:
@@ -156,12 +171,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(_head_too_large())
 
     def _parse(self, data: bytes) -> None:
-        """As uvicorn's `data_received`, but reads a request that offers another protocol as if it had not."""
+        """Do what uvicorn's `data_received` does, but ignore the offer of another protocol in a request."""
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The parser takes all after the head for the other protocol: begin again with a head without the offer.
+            # The parser takes all bytes after the head for the other protocol, so a new one parses the head without the
+            # offer, and the rest.
             head, self._head_of_offer = self._head_of_offer, b""
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -170,12 +186,16 @@ class BoundedProtocol(HttpToolsProtocol):
             self.send_400_response("")
 
     def on_message_begin(self) -> None:
+        """Begin to measure the time of a head."""
         super().on_message_begin()
         self._head_since = self.loop.time()
-        self._head_bytes += 1  # it has begun, though its first bytes may have come along with the request before
+        self._head_bytes += 1  # not 0: the head has begun, although its bytes may have arrived with the last request
 
     def on_headers_complete(self) -> None:
-        # What is raised here ends the parser; uvicorn then calls send_400_response.
+        """Refuse a complete head, or start its request.
+
+        An exception ends the parser. uvicorn then calls `send_400_response`, which does nothing after a refusal.
+        """
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_BYTES:
             raise self._refuse(_head_too_large())
         if self.parser.should_upgrade() and self._is_offer():
@@ -183,12 +203,14 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self.parser.should_upgrade():
             raise self._refuse(
-                UpgradeRefused("this server speaks plain HTTP/1.1; send the request without Upgrade, and not CONNECT")
+                UpgradeRefused(
+                    "this server speaks only HTTP/1.1; send the request without Upgrade, and do not use CONNECT"
+                )
             )
         if self._is_spare and not self._is_probe():
             raise self._refuse(_too_many_connections())
         if len(self.pipeline) >= MAX_PIPELINED:
-            # uvicorn reads on after each answer, however many requests wait: a flood of them would fill the memory.
+            # uvicorn goes on reading after each answer, however many requests wait, so a flood would fill the memory.
             raise self._refuse(MalformedRequest("too many requests at once on one connection; wait for their answers"))
         super().on_headers_complete()
         if self._is_spare:
@@ -197,19 +219,23 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_since, self._body_since = None, self.loop.time()
 
     def on_body(self, body: bytes) -> None:
+        """Pass a piece of a body on, and refuse a body in too many small chunks."""
         self._pieces += 1
         if self._pieces > MOST_PIECES:
-            raise self._refuse(MalformedRequest("the body comes in chunks of a few bytes; send larger chunks"))
+            raise self._refuse(MalformedRequest("the body is sent in chunks of a few bytes; send larger chunks"))
         super().on_body(body)
         self._head_bytes = 0
         self._body_bytes += len(body)
 
     def _is_offer(self) -> bool:
-        """Whether the Upgrade may be ignored, as RFC 9110, 7.8 allows: Java's client offers h2c with every request."""
+        """Return whether the Upgrade header may be ignored, as RFC 9110, 7.8 allows.
+
+        Java's client offers h2c with every request. CONNECT and WebSocket cannot be ignored.
+        """
         return self.parser.get_method() != b"CONNECT" and self._get_upgrade() not in (None, b"websocket")
 
     def _head_without_offer(self) -> bytes:
-        """The head of this request, without what offers another protocol."""
+        """Return the head of this request without the headers that offer another protocol."""
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
             if name == b"connection":
@@ -220,14 +246,16 @@ class BoundedProtocol(HttpToolsProtocol):
         return b"\r\n".join([*lines, b"", b""])
 
     def on_message_complete(self) -> None:
+        """Stop measuring the time of a body."""
         if self._head_of_offer:
             return
         super().on_message_complete()
         self._body_since = None
-        if self.cycle.response_complete:  # answered before its body's end: uvicorn's keep-alive timer is gone by now
+        if self.cycle.response_complete:  # answered before the end of its body: uvicorn's keep-alive timer has ended
             self._head_since = self.loop.time()
 
     def on_response_complete(self) -> None:
+        """Note when the connection became idle."""
         super().on_response_complete()
         self.became_idle = next(TURNS)
 
@@ -236,19 +264,17 @@ class BoundedProtocol(HttpToolsProtocol):
         return is_probe({"method": self.parser.get_method().decode("latin-1"), "path": path}, self.options)
 
     def send_400_response(self, msg: str) -> None:
-        """Where uvicorn goes with every head it cannot use."""
-        self._refuse(
-            MalformedRequest("this is not an HTTP/1.1 request that can be read; check its head and its framing")
-        )
+        """Refuse a request that cannot be parsed. uvicorn calls this."""
+        self._refuse(MalformedRequest("the request is not valid HTTP/1.1; check its head and its framing"))
 
     def _refuse(self, error: ServerError) -> ServerError:
-        """Answer what never becomes a request, and end the connection."""
+        """Answer something that cannot become a request with an error, and end the connection. Return the error."""
         if self._is_refused:
             return error
         self._is_refused = True
         self._head_since = self._body_since = None
         if self._owes_answer() and (self.pipeline or self.cycle.response_started or not self.cycle.more_body):
-            self.cycle.keep_alive = False  # a good request went before: it is answered, and then the connection ends
+            self.cycle.keep_alive = False  # a valid request came first: it is answered, and then the connection ends
             return error
         if self._owes_answer():
             self.cycle.disconnected = True
@@ -260,13 +286,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write_eof()
         self._hang_up_at = self.loop.time() + LINGER_S
         if len(self.connections) > self._most_connections:
-            self.transport.close()  # there may be no file left for the next connection, which is to be answered too
+            self.transport.close()  # the next connection must be answered too, and may need the file descriptor
         return error
 
     def _owes_answer(self) -> bool:
+        """Return whether the answer to the last request is incomplete."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _watch(self) -> None:
+        """Check the time limits of the connection, every TICK_S."""
         now = self.loop.time()
         self._tick = self.loop.call_later(TICK_S, self._watch)
         if self._is_answer_unread(now):
@@ -277,8 +305,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch_head(now, self._head_since)
 
     def _has_hung_up(self) -> bool:
-        """Whether the client closed its end; asked while a pipelined request waits and the socket is not read."""
-        if not hasattr(select, "POLLRDHUP"):  # Linux only
+        """Return whether the client has closed its end, while a pipelined request waits and the socket is not read."""
+        if not hasattr(select, "POLLRDHUP"):  # only Linux has it
             return False
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
@@ -289,15 +317,21 @@ class BoundedProtocol(HttpToolsProtocol):
         return has_lingered or self._is_body_too_slow_after_its_answer(now)
 
     def _cut_answer_off(self) -> None:
-        """End a connection whose client reads too slowly. The application notices it while it still sends."""
+        """End a connection whose client reads too slowly, and log it unless the application is still sending.
+
+        An application that is still sending notices the end of the connection and logs it itself.
+        """
         if self.cycle is not None and self.cycle.response_complete:
             request_id = self.cycle.scope["state"].get("request_id")
-            log.warning("an answer is truncated, its client read too slowly", extra={"request_id": request_id})
+            log.warning("an answer was cut off because its client read too slowly", extra={"request_id": request_id})
             self.metrics.cancelled.labels("sending").inc()
         self.transport.abort()
 
     def _is_answer_unread(self, now: float) -> bool:
-        """Also after a close(), which waits without end for the client to take what is in the buffer."""
+        """Return whether the client has read too slowly for too long.
+
+        This also bounds `close()`, which waits indefinitely for the client to read what is in the buffer.
+        """
         taken, elapsed_s = self.transport.taken_bytes, now - self._looked_at
         gained_s = (taken - self._taken_bytes) / SLOWEST_BYTES_PER_S
         self._taken_bytes, self._looked_at = taken, now
@@ -309,16 +343,21 @@ class BoundedProtocol(HttpToolsProtocol):
         return self._credit_s < 0
 
     def _is_body_too_slow_after_its_answer(self, now: float) -> bool:
-        """A body that was refused unread, with 413 say, is read and dropped, so that its sender gets to the answer."""
+        """Return whether a client still sends its body too long after the request was answered.
+
+        A body that was refused unread, for example with 413, is received and dropped, so that its sender reads the
+        answer.
+        """
         if self._body_since is None or self._owes_answer():
             return False
         return now > self._body_since + self.options.body_timeout_s + self._body_bytes / SLOWEST_BYTES_PER_S
 
     def _watch_head(self, now: float, since: float) -> None:
+        """Refuse a head that takes too long, and close a connection that has been idle too long."""
         if self._owes_answer():
-            self._head_since = now  # uvicorn does not read on while a pipelined request waits
+            self._head_since = now  # uvicorn stops reading while a pipelined request waits
         elif now > since + self._head_timeout_s and self._head_bytes:
-            self._refuse(RequestTooSlow("the request's head did not come in time; send it at once"))
+            self._refuse(RequestTooSlow("the request's head did not arrive in time; send it without pauses"))
         elif now > since + self._head_timeout_s:
             self.transport.close()
 
@@ -336,5 +375,6 @@ def _head_too_large() -> HeadTooLarge:
 
 
 def _serialised(response: Response) -> bytes:
+    """Return a response as the bytes of HTTP/1.1."""
     lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
     return b"".join([STATUS_LINE[response.status_code], *lines, b"\r\n", bytes(response.body)])

@@ -20,16 +20,17 @@ T = TypeVar("T")
 class Threads:
     """Threads for work on the bodies of requests.
 
-    A body waits outside of the threads, so that the work of a client that leaves is never begun. Work that has begun
-    cannot be stopped: the bytes of its request stay counted until it ends.
+    Work that waits for a thread is not begun if its client leaves. Work that has begun cannot be stopped, so the bytes
+    of its request stay counted until it ends.
     """
 
     def __init__(self, count: int, name: str) -> None:
+        """Make `count` threads, whose names begin with `name`."""
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
         self._free = asyncio.Semaphore(count)
 
     async def run(self, service: Service, admission: Admission, work: Callable[..., T], *arguments: Any) -> T:
-        """Do some work for an admitted request on one of the threads, and return its result."""
+        """Call `work` with its arguments on one of the threads, for an admitted request, and return its result."""
         await self._free.acquire()
         future = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
         future.add_done_callback(lambda _: self._free.release())
@@ -41,6 +42,7 @@ class BodyThreads:
     """Threads for each kind of body, so that cheap work never waits for expensive work."""
 
     def __init__(self) -> None:
+        """Make the threads: 2 for JSON, 2 for image files, 1 for video files."""
         self.json = Threads(2, "json")
         self.images = Threads(2, "images")
         self.videos = Threads(1, "videos")
@@ -59,7 +61,7 @@ def check_declared(length: int | None, limit: int) -> None:
 
 
 async def receive_whole(request: Request, admission: Admission, options: ServerOptions) -> bytearray:
-    """Receive a body of unknown size. Raises TooLarge, and what `receive` raises."""
+    """Receive a body of unknown size, of at most `max_body_mb`. Raises TooLarge, RequestTooSlow, QueueFull."""
     limit = options.max_body_mb << 20
     body = await receive(request, admission, limit, options.body_timeout_s)
     if len(body) > limit:
@@ -68,10 +70,12 @@ async def receive_whole(request: Request, admission: Admission, options: ServerO
 
 
 async def receive(request: Request, admission: Admission, limit: int, grace_s: float) -> bytearray:
-    """Receive a body, but stop after the chunk that exceeds `limit` bytes.
+    """Receive a body, and stop after the chunk that exceeds `limit` bytes.
 
-    Raises RequestTooSlow after `grace_s` plus one second per 64 KiB received, so that a slow trickle cannot hold the
-    connection open, and QueueFull when faster clients need the memory.
+    grace_s: the time for a body, in seconds, in addition to one second per 64 KiB received.
+
+    Raises RequestTooSlow when that time is over, so that a slow trickle cannot hold the connection open. Raises
+    QueueFull when faster clients need the memory.
     """
     body, started = bytearray(), asyncio.get_running_loop().time()
     try:
@@ -91,9 +95,13 @@ async def receive(request: Request, admission: Admission, limit: int, grace_s: f
                         deadline.reschedule(started + grace_s + len(body) / SLOWEST_BYTES_PER_S)
     except TimeoutError:
         if admission.is_given_up:
-            raise QueueFull("the memory for slow uploads is used up; try again, and send the body faster", 5) from None
+            raise QueueFull(
+                "this upload was aborted because it was slow and other requests need its memory; "
+                "try again, and send the body faster",
+                5,
+            ) from None
         raise RequestTooSlow(
-            f"only {len(body)} bytes of the body came in time; send at least 64 KiB a second"
+            f"only {len(body)} bytes of the body arrived in time; send at least 64 KiB per second"
         ) from None
     return body
 

@@ -1,4 +1,4 @@
-"""Around every request: an id, no slash at the path's end, one log line, one count, and a JSON answer even to a bug."""
+"""What every request gets: an id, a log line, a count in the metrics, and a JSON answer even if there is a bug."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ from .failures import failure
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
-CLIENT_LEFT = 499  # nginx's number; no HTTP answer carries it
+CLIENT_LEFT = 499  # nginx's status for the log and the metrics; it is never sent
 
 
 class RequestScope:
-    """The outermost middleware but for tracing and the headers that other sites' pages may read."""
+    """Middleware that gives every request its id, log line, count and answer. Also removes slashes at the path's end.
+
+    It is outside all other middleware except tracing and `ExposeAnswers`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
+        """Wrap an application."""
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and answer it if the application fails without an answer."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -56,16 +61,16 @@ class RequestScope:
         except ClientDisconnect:
             if status != CLIENT_LEFT:
                 log.warning(
-                    "an answer is truncated, its client left or read too slowly", extra={"request_id": request_id}
+                    "an answer was cut off because its client left or read too slowly", extra={"request_id": request_id}
                 )
                 scope["app"].state.service.metrics.cancelled.labels("sending").inc()
             status = CLIENT_LEFT
-        except asyncio.CancelledError:  # by uvicorn, when the time to shut down is over; it would log it as a bug
+        except asyncio.CancelledError:  # by uvicorn, when the time to shut down has passed; it would log this as a bug
             if status == CLIENT_LEFT:
                 error = Unavailable("the server is shutting down and did not finish this request; try again later")
                 await failure(Request(scope), error)(scope, receive, send_framed)
-        except Exception:  # the border of a request: whatever went wrong inside, its client gets an answer
-            log.exception("failed", extra={"request_id": request_id})
+        except Exception:  # nothing may escape from a request: whatever went wrong, its client must get an answer
+            log.exception("a request failed", extra={"request_id": request_id})
             if status == CLIENT_LEFT:
                 await failure(Request(scope), ServerError())(scope, receive, send_framed)
         finally:

@@ -24,6 +24,7 @@ class InPieces(Response):
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for start in range(0, len(self.body), PIECE_BYTES):
             piece = self.body[start : start + PIECE_BYTES]
@@ -32,7 +33,7 @@ class InPieces(Response):
 
 
 def response_of(job: Job, result: RenderedResult) -> Response:
-    """Return the response for a result."""
+    """Return the response for a result, with `Server-Timing` and the headers of its format."""
     stages = ("queue", result.queue_ms), (job.direction, result.device_ms), ("render", result.render_ms)
     timing = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in stages)
     rendered = result.body
@@ -46,7 +47,7 @@ def response_of(job: Job, result: RenderedResult) -> Response:
 
 
 async def unless_client_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of some work; cancel it when the client leaves. Raises ClientDisconnect."""
+    """Return the result of `work`, but cancel it when the client leaves. Raises ClientDisconnect in that case."""
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,4 +1,4 @@
-"""The routes: their paths, their names, and the small ones that only tell something."""
+"""All routes, with the endpoints of those that only report something."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ decode, encode = Work(Direction.DECODE), Work(Direction.ENCODE)
 
 
 async def health(request: Request) -> Response:
-    """GET /health, /ping: readiness. 200 while at least one model can serve; models that did not load are listed."""
+    """Answer GET /health and /ping with 200 while at least one model can serve, and list models that did not load."""
     service: Service = request.app.state.service
     service.check_can_serve()
     failed = service.failed_models()
@@ -33,18 +33,18 @@ async def health(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
-    """GET /health/live: liveness. 200 while the event loop responds."""
+    """Answer GET /health/live with 200, which shows that the event loop responds."""
     return JSONResponse({"status": "alive"})
 
 
 async def prometheus(request: Request) -> Response:
-    """GET /metrics."""
+    """Answer GET /metrics with the text that Prometheus reads."""
     service: Service = request.app.state.service
     return Response(generate_latest(service.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 async def models(request: Request) -> Response:
-    """GET /models."""
+    """Answer GET /models with a description of each model and its state."""
     service: Service = request.app.state.service
     known = [_listed(service, name) for name in service.settings.models]
     return JSONResponse({"default": service.settings.default, "models": known})
@@ -59,19 +59,19 @@ def _listed(service: Service, name: str) -> dict[str, Any]:
 
 
 async def root(request: Request) -> Response:
-    """GET /: `Ok` for probes, the page for a browser."""
+    """Answer GET / with `Ok`, or with a page for a browser."""
     if "text/html" in request.headers.get("accept", ""):
         return FileResponse(str(resources.files(__package__) / "page.html"), media_type="text/html")
     return PlainTextResponse("Ok")
 
 
 async def openapi(request: Request) -> Response:
-    """GET /openapi.json."""
+    """Answer GET /openapi.json with the description of the HTTP contract."""
     return JSONResponse(DESCRIPTION)
 
 
 class ModelName(StringConvertor):
-    """A path segment that is not reserved, so that POST /health is a 405 and not an unknown model."""
+    """A path segment that may be a model's name. Reserved words are not, so that POST /health is 405 and not 404."""
 
     regex = rf"(?!(?:{'|'.join(map(re.escape, sorted(paths.RESERVED)))})(?:/|$))[^/]+"
 
@@ -80,19 +80,21 @@ register_url_convertor("model", ModelName())
 
 
 class NamedRoute(Route):
-    """A route that leaves its name for the log and the metrics. is_quiet: its log lines have the level debug."""
+    """A route that notes its name for the log and the metrics."""
 
     def __init__(self, path: str, endpoint: Any, name: str, *, is_quiet: bool = False, method: str = "GET") -> None:
+        """Make a route. is_quiet: its requests are logged with the level debug instead of info."""
         super().__init__(path, endpoint, name=name, methods=[method])
         self._is_quiet = is_quiet
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Note the name of the route, and handle the request."""
         scope["state"] |= {"route": self.name, "is_quiet": self._is_quiet}
         await super().handle(scope, receive, send)
 
 
 def all_routes(options: ServerOptions) -> list[NamedRoute]:
-    """Return all routes. Those that the options name come first."""
+    """Return all routes, in the order in which they are matched. Routes from the options come first."""
     named = []
     if options.health_route:
         named.append(NamedRoute(options.health_route, health, "health", is_quiet=True))

@@ -1,6 +1,6 @@
-"""A span a request for OpenTelemetry, when its packages are there and OTEL_EXPORTER_OTLP_ENDPOINT says where to.
+"""Send a span for each request to OpenTelemetry, if OTEL_EXPORTER_OTLP_ENDPOINT is set and the packages are installed.
 
-The packages read the other OTEL_* variables and the request's `traceparent` themselves.
+The packages read the other OTEL_* variables and the `traceparent` header of a request themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 
 def tracing() -> list[Middleware]:
-    """The outermost middleware, or none."""
+    """Return the middleware that traces requests, which must be the outermost; an empty list without tracing."""
     if not any(map(os.environ.get, ENDPOINTS)):
         return []
     try:
@@ -26,13 +26,18 @@ def tracing() -> list[Middleware]:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         return [traced_by(BatchSpanProcessor(OTLPSpanExporter()))]
-    except ModuleNotFoundError:  # some of them may be there for other packages' sake
-        log.warning("an OTLP endpoint is set, but requirements-otel.txt is not installed: no traces")
+    except ModuleNotFoundError:  # some of the packages may be installed for other reasons, but all are needed
+        log.warning(
+            "an OTLP endpoint is set, but the packages of requirements-otel.txt are not installed: no traces are sent"
+        )
         return []
 
 
 def traced_by(processor: Any) -> Middleware:
-    """Spans with the answer's own times; health probes have none."""
+    """Return the middleware that makes a span for each request except health checks.
+
+    A span includes the answer's `Server-Timing` and `X-Request-Id`. processor: a SpanProcessor, which gets the spans.
+    """
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
     from opentelemetry.sdk.trace import TracerProvider
 
@@ -49,5 +54,5 @@ def traced_by(processor: Any) -> Middleware:
 
 
 def _name(scope: Scope) -> tuple[str, dict[str, str]]:
-    # Not the path: a span's name must not hold what a client makes up.
+    # The name does not contain the path, because a client could put anything there.
     return scope["method"], {}

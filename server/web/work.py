@@ -1,4 +1,4 @@
-"""Decode and encode requests: receive, parse, wait for the result, answer."""
+"""Serve the decode and encode routes: receive a request, parse it, wait for its result, send the answer."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ from ..scheduling.service import Service
 from .receive import BodyThreads, check_declared, declared_length, receive, receive_whole
 from .responses import response_of, send_all, unless_client_left
 
-MOST_PARAMETERS = 256  # in a query: parsing thousands of them would block the event loop
+MOST_PARAMETERS = 256  # the most parameters in a query, because parsing thousands of them would block the event loop
 
 
 class Work:
-    """The decode or encode routes. An ASGI application, because a request's memory is held until its answer is sent."""
+    """The endpoint of the decode routes or of the encode routes.
+
+    It is an ASGI application and not a function that returns a response, because the memory of a request must stay
+    counted until its answer has been sent.
+    """
 
     def __init__(self, direction: Direction) -> None:
+        """Make the endpoint of one direction."""
         self._direction = direction
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. Raises ServerError if it fails, ClientDisconnect if the client leaves."""
         request = Request(scope, receive, send)
         service: Service = request.app.state.service
         if scope["query_string"].count(b"&") > MOST_PARAMETERS:
@@ -56,7 +62,7 @@ async def _answer(intake: Intake, received: values.Request | EncodeFile) -> tupl
 
 
 def peer_of(request: Request) -> str:
-    """Return the address of the client; for IPv6 its /64 network, because one host may use all addresses of it."""
+    """Return the address of the client; for IPv6 its /64 network, because one host may have all addresses of it."""
     host = request.client.host if request.client else ""
     try:
         address = ipaddress.ip_address(host)
@@ -66,14 +72,14 @@ def peer_of(request: Request) -> str:
 
 
 def _note_model(request: Request, service: Service) -> None:
-    """Name the model for the log and the metrics, if the path or the query names it, before anything is refused."""
+    """Note the model that the path or the query names, for the log and the metrics, before anything is refused."""
     word = request.path_params.get("model") or request.query_params.get("model")
     request.state.model = (service.settings.name_of(word) if word else service.settings.default) or "none"
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeFile:
-    """An image or video file to encode, received but not read."""
+    """An image or video file to encode, which has been received but not parsed."""
 
     parameters: contract.Parameters
     accept: str
@@ -82,9 +88,10 @@ class EncodeFile:
 
 
 class Intake:
-    """One request on its way in, and the memory that it holds."""
+    """Receives one request, and holds memory for it."""
 
     def __init__(self, request: Request, service: Service, admission: Admission) -> None:
+        """Begin to receive an admitted request."""
         self.service = service
         self.admission = admission
         self._request = request
@@ -92,14 +99,16 @@ class Intake:
         self._threads: BodyThreads = request.app.state.body_threads
 
     def hold(self, size_bytes: int) -> None:
-        """Hold this much memory until the answer is sent. Raises QueueFull. Nothing else asks for memory."""
+        """Hold so many bytes of memory until the answer is sent. Raises QueueFull."""
         self.admission.reserve(size_bytes)
 
     async def receive(self, asked: Direction) -> values.Request | EncodeFile:
-        """Receive a request. asked: the direction of the address that it was sent to.
+        """Receive a request, and return it, or the file from which `read_file` makes it.
 
-        Headers and query are parsed first, so that whatever they rule out is refused before the body is received. A
-        body without the parameter `shape` is a file, whose bytes say what it is.
+        Headers and query are parsed first, so that mistakes in them are refused before the body is received. A body
+        without the parameter `shape` is a file, whose type is recognized by its bytes.
+
+        asked: the direction of the route that the request was sent to. Raises ServerError.
         """
         is_encode, query = asked is Direction.ENCODE, self._request.query_params.multi_items()
         accept = ",".join(self._request.headers.getlist("accept"))
@@ -125,7 +134,7 @@ class Intake:
         return EncodeFile(parameters, accept, info, file)
 
     async def read_file(self, file: EncodeFile) -> values.Request:
-        """Decode an image or video file on a thread, and return the request to encode its pixels."""
+        """Read the pixels of an image or video file on a thread, and return the request to encode them."""
         threads = self._threads.videos if media_type_of(file.data) == VIDEO_TYPE else self._threads.images
         on_thread = partial(threads.run, self.service, self.admission)
         header = await on_thread(contract.header_of, file.parameters, file.info, file.data)
@@ -133,7 +142,7 @@ class Intake:
         return await on_thread(contract.read_pixels, file.parameters, file.accept, file.info, file.data, header)
 
     def _decode_job(self, parameters: contract.Parameters, accept: str, info: ModelInfo) -> values.Job:
-        if not parameters.has("shape"):  # and the body is not a known file either: its type may be the mistake
+        if not parameters.has("shape"):  # the body is no known file: its Content-Type may be the mistake
             contract.is_json_body(self._request.headers.get("content-type"), None)
         defaults = contract.RenderDefaults.of(self.service.settings, info.name)
         return contract.decode_job(parameters, accept, info, defaults, self.service.infos.values())
@@ -157,14 +166,14 @@ class Intake:
         return await self._threads.json.run(self.service, self.admission, contract.read_json, body)
 
     async def _file(self) -> bytearray:
-        """Receive a body whose bytes say what it is."""
+        """Receive a body whose type is recognized by its bytes."""
         self.service.check_room(declared_length(self._request) or 0)
         body = await receive_whole(self._request, self.admission, self._options)
         self.hold(len(body))
         return body
 
     async def _tensor(self, job: values.Job, body: contract.Bytes | None) -> values.Request:
-        """Return the request of a job. body: the tensor; None if it is still to be received."""
+        """Return the request of a job. body: the bytes of the tensor; None if they have not been received yet."""
         if body is None:
             check_declared(job.bytes_needed, self._options.max_body_mb << 20)
             if declared := declared_length(self._request):

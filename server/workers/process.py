@@ -1,4 +1,7 @@
-"""A worker process as an Engine: started, listened to, restarted when it ends. This side never imports torch."""
+"""A worker process as an Engine: start it, listen to it, and restart it when it ends.
+
+This is the front process's side, which never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -30,41 +33,48 @@ log = logging.getLogger(__name__)
 
 WORKER = f"{__package__.partition('.')[0]}.engine.worker"
 READ_AHEAD_BYTES = 16 << 20
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0  # before a restart; the pause doubles with each worker that answers nothing
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 OOM_KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))  # each has a line `oom_kill N`
-DEATHS_AT_START = 3
-CLOSE_S = 2.0
-# A worker that says nothing for so many beats is stuck as a whole: stopped, swapped out, or one thread keeps all others
-# from running. Python's own work never does for so long, even on a busy machine.
+DEATHS_AT_START = 3  # the number of workers in a row that may end before the first one is ready
+CLOSE_S = 2.0  # the time that a worker has to end by itself, before it is killed
+# A worker that misses so many beats is stuck: stopped, swapped out, or one thread keeps all others from running. Python
+# code never blocks the other threads for so long, even on a busy machine.
 BEAT_S, BEATS_MISSED = 1.0, 15
 
-# How often an OpenMP thread looks before it sleeps. libgomp's own 300,000 looks are some 10 ms: when another process
-# takes a core, each parallel region of a decode waits as long for its preempted thread. On two cores a 512x512 decode
-# of the demo takes 7 % longer alone with 8,000, and half as long beside a busy process.
+# How often an OpenMP thread checks for work before it sleeps. libgomp's default of 300,000 checks takes about 10 ms.
+# When another process takes a core, every parallel region of a decode waits that long for its preempted thread. On two
+# cores and with 8,000 checks, a 512x512 decode of the demo takes 7 % longer on an idle machine, and half as long beside
+# a busy process.
 SPIN_COUNT = "8000"
 
-# Forked from a process that has imported torch and touched no device: a worker is there again within a second, and the
-# libraries' memory is shared.
+# Workers are forked from a process that has imported torch but has not used a device. So a worker restarts within a
+# second, and all workers share the memory of the libraries.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([WORKER])
 
 
 def start_forkserver() -> None:
-    """Start it on the main thread, ahead of the first worker, because its imports take seconds.
+    """Start the process that forks the workers, before the first worker needs it, because its imports take seconds.
 
-    Like its workers it takes no signals, because a signal to the process group is meant for the front process. A
-    blocked signal stays blocked in a new process, and unlike an ignored one it is not lost in this process.
+    Must be called on the main thread. The fork server and its workers block SIGINT, SIGTERM and SIGHUP, because a
+    signal to the process group is meant for the front process. Signals that are blocked here stay blocked in the new
+    process. They are not ignored instead, because this process would lose a signal that arrives meanwhile.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it as it is loaded
-    resource_tracker.ensure_running()  # else it is started in between, and unblocks them
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it when it is loaded
+    resource_tracker.ensure_running()  # otherwise the fork server would start it, which unblocks the signals
     usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, usual)
 
 
 class ProcessEngine:
-    """One device, `device` as `--device` spells it."""
+    """One device, whose work is done in a worker process. The public methods are described in `Engine`.
+
+    device: the name of the device as `--device` spells it; once the worker has started, as torch names it.
+    is_alive: a worker is ready.
+    steps: how many steps of work the worker has begun.
+    """
 
     def __init__(
         self,
@@ -76,11 +86,17 @@ class ProcessEngine:
         others: Sequence[str] = (),
         worker: str = WORKER,
     ) -> None:
-        """takes_any: also models that name no device. others: devices that need an engine unless this one is theirs.
+        """Make an engine that has not started.
 
-        worker: the module whose `main` is the process.
+        settings: the configuration of the server.
+        device: a device of `--device`.
+        metrics: count the restarts and the memory of the worker.
+        takes_any: whether it also runs models that name no device.
+        others: the devices that models name and `--device` does not. `start` returns engines for those of them that
+            turn out to be other devices than this one.
+        worker: the name of the module whose `main` the process runs.
         """
-        self.device = device  # what it turns out to be, once started
+        self.device = device
         self.is_alive = False
         self._devices = 1
         options = settings.options.model_copy(update={"device": device, "api_key": None})
@@ -100,17 +116,24 @@ class ProcessEngine:
         self._supervising: asyncio.Task[None] | None = None
         self._first: asyncio.Future[None] | None = None
         self._restoring: asyncio.Task[None] | None = None
-        self.steps = 0  # of work that the worker has begun
-        self._has_answered = False  # whether this worker ever did: if not, the next one starts later
-        self._ended_because: str | None = None  # why this side ended the worker
+        self.steps = 0
+        self._has_answered = False  # whether the current worker has answered a request; if not, the pauses get longer
+        self._ended_because: str | None = None  # why this process killed the worker
         self._beats_missed = 0
 
     @property
     def pid(self) -> int | None:
+        """The id of the worker process; None before the first one."""
         return self._process.pid if self._process else None
 
     async def start(self, changed: Callable[[], None]) -> Sequence[ProcessEngine]:
-        """Raises ConfigError when there is no such device, or the process ends again and again before it is ready."""
+        """Start the worker, and return engines, not started, for further devices.
+
+        These are the other CUDA devices if the device is auto or cuda, and those that models name. changed: called
+        whenever `is_alive` or the loaded models have changed.
+
+        Raises ConfigError if the device does not exist, or if DEATHS_AT_START workers in a row end before one is ready.
+        """
         self._changed = changed
         self._first = asyncio.get_running_loop().create_future()
         self._metrics.watch_worker(self.device, lambda: self.pid)
@@ -125,23 +148,28 @@ class ProcessEngine:
         ]
 
     def can_run(self, model: str) -> bool:
+        """Return whether the model may run on this device."""
         wanted = self._settings.models[model].device
         if wanted in (None, "auto"):
             return self._takes_any
         return full_name(wanted) == full_name(self.device)
 
     def loaded(self, model: str) -> LoadedInfo | None:
+        """Return what is known of a loaded model; None if no direction of it is loaded."""
         return self._held.get(model)
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:
+        """Have the worker read a model's config.json. Raises ModelUnavailable; Unavailable if the worker ends."""
         info = await self._call(lambda call: messages.Describe(call, model, is_local_only))
         assert info is not None
         return info
 
     async def load(self, coder: CoderId) -> None:
+        """Have the worker load a coder. Raises ModelUnavailable; Unavailable if the worker ends."""
         await self._call(lambda call: messages.Load(call, coder))
 
     async def run(self, batch: Batch) -> None:
+        """Have the worker compute and render a batch, and answer its requests. Raises WorkerDied."""
         number, ended = next(self._ids), asyncio.get_running_loop().create_future()
         self._batches[number] = batch, ended
         for index, pending in enumerate(batch.members):
@@ -151,17 +179,18 @@ class ProcessEngine:
             await ended
         finally:
             del self._batches[number]
-            ended.cancel()  # where sending failed, nobody waits for it
+            ended.cancel()  # if sending failed, nothing awaits it
             if not ended.cancelled():
                 ended.exception()
 
     def kill(self, reason: str) -> None:
+        """Kill the worker; another one is started. reason: for the log."""
         if self._process:
             self._ended_because = reason
             self._process.kill()
 
     async def close(self) -> None:
-        """The worker ends when its connection does."""
+        """Close the connection to the worker, which makes it end, and kill it if it does not end within CLOSE_S."""
         tasks = [task for task in (self._supervising, self._restoring) if task]
         for task in tasks:
             task.cancel()
@@ -172,7 +201,7 @@ class ProcessEngine:
             await asyncio.to_thread(self._process.join)
 
     def _after(self, number: int, index: int, answer: asyncio.Future[Any]) -> None:
-        """A client has its answer, or left."""
+        """Tell the worker if the client of a request has left. Called when a request has its answer or is cancelled."""
         if number not in self._batches:
             return
         if answer.cancelled() and self._writer:
@@ -180,11 +209,13 @@ class ProcessEngine:
         self._end_if_done(number)
 
     def _end_if_done(self, number: int) -> None:
+        """End `run` of a batch if the device is free and all requests have their answers."""
         batch, ended = self._batches[number]
         if batch.computed.done() and all(pending.answer.done() for pending in batch.members) and not ended.done():
             ended.set_result(None)
 
     async def _call(self, make: Callable[[int], messages.ToWorker]) -> ModelInfo | None:
+        """Send a Describe or a Load, and return what the worker replies. make: makes the message from its number."""
         number = next(self._ids)
         reply: asyncio.Future[ModelInfo | None] = asyncio.get_running_loop().create_future()
         self._calls[number] = reply
@@ -192,11 +223,12 @@ class ProcessEngine:
             await self._send(make(number))
             return await reply
         except WorkerDied:
-            raise Unavailable("the worker of this device is restarting; try again in a few seconds") from None
+            raise Unavailable("a worker of this server is restarting; try again in a few seconds") from None
         finally:
             del self._calls[number]
 
     async def _send(self, message: messages.ToWorker) -> None:
+        """Send a message to the worker. Raises WorkerDied if there is none."""
         if self._writer is None:
             raise WorkerDied
         self._writer.write(messages.encode(message))
@@ -206,36 +238,38 @@ class ProcessEngine:
             raise WorkerDied from None
 
     async def _supervise(self) -> None:
-        """One worker after another."""
+        """Run one worker after another, until the engine is closed or cannot start."""
         deaths = 0
         while True:
             self._has_answered, self._ended_because = False, None
             oom_kills = count_oom_kills()
             try:
                 await self._live()
-            except Exception:  # the border of a worker: whatever it was, another one is tried
-                log.exception("the worker of %s could not be started or understood", self.device)
+            except Exception:  # whatever a worker does, another one must be tried
+                log.exception("the worker of %s could not be started, or sent something unexpected", self.device)
             finally:
                 self._bury()
             deaths = 0 if self._has_answered else deaths + 1
             assert self._first is not None
-            if self._first.done() and self._first.exception():  # there is no such device
+            if self._first.done() and self._first.exception():  # the device does not exist
                 return
             if deaths >= DEATHS_AT_START and not self._first.done():
-                self._first.set_exception(ConfigError("the worker process ends as it starts; the log above says why"))
+                self._first.set_exception(
+                    ConfigError(f"the worker process ended {deaths} times while it started; the log above says why")
+                )
                 return
             self._metrics.worker_restarts.labels(await self._cause(oom_kills)).inc()
             await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**deaths))
 
     async def _live(self) -> None:
-        """From start to end of one worker."""
+        """Start one worker and handle its messages until it ends."""
         ours, theirs = socket.socketpair()
         arguments = theirs, self._settings, self._worker
         process = processes.Process(target=run_worker, args=arguments, name=f"worker-{self.device}", daemon=True)
         try:
             with theirs:
                 await asyncio.to_thread(process.start)
-        except BaseException:  # cancelled: a worker that starts all the same finds its connection closed
+        except BaseException:  # if cancelled, a worker that starts nevertheless finds its connection closed and ends
             ours.close()
             raise
         self._process = process
@@ -251,7 +285,7 @@ class ProcessEngine:
             beating.cancel()
 
     async def _read(self, reader: asyncio.StreamReader, length: int) -> bytearray:
-        """Read a message in pieces: a worker that sends a large answer responds all the while."""
+        """Read a message in pieces, so that a worker that is sending a large answer counts as responding."""
         body = bytearray()
         while len(body) < length:
             piece = await reader.read(min(READ_AHEAD_BYTES, length - len(body)))
@@ -262,9 +296,9 @@ class ProcessEngine:
         return body
 
     async def _beat(self) -> None:
-        """Ask the worker again and again whether it responds, and end it when it does not.
+        """Ping the worker every BEAT_S, and kill it when it has missed BEATS_MISSED beats.
 
-        Beats are counted, not seconds: while this process itself does not run, none is missed.
+        Beats are counted instead of seconds, so that the worker is not killed because this process itself was stopped.
         """
         self._beats_missed = 0
         while True:
@@ -278,6 +312,7 @@ class ProcessEngine:
             self._writer.write(messages.encode(messages.Ping()))
 
     def _hear(self, message: messages.FromWorker) -> None:
+        """Handle a message from the worker."""
         match message:
             case messages.Pong(steps):
                 self.steps = steps
@@ -298,6 +333,7 @@ class ProcessEngine:
                 self._hear_of_batch(message)
 
     def _be_ready(self, device: str, devices: int) -> None:
+        """Note that the worker has started, and load what the last one had loaded."""
         self.is_alive, self.device, self._devices = True, full_name(device), devices
         assert self._first is not None
         assert self._writer is not None
@@ -308,7 +344,7 @@ class ProcessEngine:
         self._changed()
 
     async def _restore(self) -> None:
-        """What the last worker held, one after the other; what ends the worker is not tried again."""
+        """Load what the last worker had loaded, one after the other. A load that kills the worker is not repeated."""
         while self._wanted:
             with suppress(ServerError):
                 await self.load(self._wanted.pop())
@@ -332,7 +368,7 @@ class ProcessEngine:
                 batch.members[index].fail(failure.error())
 
     def _bury(self) -> None:
-        """Whoever waits for this worker is told."""
+        """Clear the state of a worker that has ended, and raise WorkerDied in everything that waits for it."""
         self._wanted |= {
             CoderId(name, direction)
             for name, info in self._held.items()
@@ -350,7 +386,10 @@ class ProcessEngine:
         self._changed()
 
     async def _cause(self, oom_kills: int) -> str:
-        """Log how the last worker ended; the result labels a metric. oom_kills: the count from before it started."""
+        """Log how the last worker ended, and return it as the label of a metric.
+
+        oom_kills: what `count_oom_kills` returned before the worker started.
+        """
         if self._process is None:
             return "not_started"
         await asyncio.to_thread(self._process.join, CLOSE_S)
@@ -359,12 +398,16 @@ class ProcessEngine:
             await asyncio.to_thread(self._process.join)
         code = self._process.exitcode or 0
         how = self._ended_because or how_it_ended(code, count_oom_kills() > oom_kills)
-        log.error("worker %d of %s ended: %s; another one starts", self._process.pid, self.device, how)
+        log.error("worker %d of %s ended: %s; another one is started", self._process.pid, self.device, how)
         return f"signal_{-code}" if code < 0 else f"exit_{code}"
 
 
 def how_it_ended(code: int, was_out_of_memory: bool) -> str:
-    """Say in words how a process ended. code: its exit code, negative for a signal."""
+    """Return in words how a process ended.
+
+    code: its exit code, negative for a signal. was_out_of_memory: whether the kernel killed a process for lack of
+        memory meanwhile.
+    """
     if code == -signal.SIGKILL and was_out_of_memory:
         return "the kernel killed it because memory ran out; lower memory_budget_mb or max_pixels"
     if code == -signal.SIGKILL:
@@ -375,7 +418,10 @@ def how_it_ended(code: int, was_out_of_memory: bool) -> str:
 
 
 def count_oom_kills() -> int:
-    """Return how many processes the kernel has killed for lack of memory, in this container or on this machine."""
+    """Return how many processes the kernel has killed for lack of memory, in this container or on this machine.
+
+    Returns 0 if that is not known.
+    """
     for path in OOM_KILLS:
         with suppress(OSError, ValueError, KeyError):
             counts = dict(line.split() for line in path.read_text().splitlines())
@@ -384,18 +430,20 @@ def count_oom_kills() -> int:
 
 
 def run_worker(connection: socket.socket, settings: Settings, module: str) -> None:
-    """In the new process."""
+    """Run a worker; called in the new process. connection: to the front process. module: the module of its `main`."""
     import_module(module).main(connection, settings)
 
 
 def full_name(device: str) -> str:
+    """Return the name of a device with its number: "cuda" means "cuda:0"."""
     return "cuda:0" if device == "cuda" else device
 
 
 def threads_for(devices: Sequence[str]) -> int | None:
-    """Of each worker: its share of the cores, None where torch's own choice is right.
+    """Return the number of CPU threads for each worker; None if torch's own choice is right.
 
-    A container's limit on CPU time counts too, which torch does not know of.
+    The workers on the CPU share the cores. A container's limit on CPU time, which torch does not consider, counts like
+    a smaller number of cores. devices: the devices of all workers.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = allowed
@@ -407,11 +455,14 @@ def threads_for(devices: Sequence[str]) -> int | None:
 
 
 def engines_for(settings: Settings, metrics: Metrics) -> list[ProcessEngine]:
-    """One for each device of `--device`; once it is known what `auto` means, the first adds those that models name."""
+    """Return an engine for each device of `--device`.
+
+    The first engine adds those for other devices that models name, once it knows which device `auto` is.
+    """
     shared = settings.options.device.split(",")
     own = {entry.device for entry in settings.models.values() if entry.device not in (None, "auto")}
     others = sorted({full_name(device) for device in own if device} - {full_name(device) for device in shared})
-    on_cpu = shared if "auto" in shared else [*shared, *others]  # auto may well be the CPU that a model names
+    on_cpu = shared if "auto" in shared else [*shared, *others]  # auto may be the same CPU that a model names
     threads = settings.options.threads or threads_for(on_cpu)
     settings = settings.model_copy(update={"options": settings.options.model_copy(update={"threads": threads})})
     first, *rest = shared

@@ -105,9 +105,13 @@ def test_a_port_in_use_is_one_sentence() -> None:
 def test_models_lists_what_is_here(models_yaml: Path) -> None:
     told = invoke("models", "--config", models_yaml).stdout
     assert re.search(
-        r"^\* sd +.* \(also sd-v1\)\n +pictures, 4 channels.*; weights here, \d+ MB on disk", told, re.MULTILINE
+        r"^\* sd +.* \(also sd-v1\)\n +images, latents with 4 channels.*; weights on disk, \d+ MiB", told, re.MULTILINE
     )
-    assert re.search(r"^  hunyuan .*\n +clips, 16 channels, each of 8x8, 4 frames", told, re.MULTILINE)
+    assert re.search(
+        r"^  hunyuan .*\n +videos, latents with 16 channels, each latent pixel covers 8x8 pixels of 4 frames",
+        told,
+        re.MULTILINE,
+    )
 
 
 def test_models_lists_every_shipped_model_without_the_network() -> None:
@@ -122,7 +126,7 @@ def test_models_lists_every_shipped_model_without_the_network() -> None:
 def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
     ran = invoke("check", "--config", models_yaml)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    for words in ("configuration", "device: cpu", "Pillow has jpg", "ffmpeg has libx264", "'sd' decodes: "):
+    for words in ("configuration", "device: cpu", "Pillow has jpg", "ffmpeg has libx264", "'sd' decodes in "):
         assert words in ran.stdout
 
 
@@ -142,8 +146,8 @@ def test_check_names_every_problem_and_exits_1(vaes: Vaes, tmp_path: Path) -> No
     assert re.search(r"^PROBLEM  .*ffmpeg", ran.stdout, re.MULTILINE)
     assert re.search(r"^PROBLEM  odd: unknown family 'klx'", ran.stdout, re.MULTILINE)
     assert re.search(r"^PROBLEM  gpu: device cuda:9: this torch", ran.stdout, re.MULTILINE)
-    assert re.search(r"^ok .*good: weights here", ran.stdout, re.MULTILINE)
-    assert re.search(r"^ok .*later: not downloaded yet", ran.stdout, re.MULTILINE)
+    assert re.search(r"^ok .*good: weights are on disk", ran.stdout, re.MULTILINE)
+    assert re.search(r"^ok .*later: not downloaded;", ran.stdout, re.MULTILINE)
 
 
 def test_download_of_a_local_folder_says_where_it_is(models_yaml: Path, vaes: Vaes) -> None:
@@ -231,7 +235,9 @@ def test_encode_a_picture_and_decode_it_again(
 def test_encode_says_what_is_wrong_with_a_file(url: str, tmp_path: Path) -> None:
     out, text = tmp_path / "out.safetensors", tmp_path / "text.png"
     text.write_text("no picture")
-    assert_one_sentence(invoke("encode", text, out, "--server", url), "the body is no PNG, JPEG, WebP or MP4", 2)
+    assert_one_sentence(
+        invoke("encode", text, out, "--server", url), "the body is not a PNG, JPEG, WebP or MP4 file", 2
+    )
     assert_one_sentence(invoke("encode", tmp_path / "none.png", out), "No such file", 2)
 
 

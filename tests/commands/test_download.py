@@ -47,7 +47,7 @@ def test_a_download_takes_what_is_needed_and_works_offline_afterwards(hub: tuple
     ran = download(hub, tmp_path, models)
     assert ran.returncode == 0, ran.stderr
     said, advice = ran.stdout.splitlines()
-    assert advice == f"   to keep this version: revision: {COMMIT}"
+    assert advice == f"   to pin this version, add to models.yaml: revision: {COMMIT}"
     folder = Path(said.removeprefix("m: "))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert folder.parent.name == COMMIT

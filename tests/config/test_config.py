@@ -44,8 +44,8 @@ BROKEN = {
     "an unknown device": ("models: {a: {repo: o/n, device: gpu}}", r"models.a.device: expected auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
     "a limit of zero": ("models: {a: {repo: o/n, limits: {max_batch: 0}}}", r"max_batch: expected greater than or equal to 1"),
     "a warmup that is no size": ("models: {a: {repo: o/n, warmup: [[512]]}}", r"models.a.warmup.0"),
-    "an unknown default": ("default: x\nmodels: {a: {repo: o/n}}", r": default: no model 'x'; known: a"),
-    "a key twice": ("models:\n  a: {repo: o/n}\n  a: {repo: o/m}", r":3: models.a: this key stands twice"),
+    "an unknown default": ("default: x\nmodels: {a: {repo: o/n}}", r": default: there is no model 'x'; known: a"),
+    "a key twice": ("models:\n  a: {repo: o/n}\n  a: {repo: o/m}", r":3: models.a: this key is there twice"),
     "an alias that is a name": ("models:\n  a: {repo: o/n}\n  b: {repo: o/n, aliases: [a]}", r"the name 'a' is used twice"),
     "a route's name": ("models: {health: {repo: o/n}}", r"'health' cannot be a model's name: it is a route"),
     "a name that is no URL": ("models: {'a b': {repo: o/n}}", r"'a b' cannot be a model's name"),
@@ -141,7 +141,8 @@ def test_a_mounted_folder_that_is_empty_counts_as_none(
 def test_a_mounted_folder_without_a_model_is_an_error_that_config_ends(mounted: Path, tmp_path: Path) -> None:
     (mounted / "README.md").touch()
     with pytest.raises(
-        ConfigError, match=r"mounted has no config\.json of a diffusers VAE, no vae/config\.json and no models\.yaml"
+        ConfigError,
+        match=r"mounted contains no config\.json of a diffusers VAE, no vae/config\.json and no models\.yaml",
     ):
         load_settings()
     assert load_settings(config=write(tmp_path, GOOD)).source == tmp_path / "models.yaml"
@@ -212,7 +213,7 @@ def test_the_environment_holds_several_keys(tmp_path: Path, monkeypatch: pytest.
     settings = load_settings(config=write(tmp_path, GOOD))
     assert [known.name for known in settings.api_keys] == ["key-1", "ci"]
     monkeypatch.setenv("VAE_SERVER_API_KEY", " , ")
-    with pytest.raises(ConfigError, match="VAE_SERVER_API_KEY: is set and empty"):
+    with pytest.raises(ConfigError, match="VAE_SERVER_API_KEY: is set but empty"):
         load_settings(config=write(tmp_path, GOOD))
 
 

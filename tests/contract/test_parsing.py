@@ -57,7 +57,7 @@ def test_a_shape_may_have_the_brackets_of_javascript_libraries(pairs: list[tuple
     "keys", [["shape[0]", "shape[2]"], ["shape[0]", "shape[0]"], ["shape[]", "shape[0]"], ["shape[1]"]]
 )
 def test_brackets_with_gaps_are_refused(keys: list[str]) -> None:
-    with pytest.raises(BadRequest, match=r"shape\[0\], shape\[1\] … must each be sent once, without gaps"):
+    with pytest.raises(BadRequest, match=r"shape\[0\], shape\[1\], … must each be sent once, without gaps"):
         wire.Parameters([(key, "1") for key in keys])
 
 

@@ -9,6 +9,7 @@ import torch
 
 from server.config import load_settings
 from server.engine.local import LocalEngine
+from server.model_info import CoderId
 
 
 def test_a_model_that_is_not_used_is_unloaded(models_yaml: Path) -> None:
@@ -32,7 +33,7 @@ def test_a_device_holds_no_more_than_it_may_however_many_load_at_once(models_yam
         engine = LocalEngine(load_settings(config=models_yaml, max_loaded=1))
         names = ["sd", "sd-bf16", "flux"]
         try:
-            await asyncio.gather(*map(engine.load, names))
+            await asyncio.gather(*(engine.load(CoderId(name)) for name in names))
             return sum(engine.loaded(name) is not None for name in names)
         finally:
             await engine.close()

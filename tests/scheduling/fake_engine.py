@@ -1,4 +1,4 @@
-"""An engine without a device: what it holds, how long it takes and how it fails are a test's to say."""
+"""An engine without a device. A test decides what it has loaded, how long its work takes and how it fails."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.requests import decode_job
 
 
 def request(model: str = "sd", side: int = 256, direction: Direction = Direction.DECODE) -> Request:
+    """Return a request for one image of `side` by `side` pixels."""
     geometry = Geometry((1, 4, side // 8, side // 8), is_packed=False, num_frames=1, height=side, width=side)
     job = decode_job(model, geometry, direction=direction)
     return Request(job, memoryview(bytes(job.bytes_needed)))
@@ -30,24 +31,36 @@ def pending(
     least_seconds: float = 0.0,
     direction: Direction = Direction.DECODE,
 ) -> Pending:
-    """A pending that arrives now, takes `seconds` and must be done `within_s`."""
+    """Return the queue's entry of a request that arrives now.
+
+    seconds: its estimated time on a device. within_s: the time until its deadline. least_seconds: its lowest estimate.
+    """
     deadline = asyncio.get_running_loop().time() + within_s
     asked = request(model, side, direction)
     return Pending.of(asked, seconds=seconds, deadline=deadline, least_seconds=least_seconds)
 
 
 def info(model: str) -> ModelInfo:
+    """Return what is known of a fake model."""
     spec = LatentSpec(family="kl", kind="image", channels=4, vae_scale_factor=8)
     return ModelInfo(model, spec, Limits(), "AutoencoderKL")
 
 
 class FakeEngine:
-    """One device. It runs one batch at a time, and short ones between the steps of another.
+    """One device, which runs one batch at a time, and short batches between the steps of another.
 
-    fails: why a direction does not load. coder: its name. takes: how long a batch really takes, by default what was estimated.
+    held: the coders that are loaded.
+    load_s: how long a load takes, in seconds.
+    fails: the errors of the coders that do not load.
+    takes: returns how long a batch really takes, in seconds; by default, as long as was estimated.
+    hangs: batches begin and never end.
+    coder: the name of the loaded coders.
+    loads: how often each coder was loaded.
+    batches, killed: the batches that it was given, and the reasons for which it was killed.
     """
 
     def __init__(self, *held: str, load_s: float = 0.0) -> None:
+        """Make an engine that has both directions of these models loaded."""
         self.is_alive = True
         self.steps = 0
         self.held = {CoderId(model, direction) for model in held for direction in Direction}
@@ -123,13 +136,14 @@ class FakeEngine:
         self.come_back()
 
     def die(self) -> None:
-        """As a worker process that ends: what runs is lost, nothing is held."""
+        """End like a worker process: the running batches are lost, and nothing is loaded any more."""
         self.is_alive = False
         self.held.clear()
         self._died.set_result(None)
         self._changed()
 
     def come_back(self) -> None:
+        """Run again, as after a restart of the worker process."""
         self.is_alive, self.hangs = True, False
         self._died = asyncio.get_running_loop().create_future()
         self._device = asyncio.Lock()
@@ -140,7 +154,10 @@ class FakeEngine:
 
 
 def settings_for(*models: str, **flags: object) -> Settings:
-    """A configuration of models that are in no folder; the first is the default."""
+    """Return the settings of a server with models that do not exist on disk; the first is the default.
+
+    flags: options of `serve`.
+    """
     entries = {name: ModelEntry(repo=f"/nowhere/{name}") for name in models}
     return Settings(
         options=ServerOptions(**flags), source=Path("/nowhere/models.yaml"), default=models[0], models=entries

@@ -1,4 +1,4 @@
-"""Places and bytes of those who were let in, on a virtual clock."""
+"""The places and the bytes of admitted requests, on a virtual clock."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_an_answer_that_is_sent_holds_no_place() -> None:
 def test_a_peer_that_holds_all_places_leaves_some_to_others() -> None:
     async def scene(admissions: Admissions) -> None:
         with admissions.place("a"), admissions.place("a"), admissions.place("a"), admissions.place("a"):
-            with pytest.raises(QueueFull, match="4 requests wait already"):
+            with pytest.raises(QueueFull, match="4 requests are already waiting or in progress"):
                 admissions.check_place("a")
             with admissions.place("b"), pytest.raises(QueueFull):
                 admissions.check_place("c")
@@ -141,7 +141,7 @@ def test_bytes_that_a_thread_still_holds_stay_counted() -> None:
 
 
 def test_a_body_that_is_late_already_is_given_up_without_harm() -> None:
-    """Its timeout has fired and its task has not run yet: another request must not pay for that."""
+    """The upload's timeout has fired, but its task has not run yet. That must not make another request fail."""
 
     async def scene(admissions: Admissions) -> int:
         async def upload(admission: Admission) -> None:

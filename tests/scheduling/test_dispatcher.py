@@ -1,4 +1,4 @@
-"""The dispatcher with an engine that has no device, on a virtual clock: batches, loads, retries, hangs, deadlines."""
+"""The dispatcher with a fake engine on a virtual clock: batches, loads, retries, hangs, deadlines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.scheduling.fake_engine import FakeEngine, pending
 def dispatching(
     scene: Callable[[Dispatcher, FakeEngine], Awaitable[Any]], *held: str, engines: int = 1, **flags: object
 ) -> Any:
-    """Run a scene with a dispatcher and its first engine."""
+    """Run a scene on a virtual clock, with a dispatcher and its first engine, and return its result."""
 
     async def play() -> Any:
         made = [FakeEngine(*held) for _ in range(engines)]
@@ -65,7 +65,7 @@ def test_jobs_alike_go_together_while_the_device_is_at_work() -> None:
 
 
 def test_a_full_short_batch_is_staged_while_the_device_is_at_work() -> None:
-    """Else the device waits for bytes between two batches."""
+    """Otherwise the device would wait for bytes between two batches."""
 
     async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> tuple[list[int], list[bool]]:
         answers = asked(dispatcher, *(pending(seconds=0.01) for _ in range(7)))
@@ -140,8 +140,8 @@ def test_work_that_cannot_run_beside_its_like_leaves_the_place_to_others() -> No
 
 def test_short_work_gets_no_more_than_its_share_beside_long_work() -> None:
     async def scene(dispatcher: Dispatcher, engine: FakeEngine) -> float:
-        """How many of the short ones are done by when the long one is."""
-        engine.takes = lambda batch: batch.seconds if batch.is_short else batch.seconds * 2  # half of it for others
+        """Return the seconds of short work that is done when the long work is."""
+        engine.takes = lambda batch: batch.seconds if batch.is_short else batch.seconds * 2  # half the time for others
         long = asked(dispatcher, pending("video", side=4096, seconds=20))
         await asyncio.sleep(0)
         shorts = asked(dispatcher, *(pending("sd", seconds=0.5, side=1024) for _ in range(200)))
@@ -314,7 +314,7 @@ def test_work_that_cannot_be_done_in_time_is_refused_at_once_with_the_estimate()
         return str(error), now(), len(engine.batches) + dispatcher.waiting
 
     sentence, when, begun = dispatching(scene, "sd")
-    assert "takes about 18 s, its deadline is in 10 s" in sentence
+    assert "takes about 18 s, but its deadline is in 10 s" in sentence
     assert (when, begun) == (0, 0)
 
 
@@ -329,7 +329,7 @@ def test_what_comes_first_counts_in_the_estimate() -> None:
         return str(error), error.retry_after_s
 
     sentence, retry_after_s = dispatching(scene, "sd")
-    assert "about 24 s of other requests come first" in sentence
+    assert "waits about 24 s for others" in sentence
     assert retry_after_s == 24
 
 

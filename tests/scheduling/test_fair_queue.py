@@ -1,4 +1,4 @@
-"""The queue on a virtual clock: order, batches, deadlines, fairness; every ticket leaves it exactly once."""
+"""The queue on a virtual clock: order, batches, deadlines, fairness. Every ticket leaves it exactly once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_who_waits_past_the_deadline_never_starts() -> None:
 
 
 def simulate(queue: Queue[Ticket], arrivals: list[Ticket], watch: Callable[[Ticket, float], None]) -> None:
-    """One device on a virtual clock; `watch` is told each ticket and when it started."""
+    """Simulate one device on a virtual clock. watch: called with each ticket and the time at which it started."""
     coming = [(t.arrived, i, t) for i, t in enumerate(arrivals)]
     heapq.heapify(coming)
     now = 0.0
@@ -92,13 +92,13 @@ def simulate(queue: Queue[Ticket], arrivals: list[Ticket], watch: Callable[[Tick
 
 def test_a_picture_waits_for_the_video_that_runs_and_not_for_those_that_wait() -> None:
     videos = [ticket(key="video", pixels=99, seconds=30.0, arrived=0.1 * i) for i in range(4)]
-    pictures = [ticket(seconds=0.5, arrived=2.0 * i) for i in range(100)]
+    images = [ticket(seconds=0.5, arrived=2.0 * i) for i in range(100)]
     waited: dict[str, list[float]] = {"sd": [], "video": []}
-    simulate(Queue(2, 16), videos + pictures, lambda t, now: waited[str(t.key)].append(now - t.arrived))
-    # A picture waits for the one video that runs, 30 s, and the 15 pictures that came meanwhile; in the order of
-    # arrival the first of them would have waited for all four videos.
+    simulate(Queue(2, 16), videos + images, lambda t, now: waited[str(t.key)].append(now - t.arrived))
+    # An image waits for the running video, 30 s, and for the 15 images that arrived meanwhile. In the order of arrival,
+    # the first image would have waited for all four videos.
     assert max(waited["sd"]) <= 30 + 15 * 0.5
-    assert max(waited["video"]) <= 3 * 30 / 0.75 + 0.5  # pictures take a quarter of the time
+    assert max(waited["video"]) <= 3 * 30 / 0.75 + 0.5  # images take a quarter of the time
 
 
 def test_tickets_that_left_cost_their_flow_nothing() -> None:
@@ -113,24 +113,24 @@ def test_tickets_that_left_cost_their_flow_nothing() -> None:
 
 
 def test_pictures_each_of_a_size_of_its_own_do_not_starve_a_video() -> None:
-    pictures = [ticket(key=i, pixels=1000 + i, seconds=0.5, arrived=0.25 * i) for i in range(800)]
+    images = [ticket(key=i, pixels=1000 + i, seconds=0.5, arrived=0.25 * i) for i in range(800)]
     videos = [ticket(key="video", pixels=10**6, seconds=30.0, arrived=10.0) for _ in range(2)]
     started: list[float] = []
-    simulate(Queue(2, 16), [*pictures, *videos], lambda t, now: started.append(now) if t.key == "video" else None)
+    simulate(Queue(2, 16), [*images, *videos], lambda t, now: started.append(now) if t.key == "video" else None)
     assert started[1] - started[0] <= 60 + 1
 
 
 def test_a_video_gets_its_share_however_many_pictures_come() -> None:
-    pictures = [ticket(seconds=0.5, arrived=0.25 * i) for i in range(800)]  # twice what the device can do
+    images = [ticket(seconds=0.5, arrived=0.25 * i) for i in range(800)]  # twice what the device can do
     video, started = ticket(key="video", pixels=99, seconds=30.0, arrived=10.0), []
     second = ticket(key="video", pixels=99, seconds=30.0, arrived=10.0)
-    simulate(Queue(2, 16), [*pictures, video, second], lambda t, now: started.append(now) if t.key == "video" else None)
+    simulate(Queue(2, 16), [*images, video, second], lambda t, now: started.append(now) if t.key == "video" else None)
     assert started[0] - video.arrived <= 1.0
-    assert 60 - 1 <= started[1] - started[0] <= 60 + 1  # its own 30 s, and as much for the pictures
+    assert 60 - 1 <= started[1] - started[0] <= 60 + 1  # its own 30 s, and as much for the images
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """Any order of arrivals, departures, deadlines and batches: nothing is lost, doubled or started too late."""
+    """In any order of arrivals, departures, deadlines and batches, no ticket is lost, doubled or started too late."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.now = 0.0
 
     @rule(
-        coder=st.sampled_from(["sd", "flux"]),
+        model=st.sampled_from(["sd", "flux"]),
         key=st.integers(0, 2),
         pixels=st.integers(1, 12),
         seconds=st.floats(0.01, 60),
@@ -165,7 +165,7 @@ class QueueMachine(RuleBasedStateMachine):
             gone = data.draw(st.sampled_from(self.waiting))
             self.waiting.remove(gone)
             self.queue.remove(gone)
-            self.queue.remove(gone)  # twice is once
+            self.queue.remove(gone)  # removing it again has no effect
 
     @rule(models=st.sets(st.sampled_from(["sd", "flux"])))
     def take(self, models: set[str]) -> None:

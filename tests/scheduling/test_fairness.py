@@ -1,4 +1,4 @@
-"""Work that nobody waits for ends, and small requests do not wait for large ones: measured on a real server."""
+"""Work that no client waits for ends, and small requests do not wait for large ones; measured on a real server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.waiting import PATIENCE_S, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SIDE = 3072  # pixels, 56 % of what a model takes by default
+SIDE = 3072  # 3072x3072 pixels are 56 % of a model's limit by default
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def large_encode(connection: http.client.HTTPConnection, **headers: str) -> None
 
 
 def seconds_until_idle(worker: psutil.Process, since: float) -> float:
-    """How long after `since` the worker went on computing."""
+    """Wait until the worker is idle for a second, and return how long after `since` it was last busy, in seconds."""
     last_busy = since
     while time.monotonic() < last_busy + 1:
         before = sum(worker.cpu_times()[:2])
@@ -58,7 +58,7 @@ def seconds_until_idle(worker: psutil.Process, since: float) -> float:
 
 
 def busiest(pid: int) -> psutil.Process:
-    """The process of a server that computes now."""
+    """Return the child process that uses most CPU time now."""
     children = psutil.Process(pid).children(recursive=True)
     before = {child: sum(child.cpu_times()[:2]) for child in children}
     time.sleep(0.5)
@@ -66,7 +66,7 @@ def busiest(pid: int) -> psutil.Process:
 
 
 def seconds_after_a_client_left(config: Path, begin: Callable[..., None]) -> float:
-    """How long the worker goes on computing."""
+    """Return how long the worker goes on computing after its client has left, in seconds. begin: sends the request."""
     with process(config, "--threads", "1") as (url, server), Connection(url) as other:
         assert other.ask(Ask.of((1, 4, 8, 8))).status == 200
         client = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE_S)

@@ -1,4 +1,4 @@
-"""The service over a fake engine, on a virtual clock: readiness, estimates, Retry-After, failed models, drains."""
+"""The service with a fake engine on a virtual clock: readiness, estimates, Retry-After, failed models, drains."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_it_is_ready_once_started() -> None:
 
 
 def test_one_failed_model_leaves_the_server_ready_and_says_so() -> None:
-    """Also the default one: others are served, and an orchestrator that ended the server would take them along."""
+    """The failed model is the default one. An orchestrator must not end the server, because it serves other models."""
 
     async def scene(service: Service, engine: FakeEngine) -> None:
         engine.held.clear()
@@ -70,7 +70,7 @@ def test_one_failed_model_leaves_the_server_ready_and_says_so() -> None:
         engine.held.clear()
         engine.fails[CoderId("flux")] = ModelUnavailable("flux", "damaged")
         await refused(answer(service, "flux"), ModelUnavailable)
-        with pytest.raises(Unavailable, match="no model of this server loads"):
+        with pytest.raises(Unavailable, match="every model of this server failed to load"):
             service.check_can_serve()
         await asyncio.sleep(61)
         service.check_can_serve()
@@ -98,7 +98,7 @@ def test_a_failed_model_is_refused_before_its_body_and_takes_no_place() -> None:
 def test_retry_after_is_the_work_that_comes_first() -> None:
     async def scene(service: Service, engine: FakeEngine) -> int | None:
         engine.takes = lambda batch: 30.0 * len(batch.members)
-        await answer(service)  # 30 s for a mebipixel, it is learned
+        await answer(service)  # the service learns that a mebipixel takes 30 s
         waiting = [asyncio.ensure_future(answer(service)) for _ in range(2)]
         await asyncio.sleep(0)
         error = await refused(answer(service), QueueFull)
@@ -112,7 +112,7 @@ def test_retry_after_is_the_work_that_comes_first() -> None:
 def test_what_cannot_be_done_in_time_is_refused_at_once_once_that_is_known() -> None:
     async def scene(service: Service, engine: FakeEngine) -> None:
         engine.takes = lambda batch: 30.0
-        for _ in range(2):  # a single measurement may contain compilations
+        for _ in range(2):  # a single measurement may include compilation
             await refused(answer(service, patience_s=20), DeadlinePassed)
             await asyncio.sleep(100)
         for _ in range(2):
@@ -122,7 +122,7 @@ def test_what_cannot_be_done_in_time_is_refused_at_once_once_that_is_known() -> 
         assert asyncio.get_running_loop().time() == started
         assert "takes about 30 s" in str(error)
         await answer(service, patience_s=40)
-        await asyncio.sleep(200)  # what is long ago refuses nothing
+        await asyncio.sleep(200)  # old measurements do not refuse requests
         engine.takes = lambda batch: 1.0
         await answer(service, patience_s=20)
 
@@ -190,7 +190,7 @@ def test_the_first_run_does_not_spoil_the_estimates() -> None:
 
 
 def test_all_who_ask_for_a_description_at_a_time_share_one_answer() -> None:
-    """Of a hub that cannot be reached it takes half a minute; in a row they would take hours."""
+    """If the Hub cannot be reached, one attempt takes half a minute; one after another they would take hours."""
 
     async def scene(service: Service, engine: FakeEngine) -> tuple[int, float, set[type]]:
         asked = 0

@@ -95,7 +95,7 @@ FILES: list[tuple[Callable[[], bytes], int, str, str]] = [
         "animated",
     ),
     (lambda: file_of("PNG")[:20], 400, "bad_request", "damaged or cut short"),
-    (lambda: clip(2), 422, "impossible", "this model encodes pictures, the body is a video"),
+    (lambda: clip(2), 422, "impossible", "this model encodes images, but the body is a video"),
 ]
 
 
@@ -127,13 +127,13 @@ TENSORS: list[tuple[dict[str, Any], bytes, int, str, str]] = [
     ({"shape": [1, 4, 64, 64]}, b"", 400, "wrong_shape", "send [B, 3, H, W], RGB"),
     ({"shape": [1, 3, 9, 64, 64]}, b"", 400, "wrong_shape", "send [B, 3, H, W], RGB"),
     ({"dtype": "float64"}, b"", 400, "bad_request", "dtype of pixels must be one of uint8, float16"),
-    ({}, bytes(9), 400, "wrong_length", "needs 12288 bytes, the body has 9"),
+    ({}, bytes(9), 400, "wrong_length", "needs 12288 bytes, but the body has 9"),
     ({"dtype": "float32"}, bytes(12288), 400, "wrong_length", "was dtype=uint8 meant?"),
     ({"shape": [9, 3, 64, 64]}, b"", 413, "too_large", "a batch of 9"),
     ({"shape": [1, 3, 512, 512]}, b"", 413, "too_large", "takes at most 131072"),
     ({"shape": [1, 3, 4, 64]}, b"", 422, "impossible", "a height of 4 pixels"),
     ({"sample": "True"}, b"", 400, "bad_request", "needs a seed"),
-    ({"sample": "True", "seed": "9" * 20}, b"", 400, "bad_request", "below 2 to the 64"),
+    ({"sample": "True", "seed": "9" * 20}, b"", 400, "bad_request", "from 0 to 2**64 - 1"),
     ({"scaling_factor": 0}, b"", 400, "bad_request", "must not be zero"),
 ]
 
@@ -194,4 +194,4 @@ def test_one_bad_picture_does_not_spoil_the_next(url: str) -> None:
 def test_wrong_latents_are_told_which_models_take_them(url: str) -> None:
     params = {"shape": [1, 4, 8, 8], "dtype": "float32"}
     refused = requests.post(url + "flux", bytes(1024), params=params, timeout=300)
-    assert_says(refused, 400, "wrong_shape", "of this server's models sd, sd-bf16, sdxl, sdxl-half would take them")
+    assert_says(refused, 400, "wrong_shape", "models of this server that accept them: sd, sd-bf16, sdxl, sdxl-half")

@@ -74,8 +74,8 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "no dtype": ({"params": with_params(dtype=None)}, 400, "bad_request", "dtype is missing"),
     "unknown dtype": ({"params": with_params(dtype="float8")}, 400, "bad_request", "one of float16, bfloat16, float32"),
     "uint8 latents": ({"params": with_params(dtype="uint8")}, 400, "bad_request", "dtype of latents"),
-    "half the bytes": ({"data": BODY[:512]}, 400, "wrong_length", "needs 1024 bytes, the body has 512; was dtype=float16"),
-    "no bytes": ({"data": b""}, 400, "wrong_length", "needs 1024 bytes, the body has 0"),
+    "half the bytes": ({"data": BODY[:512]}, 400, "wrong_length", "needs 1024 bytes, but the body has 512; was dtype=float16"),
+    "no bytes": ({"data": b""}, 400, "wrong_length", "needs 1024 bytes, but the body has 0"),
     "too many bytes": ({"data": BODY * 3}, 400, "wrong_length", "the body has 3072"),
     "chunked, too short": ({"data": iter([BODY[:100]])}, 400, "wrong_length", "the body has 100"),
     "chunked, too long": ({"data": iter([BODY] * 3)}, 400, "wrong_length", "needs 1024 bytes"),
@@ -145,7 +145,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "a picture from a video model": (
         {"params": with_params(shape=[1, 16, 2, 4, 4]), "path": "hunyuan"}, 406, "not_acceptable", "output_type=mp4 or pt",
     ),
-    "an MP4 from an image model": ({"params": with_params(output_type="mp4")}, 406, "not_acceptable", "decodes pictures"),
+    "an MP4 from an image model": ({"params": with_params(output_type="mp4")}, 406, "not_acceptable", "decodes images"),
     "two clips in one MP4": (
         {"params": with_params(shape=[2, 16, 1, 4, 4], output_type="mp4"), "data": BODY * 2, "path": "hunyuan"},
         422, "impossible", "a batch of 2",
@@ -176,7 +176,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
         {"headers": {"Content-Type": "application/json"}, "data": "[" * 99999}, 400, "bad_request", "is not JSON",
     ),
     "JSON without inputs": (
-        {"headers": {"Content-Type": "application/json"}, "data": "[]"}, 400, "bad_request", "no text 'inputs'",
+        {"headers": {"Content-Type": "application/json"}, "data": "[]"}, 400, "bad_request", "no string 'inputs'",
     ),
     "bad base64": (
         {"headers": {"Content-Type": "tensor/base64"}, "data": '{"inputs": "a*b"}'}, 400, "bad_request", "is not base64",
@@ -270,7 +270,7 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve, vaes: dict[str, Loca
     opened.set()
     for thread in waiting:
         thread.join()
-    assert_refused(refused, 429, "queue_full", "2 requests wait already; try again in")
+    assert_refused(refused, 429, "queue_full", "2 requests are already waiting or in progress; try again in")
     assert int(refused.headers["retry-after"]) >= 1
     assert answers == [200, 200]
 
@@ -393,15 +393,15 @@ def test_a_request_past_its_deadline_is_504(serve: Serve, vaes: dict[str, LocalV
 @pytest.mark.parametrize(
     ("flags", "models", "limits"),
     [
-        ({}, "loaded on this server; its log says why$", "smaller image, or raise max_pixels in models.yaml"),
+        ({}, "loaded on this server; the server's log says why$", "smaller image, or raise max_pixels in models.yaml"),
         (
             {"allowed_hosts": "*"},
-            "loaded on this server; its log says why, tell its operator",
+            "loaded on this server; the server's log says why; tell its operator",
             "smaller image, or ask its operator to raise max_pixels in models.yaml",
         ),
         (
             {"host": "0.0.0.0"},
-            "loaded on this server; its log says why, tell its operator",
+            "loaded on this server; the server's log says why; tell its operator",
             "smaller image, or ask its operator to raise max_pixels in models.yaml",
         ),
     ],

@@ -176,7 +176,7 @@ def test_a_dtype_that_is_not_the_files_is_refused(url: str, vaes: Vaes) -> None:
 def test_a_file_beside_its_shape_is_told_to_leave_it_out(url: str, vaes: Vaes) -> None:
     latents = vaes["sd"].latents(8, 12)
     refused = post(url, save({"latents": latents}), shape="1,4,8,12", dtype="float32")
-    assert_refused(refused, 400, "wrong_length", "if the body is a .safetensors file, leave both out")
+    assert_refused(refused, 400, "wrong_length", "if the body is a .safetensors file, leave shape and dtype out")
 
 
 # Images at the decode address.
@@ -255,14 +255,17 @@ def test_what_fits_neither_direction_names_both_routes(url: str) -> None:
     )
     at_encode = post(url + "encode", bytes(1024), shape="1,4,8,8", dtype="float32")
     assert_refused(
-        at_encode, 400, "wrong_shape", r"not pixels of this model.*latents are decoded at POST / or /{model}"
+        at_encode,
+        400,
+        "wrong_shape",
+        r"not a shape of pixels that this model encodes.*latents are decoded at POST / or /{model}",
     )
 
 
 def test_the_type_of_an_unknown_body_is_still_named(url: str) -> None:
     assert_refused(post(url, b"a,b", {"Content-Type": "text/csv"}), 415, "unsupported_body", "tensor/binary")
     form = post(url, b"x", {"Content-Type": "multipart/form-data; boundary=x"})
-    assert_refused(form, 415, "unsupported_body", "forms are not read")
+    assert_refused(form, 415, "unsupported_body", "does not read forms")
 
 
 def test_the_handler_reads_whole_files_too(vaes: Vaes, monkeypatch: pytest.MonkeyPatch) -> None:
