@@ -1,4 +1,4 @@
-"""Any band height, any budget and any number of images together give the same picture."""
+"""Any band height, any budget and any number of images together give the same image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.engine.coders.image.networks import build, exact, latents_for, stock
 
 WHOLE = 1 << 40
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 9))
-pictures = st.tuples(st.integers(1, 2), st.integers(6, 24), st.integers(4, 16))
+images = st.tuples(st.integers(1, 2), st.integers(6, 24), st.integers(4, 16))
 band_bytes = st.integers(0, 17).map(lambda power: 1 << power) | st.integers(1, 60_000)
 
 
@@ -49,7 +49,7 @@ def test_any_band_height_gives_the_float32_picture(
 
 @settings(deadline=None, max_examples=25)
 @given(
-    shape=pictures,
+    shape=images,
     band=band_bytes,
     unit=st.integers(16_384, 40_000),  # a unit of one or two pixels is no unit
     recomputes=st.booleans(),
