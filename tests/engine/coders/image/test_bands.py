@@ -91,7 +91,7 @@ def test_a_smaller_budget_first_takes_images_apart_and_then_lowers_the_bands() -
     assert [plan.recomputes for plan in plans] == [False, False, True]
 
 
-def test_recomputing_keeps_half_of_what_bands_keep_and_bands_less_than_whole_pictures() -> None:
+def test_recomputing_keeps_half_of_what_bands_keep_and_bands_less_than_whole_images() -> None:
     made = exact(build("sd"))
     made.kernels = counting = CountingKernels()
     made.network = DecoderWeights.take(build("sd"), counting)
