@@ -147,7 +147,7 @@ def test_a_tensor_of_pixels_is_refused(
 
 @pytest.mark.parametrize(("value", "code", "words"), [
     (np.nan, "nonfinite_input", "NaN or infinite"), (np.inf, "nonfinite_input", "NaN or infinite"),
-    (255.0, "bad_request", "in [-1, 1], these reach 255; send uint8"),
+    (255.0, "bad_request", "in [-1, 1], but these reach 255; send uint8"),
 ])  # fmt: skip
 def test_pixels_out_of_range_are_refused(url: str, value: float, code: str, words: str) -> None:
     pixels = np.zeros((1, 3, 16, 16), "float32")

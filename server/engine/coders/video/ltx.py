@@ -22,9 +22,8 @@ class LTX:
         self.dtype = self.decoder.conv_in.conv.weight.dtype
         self.patch: int = self.decoder.patch_size
         self.channels: int = self.decoder.conv_out.conv.out_channels // self.patch**2
-        self.looks = (
-            (2, 0) if vae.config.decoder_causal else (1, 1)
-        )  # how many frames a convolution reads before and after each frame
+        # How many frames a convolution reads before and after each frame.
+        self.looks = (2, 0) if vae.config.decoder_causal else (1, 1)
         is_second = type(vae).__name__ == "AutoencoderKLLTX2Video"
         self.switch = {"causal": vae.config.decoder_causal} if is_second else {}
         steps = [Part(step, (step,)) for step, _ in self._steps(None)]
