@@ -140,9 +140,7 @@ def _within_memory(
             _free_caches(model)
         try:
             coded = compute(SMALLEST_BUDGET_BYTES if step == "smallest_bands" else model.budget_bytes, emit)
-        except (
-            Exception
-        ) as error:  # many classes mean out of memory, and the reader of the stream must learn of every error
+        except Exception as error:  # many classes mean out of memory, and the stream must be abandoned on any error
             _abandon(stream)
             stream = emit = None
             if not is_out_of_memory(error) or step == STEPS[-1]:

@@ -23,9 +23,8 @@ from .video_render import VideoRender
 
 log = logging.getLogger(__name__)
 
-FRAMES_AT_ONCE = (
-    16  # how many frames of a whole video are rendered before the runner checks again whether the client has left
-)
+# How many frames of a whole video are rendered before the runner checks again whether the client has left.
+FRAMES_AT_ONCE = 16
 
 
 class Listener(Protocol):

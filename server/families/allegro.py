@@ -1,4 +1,4 @@
-"""Allegro."""
+"""The VAE of Allegro, a text-to-video model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cosmos 1. Cosmos 2 uses the VAE of Wan."""
+"""The VAE of Cosmos 1. Cosmos 2 uses that of Wan, see wan.py."""
 
 from __future__ import annotations
 

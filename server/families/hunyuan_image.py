@@ -1,4 +1,4 @@
-"""HunyuanImage 2.1."""
+"""The VAE of HunyuanImage 2.1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5."""
+"""The VAE of HunyuanVideo 1.5."""
 
 from __future__ import annotations
 

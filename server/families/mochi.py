@@ -1,4 +1,4 @@
-"""Mochi 1."""
+"""The VAE of Mochi 1."""
 
 from __future__ import annotations
 

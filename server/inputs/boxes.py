@@ -271,7 +271,7 @@ class _Reader:
     def _runs(self, stbl: _Box, kind: bytes, layout: str) -> Iterator[int]:
         """Return one value for each sample, from a table of pairs of a count and a value.
 
-        Raises TooLarge if the counts add up to too many samples, even if nobody reads the values, because ffmpeg would
+        Raises TooLarge if the counts add up to too many samples, even if the values are not used, because ffmpeg would
         expand the table.
         """
         table = stbl.find(kind)

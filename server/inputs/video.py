@@ -21,8 +21,8 @@ CODECS = "h264,hevc,av1,libdav1d,vp9,mpeg4"
 INPUT = ("-v", "error", "-xerror", "-f", "mov", "-protocol_whitelist", "file", "-codec_whitelist", CODECS)
 EXACT = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # ffmpeg's default conversion darkens by about one level
 DIMENSIONS = re.compile(rb"^#dimensions 0: (\d+)x(\d+)$", re.MULTILINE)
-# Address space of ffmpeg. With two threads, 1080p took 340 MiB and 4K with 10 bits 620 MiB, in H.264, HEVC, VP9 and
-# AV1.
+# Address space of ffmpeg. With two threads, 1080p took 340 MiB and 4K with 10 bits took 620 MiB, whether in H.264,
+# HEVC, VP9 or AV1.
 THREADS = ("-threads", "2", "-filter_threads", "1")
 BASE_BYTES, HELD_FRAMES, RGB = 512 << 20, 16, 3
 MOST_PIXELS = 1 << 26  # the limit for a frame whose size is not known yet: 8192x8192
@@ -111,7 +111,9 @@ def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> byt
             running.kill()
             raise
     if running.returncode < 0:  # the limit of processor time, or the timeout above
-        raise BadRequest("the video takes far longer to decode than one of its size does; write it again with ffmpeg")
+        raise BadRequest(
+            "the video takes far longer to decode than other videos of its size; write it again with ffmpeg"
+        )
     if running.returncode:
         raise BadRequest("the video is damaged, cut short or not of a usual codec; send a whole MP4 with a video in it")
     return made

@@ -56,7 +56,7 @@ class Plan:
         for every band height, and so is the image, because the sums of a CPU's convolution do not depend on the band
         either. The other kernels ignore units.
 
-        The result is a power of two, so that the half of an upsampled band, which its input has, is whole rows too.
+        The result is a power of two, so that a band of an upsampled activation comes from a whole number of input rows.
         """
         rows = max(1, self.unit_bytes // (width * channels * self.itemsize))
         return int(2 ** (rows.bit_length() - 1))
@@ -109,15 +109,29 @@ class LayeredWeights(Protocol):
     """The attributes of `DecoderWeights` and `EncoderWeights` from which the footprint is calculated."""
 
     @property
-    def conv_in(self) -> Conv: ...
+    def conv_in(self) -> Conv:
+        """The first convolution."""
+        ...
+
     @property
-    def steps(self) -> Sequence[Resnet | Attention | Upsample | Downsample]: ...
+    def steps(self) -> Sequence[Resnet | Attention | Upsample | Downsample]:
+        """The steps after it, in order."""
+        ...
+
     @property
-    def full_size(self) -> range: ...
+    def full_size(self) -> range:
+        """The indices of the steps that can be recomputed."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        ...
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        ...
 
 
 def footprint(network: LayeredWeights, height: int, width: int) -> Footprint:
@@ -128,7 +142,7 @@ def footprint(network: LayeredWeights, height: int, width: int) -> Footprint:
     for index, step in enumerate(network.steps):
         recomputed = index in network.full_size
         match step:
-            case Resnet():  # the input, then conv1's output and the residual sum; the input is freed while they grow
+            case Resnet():  # conv1's output and the residual, which is the input, or grows while the input is freed
                 before, channels = channels, step.conv1.out_channels
                 needed, least = pixels * max(before, 2 * channels), pixels * channels
             case Attention():  # x, its normalized copy, the keys and the values
