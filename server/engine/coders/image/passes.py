@@ -3,8 +3,7 @@
 A 3x3 convolution needs one row of its input above and one below each band. All bands of an activation therefore pass
 one layer before any of them enters the next, which GroupNorm requires anyway: it needs the statistics of the whole
 activation. A pass stores the input of its layer, freed row by row as it is read, and the output: two activations at
-most. The input of an upsample's convolution, four times as large as
-that of the upsample, is never stored.
+most. Between an upsample and its convolution, nothing is stored: both are one operation.
 
 If that needs too much memory (`Plan.recomputes`), the layers at the full size store only their output. The activation
 inside a layer is computed once for its statistics, and again when it is read.
