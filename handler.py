@@ -12,7 +12,7 @@ from server.errors import BadRequest
 from server.inprocess import toolkit
 from server.inprocess.direct import Direct
 from server.outputs import IMAGE, format_named
-from server.outputs.image import picture
+from server.outputs.image import as_image
 from server.outputs.tensor import as_json
 from server.values import RawTensor
 
@@ -63,7 +63,7 @@ class EndpointHandler:
         if not chosen.is_encoded:
             return as_json(result.body)
         if chosen.kinds == IMAGE:
-            return picture(result.body)  # the toolkit renders it
+            return as_image(result.body)  # the toolkit encodes the image
         body = self.direct.render(request, result).body
         encoded = as_json(RawTensor((len(body),), "uint8", body))
         return {**encoded, "parameters": {"content_type": chosen.media_types[0]}}

@@ -19,7 +19,7 @@ from server.families import FAMILIES
 from server.families.hunyuan_video import HunyuanVideo
 from server.families.kl import KL
 from server.outputs import FORMATS, Format
-from server.outputs.image import picture
+from server.outputs.image import as_image
 from server.values import RawTensor, Rendered, RenderOptions
 from tests.conftest import Serve
 from tests.vaes import LocalVae
@@ -46,7 +46,7 @@ def test_a_new_model_is_one_entry(serve: Serve, vaes: Vaes) -> None:
 def test_a_new_output_is_one_function_and_one_line(serve: Serve, vaes: Vaes) -> None:
     def render_webp(pixels: RawTensor, options: RenderOptions) -> Rendered:
         buffer = io.BytesIO()
-        picture(pixels).save(buffer, "WEBP", lossless=True)
+        as_image(pixels).save(buffer, "WEBP", lossless=True)
         return Rendered(buffer.getbuffer(), options.media_type)
 
     FORMATS.append(Format(("webp",), ("image/webp",), outputs.IMAGE, outputs.PIL, render_webp))

@@ -14,8 +14,9 @@ import torch
 
 from ..values import RawTensor
 
-ABSURD = 1e4
-ADDRESSES = range(0x5500_0000_0000, 0x8000_0000_0000, 16)  # of a process's heap and libraries on 64-bit Linux
+ABSURD = 1e4  # values and ratios above this do not occur in latents
+# Addresses of the heap and the libraries of a process on 64-bit Linux.
+ADDRESSES = range(0x5500_0000_0000, 0x8000_0000_0000, 16)
 
 ADVICE = (
     "if it was on a GPU, send {name}.cpu().contiguous(): diffusers' client frees the CPU copy of such a tensor before "

@@ -75,7 +75,7 @@ def in_own_thread(name: str, work: Callable[[], T]) -> Future[T]:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  # the border of a thread: whoever waits is told
+        except BaseException as error:  # noqa: BLE001  # the border of a thread: the future carries the error
             future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

@@ -16,7 +16,7 @@ C = TypeVar("C", bound=Coder, covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel(Generic[C]):
-    """A Decoder or an Encoder, ready to run, with what a request to it is prepared by.
+    """A Decoder or an Encoder, ready to run, with the family and spec that prepare its requests.
 
     budget_bytes: memory limit for the activations of a run; None means the memory that is free when the run begins.
     """

@@ -1,4 +1,4 @@
-"""The models of one device: describe, load, run, unload. Knows no queue and no client."""
+"""The models of one device: describe, load, run and unload them. Nothing here depends on queues or clients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ OVERFLOWS = {
 
 
 class Key(NamedTuple):
-    """What is loaded and unloaded by itself. is_upcast: the float32 copy used after half precision overflowed."""
+    """The unit of loading: one direction of a model.
+
+    is_upcast: the float32 copy that is used after half precision overflowed.
+    """
 
     name: str
     direction: Direction
@@ -67,7 +70,7 @@ class LoadedModels:
     """
 
     def __init__(self, settings: Settings) -> None:
-        # TensorFloat-32 keeps only ten bits of a float32's mantissa: not what somebody who asks for float32 expects.
+        # TensorFloat-32 keeps only ten bits of the mantissa, but a user who chooses float32 expects its full precision.
         torch.backends.cudnn.allow_tf32 = False
         self._settings = settings
         self._turn = Turn()
@@ -138,7 +141,7 @@ class LoadedModels:
     def _run(
         self, key: Key, model: LoadedModel[Any], requests: Sequence[Request], stream: Stream | None, check: Check
     ) -> list[TensorResult | Exception]:
-        given_away_s = 0.0  # to others, between the steps
+        given_away_s = 0.0  # how long other threads had the device between the steps
 
         def between_steps() -> None:
             nonlocal given_away_s

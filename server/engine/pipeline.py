@@ -18,17 +18,19 @@ from .input_tensors import input_tensor
 from .loaded_model import LoadedModel
 from .tensors import NAMES, to_host
 
-STEPS = ("", "free_caches", "smallest_bands")  # of a batch that runs out of memory
+# The attempts of a batch: first without any measure, then after each measure against running out of memory.
+STEPS = ("", "free_caches", "smallest_bands")
+# Words in the errors of torch's CPU allocator, cuBLAS and Triton.
 NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
-SMALLEST_BUDGET_BYTES = 1  # an exact decoder then takes its lowest bands and recomputes
+SMALLEST_BUDGET_BYTES = 1  # makes an exact decoder use its lowest bands and recompute
 
 
 class NonFiniteOutput(ServerError):
-    """Half precision overflowed. The request is worth another try in float32."""
+    """Half precision overflowed. The request may succeed in float32."""
 
 
 class Stream(Protocol):
-    """Where the frames of one video go as soon as they are done."""
+    """Takes the frames of one video as soon as they are done."""
 
     def write(self, frames: torch.Tensor) -> None:
         """Take the next frames."""
@@ -126,8 +128,9 @@ def _within_memory(
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Compute; when memory runs out, free the caches and try again, then with the smallest bands.
 
-    compute: takes the memory budget in bytes and where finished frames go. Returns its tensor and the steps that were
-    needed. Raises NonFiniteOutput, Stopped, and the lack of memory of the last step.
+    compute: takes the memory budget in bytes and the function that receives finished frames. Returns its tensor and the
+    measures that were taken. Raises NonFiniteOutput, Stopped, and the error of the last attempt if memory ran out
+    again.
     """
     emit = stream.write if stream else None
     steps: list[str] = []
@@ -137,7 +140,7 @@ def _within_memory(
             _free_caches(model)
         try:
             coded = compute(SMALLEST_BUDGET_BYTES if step == "smallest_bands" else model.budget_bytes, emit)
-        except Exception as error:  # out of memory has many classes, and whatever it is, the stream's reader must know
+        except Exception as error:  # many classes mean out of memory, and the stream must be abandoned on any error
             _abandon(stream)
             stream = emit = None
             if not is_out_of_memory(error) or step == STEPS[-1]:
@@ -156,7 +159,10 @@ def _abandon(stream: Stream | None) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's CPU allocator, cuBLAS and Triton have no class of their own for it."""
+    """Return whether an error means that memory ran out.
+
+    torch's CPU allocator, cuBLAS and Triton raise a plain RuntimeError for it, which only its text identifies.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)

@@ -1,4 +1,4 @@
-"""Computes the batches of one device on one thread, and renders answers on others, so that neither waits."""
+"""Compute the batches of one device on one thread and render answers on other threads, so that neither waits."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from .video_render import VideoRender
 
 log = logging.getLogger(__name__)
 
-FRAMES_AT_ONCE = 16  # frames of a whole video that are rendered between two looks at whether the client has left
+# How many frames of a whole video are rendered before the runner checks again whether the client has left.
+FRAMES_AT_ONCE = 16
 
 
 class Listener(Protocol):
     """Is told what happens to a batch, from any thread.
 
-    `computed` is called exactly once, and then the device is free. For each request, either `finished` or `failed` is
-    called exactly once, also if the request is no longer wanted.
+    `computed` is called exactly once, after which the batch does not use the device. For each request, either
+    `finished` or `failed` is called exactly once, also if the request is no longer wanted.
     """
 
     def is_wanted(self, index: int) -> bool:
@@ -42,7 +43,7 @@ class Listener(Protocol):
         ...
 
     def computed(self) -> None:
-        """Note that the device is free. Answers may still be rendered."""
+        """Note that the batch no longer uses the device. Its answers may still be rendered."""
         ...
 
     def finished(self, index: int, result: RenderedResult) -> None:
@@ -56,7 +57,7 @@ class Listener(Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """A batch that was submitted. is_taken: a thread runs it, or did."""
+    """A batch that was submitted. is_taken: a thread runs it or has run it."""
 
     requests: Sequence[Request]
     listener: Listener
@@ -78,7 +79,7 @@ class Work:
             raise Stopped
 
     def fail(self, error: Exception) -> None:
-        """Answer every request with this error, and free the device."""
+        """Answer every wanted request with this error, and note that the batch no longer uses the device."""
         for index in self.wanted:
             self.listener.failed(index, error)
         self.listener.computed()
@@ -87,7 +88,7 @@ class Work:
 class Runner:
     """Owns the threads of a device: one computes, the others render.
 
-    steps: how many steps of work have begun on the device, by which slow work can be told from work that hangs.
+    steps: how many steps of work have begun on the device, which distinguishes slow work from work that hangs.
     """
 
     def __init__(self, settings: Settings, models: LoadedModels) -> None:

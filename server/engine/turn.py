@@ -1,4 +1,4 @@
-"""The right to use a device, which threads take in turn."""
+"""A lock for a device, which threads get in the order in which they ask for it."""
 
 from __future__ import annotations
 

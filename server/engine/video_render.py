@@ -21,11 +21,14 @@ class Abandoned(Exception):
 class VideoRender:
     """Takes the frames of one video as they are decoded, and renders them on a thread.
 
-    rendered: the finished video, or the error of the render. is_abandoned: the render was given up.
+    rendered: the finished video, or the error of the render. is_abandoned: `abandon` was called.
     """
 
     def __init__(self, renders: ThreadPoolExecutor, job: Job, is_wanted: Callable[[], bool]) -> None:
-        """is_wanted: whether the client still waits for the video."""
+        """Start rendering on a thread of `renders`.
+
+        job: its format must have `render_frames`. is_wanted: returns whether the client still waits for the video.
+        """
         self._is_wanted = is_wanted
         self._chunks: queue.SimpleQueue[RawTensor | Abandoned | None] = queue.SimpleQueue()
         self.is_abandoned = False
@@ -42,7 +45,7 @@ class VideoRender:
         self._chunks.put(None)
 
     def abandon(self) -> None:
-        """Give the render up."""
+        """Stop the render: no further frames will come."""
         self.is_abandoned = True
         self._chunks.put(Abandoned())
 

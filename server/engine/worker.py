@@ -34,7 +34,7 @@ def main(connection: socket.socket, settings: Settings) -> None:
     write_logs(settings.options.log_level, settings.options.log_format)
     Worker(connection, settings).serve()
     logging.shutdown()
-    os._exit(0)  # a decode may still be running, but nobody waits for it any more
+    os._exit(0)  # a decode may still be running, but no client waits for it any more
 
 
 class Worker:
@@ -110,6 +110,7 @@ class BatchListener:
     """Tells the front process what happens to a batch."""
 
     def __init__(self, worker: Worker, batch: int, size: int) -> None:
+        """batch: the number that the front process gave the batch. size: how many requests it has."""
         self._worker = worker
         self._batch = batch
         self._open = size
@@ -117,20 +118,25 @@ class BatchListener:
         self.dropped: set[int] = set()
 
     def is_wanted(self, index: int) -> bool:
+        """Return whether the front process has not dropped this request."""
         return index not in self.dropped
 
     def started(self) -> None:
+        """Tell the front process that the device has begun with the batch."""
         self._worker.send(messages.Started(self._batch))
 
     def computed(self) -> None:
+        """Tell the front process that the batch no longer uses the device."""
         self._worker.tell_models()
         self._worker.send(messages.Computed(self._batch))
 
     def finished(self, index: int, result: RenderedResult) -> None:
+        """Send the answer to a request."""
         self._worker.send(messages.Finished(self._batch, index, result))
         self._close_one()
 
     def failed(self, index: int, error: Exception) -> None:
+        """Send the error of a request, unless the request was dropped."""
         if self.is_wanted(index):
             self._worker.send(messages.Failed(self._batch, index, failure_of(error)))
         self._close_one()

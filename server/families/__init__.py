@@ -1,40 +1,54 @@
-"""The VAE families this server knows. A new one is one class in a file here and one entry in `FAMILIES`."""
+"""The VAE families that the server knows.
+
+To add a family, write its class in a new file of this package and add it to `IMAGE_FAMILIES` or `VIDEO_FAMILIES`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from .allegro import Allegro
 from .base import Family, check_limits
 from .cogvideox import CogVideoX
+from .cosmos import Cosmos
+from .dc import DC
 from .flux import Flux
 from .flux2 import Flux2
+from .hunyuan_image import HunyuanImage
 from .hunyuan_video import HunyuanVideo
+from .hunyuan_video_15 import HunyuanVideo15
 from .kl import KL
 from .ltx import LTX, LTX2
-from .more_images import DC, HunyuanImage, Tiny
-from .more_video import Allegro, Cosmos, HunyuanVideo15, Magvit, Mochi
+from .magvit import Magvit
+from .mochi import Mochi
 from .plain import PlainImage, PlainVideo, is_video
 from .qwen_image import QwenImage, QwenImage21
 from .stable_video import StableVideo
+from .tiny import Tiny
 from .wan import Wan
 
-PICTURES: tuple[Family, ...] = (KL(), Flux(), Flux2(), QwenImage(), QwenImage21(), HunyuanImage(), DC(), Tiny())
-CLIPS: tuple[Family, ...] = (
+IMAGE_FAMILIES: tuple[Family, ...] = (
+    *(KL(), Flux(), Flux2(), QwenImage(), QwenImage21(), HunyuanImage(), DC(), Tiny()),
+)
+VIDEO_FAMILIES: tuple[Family, ...] = (
     *(Wan(), HunyuanVideo(), HunyuanVideo15(), LTX(), LTX2(), CogVideoX(), Mochi(), Cosmos(), StableVideo()),
     *(Allegro(), Magvit()),
 )
 PLAIN: tuple[Family, ...] = (PlainImage(), PlainVideo())
-FAMILIES: dict[str, Family] = {family.name: family for family in (*PICTURES, *CLIPS, *PLAIN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *PLAIN)}
 
 
 def family_of_class(class_name: str) -> Family | None:
-    """The family that a config.json's `_class_name` implies, None when no family claims it."""
+    """Return the family for the `_class_name` of a config.json, or None if no family lists that class."""
     return next((family for family in FAMILIES.values() if class_name in family.class_names), None)
 
 
 def plain_family(config: Mapping[str, Any]) -> Family:
-    """The family of `decoder: plain`, for any class of diffusers."""
+    """Return the family for `decoder: plain` in models.yaml, which runs any VAE class of diffusers.
+
+    config: the config.json of the VAE. It tells image from video.
+    """
     return FAMILIES["plain_video" if is_video(config) else "plain"]
 
 

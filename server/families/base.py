@@ -1,6 +1,7 @@
-"""What a VAE family is: how its latents are laid out, packed and scaled, and how diffusers runs it. Knows no HTTP.
+"""The interface of a VAE family: the layout, packing and scaling of its latents, and how diffusers runs its VAE.
 
-The arithmetic is written with tensor methods only, so that reading this package never imports torch.
+Nothing here depends on HTTP. The arithmetic uses only methods of tensors, so that importing this package does not
+import torch.
 """
 
 from __future__ import annotations
@@ -18,22 +19,38 @@ if TYPE_CHECKING:
 
 
 class Sent(Protocol):
-    """What the client sent beside the shape, read only where a family needs it: some clients send nonsense here.
+    """The parameters that the client sent beside the shape.
 
-    Every method raises BadRequest for what cannot be read.
+    A family reads only those that it needs, because some clients send wrong values for the others. Every method raises
+    BadRequest if the value cannot be parsed.
     """
 
     def pixel_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels, None unless both were sent."""
+        """Return height and width in pixels, or None unless both were sent."""
         ...
 
-    def integer(self, key: str) -> int | None: ...
+    def integer(self, key: str) -> int | None:
+        """Return the integer sent as `key`, or None."""
+        ...
 
-    def number(self, key: str, low: float, high: float) -> float | None: ...
+    def number(self, key: str, low: float, high: float) -> float | None:
+        """Return the number sent as `key`, or None. Raises BadRequest if it is not in [low, high]."""
+        ...
 
 
 class Family(ABC):
-    """One file in this package: subclass, name the diffusers classes, add it to `FAMILIES`."""
+    """A group of VAEs whose latents have the same layout and scaling. Subclasses set these attributes.
+
+    name: the name that `family` has in models.yaml.
+    kind: whether the latents decode to images or to videos.
+    class_names: the diffusers classes, as `_class_name` in a config.json names them.
+    channels_key: the key of config.json that holds the number of latent channels.
+    is_usually_packed: the latents of the pipelines are packed, `[B, S, D]`.
+    has_posterior: encoding returns a distribution; otherwise it returns latents.
+    patch_size: side of a packed patch, in latent pixels.
+    takes_batches: diffusers' own decode and encode can run several images or videos together.
+    gpu_dtype: the dtype that `dtype: auto` means on a GPU.
+    """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
@@ -43,24 +60,31 @@ class Family(ABC):
     has_posterior: ClassVar[bool] = True
     patch_size: ClassVar[int] = 2
     takes_batches: ClassVar[bool] = True
-    """Whether diffusers' own decode and encode run several clips together."""
     gpu_dtype: ClassVar[str] = "float16"
-    """What `dtype: auto` is on a GPU."""
 
     @abstractmethod
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Spatial and temporal compression of a VAE with this config.json."""
+        """Return the spatial and the temporal compression ratio of a VAE with this config.json."""
 
     @abstractmethod
     def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        """The sizes of latents sent in this shape. Raises WrongShape."""
+        """Return the sizes of latents that were sent in this shape.
+
+        sent: the other parameters of the request. Raises WrongShape, WrongChannels, or what `sent` raises.
+        """
 
     @abstractmethod
     def encode_geometry(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
-        """The sizes of pictures or a clip to encode, with the pixels that `grid` leaves. Raises Impossible."""
+        """Return the sizes for encoding `batch` images, or videos of `frames` frames.
+
+        Height and width are in pixels and are rounded down to multiples of `grid`. Raises Impossible, WrongShape.
+        """
 
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
-        """Read a VAE's whole config: config.json over the diffusers class's own defaults."""
+        """Return the description of a VAE.
+
+        config: its config.json, completed by the defaults of the diffusers class.
+        """
         spatial, temporal = self.scale_factors(config)
         mean, std = config.get("latents_mean"), config.get("latents_std")
         return LatentSpec(
@@ -80,51 +104,65 @@ class Family(ABC):
         )
 
     def refine(self, spec: LatentSpec, vae: Any) -> LatentSpec:
-        """The spec once the weights are there, for families that keep statistics in them. vae: the diffusers module."""
+        """Return the spec with the statistics that are stored among the weights, if the family stores them there.
+
+        vae: the loaded diffusers module.
+        """
         return spec
 
     def grid(self, spec: LatentSpec) -> int:
-        """Heights and widths of pictures to encode are multiples of this many pixels, or are made so."""
+        """Return the number of pixels that heights and widths must be a multiple of for encoding.
+
+        Other sizes are rounded down.
+        """
         return spec.vae_scale_factor
 
     def latent_shape(self, spec: LatentSpec, height: int, width: int) -> tuple[int, ...]:
-        """What the VAE takes for one picture, or a clip of one frame, of height x width pixels."""
+        """Return the shape of the latents of one image, or of a video of one frame, of height x width pixels."""
         frames = (1,) if spec.kind == "video" else ()
         return (1, spec.channels, *frames, height // spec.vae_scale_factor, width // spec.vae_scale_factor)
 
     def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
-        """Latents as sent to what the VAE takes. A family that packs what it has scaled overrides the order."""
+        """Return latents as the VAE takes them: unpack the latents that were sent, then unscale them.
+
+        A family whose pipeline scales latents before it packs them overrides this.
+        """
         return self.unscale(self.unpack(latents, geometry), spec, scaling)
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
-        """diffusers' own decode, as the pipelines call it. latents: prepared -> sample, `[B, C, (F,) H, W]`.
+        """Run diffusers' own decode as the pipelines call it. Return the sample `[B, C, (F,) H, W]`.
 
-        arguments: the geometry's.
+        latents: as `latents_in` returns them. arguments: `Geometry.arguments`.
         """
         sample: torch.Tensor = vae.decode(latents, return_dict=False, **arguments)[0]
         return sample
 
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """diffusers' own encode. pixels: `[B, 3, (F,) H, W]` in [-1, 1] -> the posterior's parameters, or latents."""
+        """Run diffusers' own encode. Return the posterior's parameters, or latents for a VAE without a posterior.
+
+        pixels: `[B, C, (F,) H, W]` in [-1, 1]; C is 3, or 4 with an alpha channel.
+        """
         encoded = vae.encode(pixels, return_dict=False)[0]
         parameters: torch.Tensor = getattr(encoded, "parameters", encoded)
         return parameters
 
     def latents_out(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
-        """What the VAE gives to what is answered: scaled when asked, in the layout of the pipeline's latents."""
+        """Return encoded latents as the client gets them: in the pipelines' layout, scaled if `scaling` says so."""
         return self.scale(latents, spec, scaling)
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Undo the pipeline's packing and add a missing batch axis.
 
-        latents: as sent -> `geometry.latent_shape`.
+        latents: as the client sent them. Returns a tensor of the shape `geometry.latent_shape`.
         """
         return latents.reshape(geometry.latent_shape)
 
     def unscale(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
-        """Undo the training-time scaling, as the pipelines do before `vae.decode`; any shape, channels on axis 1.
+        """Undo the training-time scaling, as the pipelines do before `vae.decode`.
 
-        Sent factors win. A `shift_factor` sent alone replaces the model's.
+        latents: of any shape with the channels on axis 1.
+        scaling: if the client sent a factor, only the values that it sent are used. If it sent only a shift, the shift
+            replaces that of the model.
         """
         if scaling.factor is not None:
             return latents / scaling.factor + (scaling.shift or 0.0)
@@ -137,7 +175,7 @@ class Family(ABC):
         return latents / factor + (shift or 0.0)
 
     def scale(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
-        """The inverse of `unscale`, as the pipelines do after `vae.encode`; any shape, channels on axis 1."""
+        """Apply the training-time scaling, as the pipelines do after `vae.encode`: the inverse of `unscale`."""
         if scaling.factor is not None:
             return (latents - (scaling.shift or 0.0)) * scaling.factor
         if not scaling.from_model:
@@ -151,14 +189,20 @@ class Family(ABC):
 
 
 def on_grid(pixels: int, grid: int, name: str) -> int:
-    """The next lower multiple, as diffusers' image processor takes it. Raises Impossible."""
+    """Round pixels down to a multiple of `grid`, as diffusers' image processor does.
+
+    name: "height" or "width", for the error. Raises Impossible if nothing would be left.
+    """
     if pixels < grid:
-        raise Impossible(f"a {name} of {pixels} pixels is less than the {grid} that this model encodes to one latent")
+        raise Impossible(
+            f"a {name} of {pixels} pixels is less than the {grid} pixels that this model needs at least; "
+            "send a larger one"
+        )
     return pixels - pixels % grid
 
 
 def _per_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    """Values of each channel, or of each channel and latent frame, to `like`'s axes."""
+    """Return values for each channel, or for each channel and latent frame, shaped to broadcast with `like`."""
     channels = like.shape[1]
     if len(values) == channels:
         return like.new_tensor(values).reshape(1, -1, *[1] * (like.ndim - 2))  # [C] -> [1, C, 1, 1(, 1)]
@@ -166,14 +210,14 @@ def _per_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape as people write it: `1x4x64x64`."""
+    """Return a shape as text: `1x4x64x64`."""
     return "x".join(map(str, shape))
 
 
 def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
-    """Refuse what is larger than the model's limits.
+    """Check a request against the limits of a model.
 
-    Raises TooLarge; Impossible where no pixel would come out.
+    model: its name, for the error. Raises TooLarge if a limit is exceeded, Impossible if the latents are empty.
     """
     height, width = geometry.height, geometry.width
     if height * width > limits.max_pixels:
@@ -197,9 +241,9 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
 
 
 def channels_last(spec: LatentSpec, shape: tuple[int, ...], axes: str) -> WrongShape | None:
-    """Return the error of latents with their channels last, None where they cannot be.
+    """Return the error for latents with the channels last, or None if the shape does not look like that.
 
-    axes: those to send, a letter each.
+    axes: the axes that the client should send, one letter each, such as "BCHW".
     """
     if shape[-1] != spec.channels or spec.channels in shape[:-1]:
         return None
@@ -213,9 +257,9 @@ def channels_last(spec: LatentSpec, shape: tuple[int, ...], axes: str) -> WrongS
 
 
 def axis_too_many(shape: tuple[int, ...], axes: int, channels: int) -> str | None:
-    """Return the shape that is meant when one axis of 1 is too many, None where none is.
+    """Return the right shape as text if `shape` has one axis of size 1 too many, else None.
 
-    axes: how many the right shape has. channels: the size of its second axis.
+    axes: how many axes the right shape has. channels: the size of its second axis.
     """
     if len(shape) != axes + 1:
         return None
@@ -224,7 +268,7 @@ def axis_too_many(shape: tuple[int, ...], axes: int, channels: int) -> str | Non
 
 
 def wrong_channels(spec: LatentSpec, found: int, expected_shape: str) -> WrongChannels:
-    """The error of latents made for another model."""
+    """Return the error for latents with the channels of another model. found: how many channels they have."""
     return WrongChannels(
         f"the latents have {found} channels, this model's have {spec.channels} ({expected_shape}); "
         "were they made for another model? GET /models lists each model's channels"

@@ -1,4 +1,7 @@
-"""CogVideoX: frames first, and in version 1.5 latent frames ahead of the clip that only fill up a patch."""
+"""CogVideoX. The pipeline's latents have the frames before the channels, `[B, F, C, H, W]`.
+
+Those of version 1.5 may begin with latent frames that only fill up a patch and are not part of the video.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CogVideoX(Video):
-    """Unscaled as `CogVideoXPipeline.decode_latents` does: the scaling factor alone."""
+    """Unscales with only the scaling factor, as `CogVideoXPipeline.decode_latents` does."""
 
     name = "cogvideox"
     class_names = ("AutoencoderKLCogVideoX",)
@@ -25,24 +28,30 @@ class CogVideoX(Video):
     gpu_dtype = "bfloat16"
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Return 2 for each halving between the encoder's levels, and the temporal ratio of the config."""
         return 2 ** (len(config["block_out_channels"]) - 1), int(config["temporal_compression_ratio"])
 
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
+        """Read also whether encoded latents are divided by the scaling factor."""
         return replace(super().describe(config), inverts_scale=bool(config.get("invert_scale_latents")))
 
     def scale(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
-        """As `CogVideoXImageToVideoPipeline` does: some checkpoints were trained on latents scaled the other way."""
+        """Scale as `CogVideoXImageToVideoPipeline` does: for some checkpoints, divide by the scaling factor."""
         if scaling.from_model and scaling.factor is None and spec.inverts_scale:
             return latents / (spec.scaling_factor or 1.0)
         return super().scale(latents, spec, scaling)
 
     def num_frames(self, spec: LatentSpec, latent_frames: int) -> int:
-        """Two latent frames at a time, and the odd one first: only then a frame stands for itself."""
+        """Return how many frames the VAE decodes to.
+
+        It decodes two latent frames at a time. The first latent frame decodes to a single frame only if their number is
+        odd; otherwise it decodes to as many frames as the others.
+        """
         ratio = spec.temporal_compression_ratio
         return ratio * (latent_frames - 1) + 1 if latent_frames % 2 else ratio * latent_frames
 
     def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        """`num_frames` says how many of the latent frames are the clip: those before it are dropped."""
+        """Return the sizes. If `num_frames` was sent, latent frames at the start that it does not need are skipped."""
         found = super().decode_geometry(spec, shape, sent)
         asked = sent.integer("num_frames")
         if not asked:
@@ -50,7 +59,9 @@ class CogVideoX(Video):
         batch, channels, frames, h, w = found.latent_shape
         kept = (asked - 1) // spec.temporal_compression_ratio + 1
         if kept > frames:
-            raise WrongShape(f"num_frames={asked} needs {kept} latent frames, there are {frames}; check num_frames")
+            raise WrongShape(
+                f"num_frames={asked} needs {kept} latent frames, but the latents have only {frames}; check num_frames"
+            )
         num_frames = self.num_frames(spec, kept)
         shape = batch, channels, kept, h, w
         return replace(found, latent_shape=shape, num_frames=num_frames, skipped_frames=frames - kept)

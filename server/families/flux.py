@@ -1,4 +1,4 @@
-"""FLUX.1: an AutoencoderKL with a shift, whose pipeline emits packed latents `[B, (H/16)(W/16), 4C]`."""
+"""FLUX.1: an AutoencoderKL with a shift factor. The pipeline's latents are packed, `[B, (H/16)(W/16), 4C]`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .kl import KL
 
 
 class Flux(KL):
-    """Named in models.yaml: the VAE's config.json does not tell it from any other AutoencoderKL."""
+    """Selected by `family: flux` in models.yaml, because the VAE's config.json looks like any other AutoencoderKL's."""
 
     name = "flux"
     is_usually_packed = True

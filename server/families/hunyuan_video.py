@@ -1,4 +1,4 @@
-"""HunyuanVideo: `[B, C, F, H, W]` to a clip of `4 (F - 1) + 1` frames, each 8 times as high and wide."""
+"""HunyuanVideo: latents `[B, C, F, H, W]` decode to `4 (F - 1) + 1` frames of `8 H x 8 W` pixels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from .video_base import Video
 
 
 class HunyuanVideo(Video):
-    """Statistics as `HunyuanVideoPipeline.__call__` uses them: the scaling factor alone."""
+    """Unscales with only the scaling factor, as `HunyuanVideoPipeline.__call__` does."""
 
     name = "hunyuan_video"
     class_names = ("AutoencoderKLHunyuanVideo",)
-    layouts = ("BCFHW", "BFHWC")  # Kandinsky 5's latents have the channels last
+    layouts = ("BCFHW", "BFHWC")  # the latents of Kandinsky 5 have the channels last
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Read both ratios from the config."""
         return config["spatial_compression_ratio"], config["temporal_compression_ratio"]

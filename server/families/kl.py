@@ -1,4 +1,4 @@
-"""AutoencoderKL in all its uses (SD1, SD2, SDXL, SD3 …): `[B, C, H, W]`, or packed `[B, S, 4C]`."""
+"""AutoencoderKL (SD1, SD2, SDXL, SD3 and others): latents `[B, C, H, W]`, or packed `[B, S, 4C]`."""
 
 from __future__ import annotations
 
@@ -16,30 +16,35 @@ if TYPE_CHECKING:
 
 
 def patchify(latents: torch.Tensor, patch: int = 2) -> torch.Tensor:
-    """`[B, C, h, w]` -> `[B, p p C, h / p, w / p]`, as the packing pipelines order a patch's channels."""
+    """Turn latents `[B, C, h, w]` into patches `[B, p p C, h / p, w / p]`, ordered as the pipelines that pack do."""
     b, c, h, w = latents.shape
     patches = latents.reshape(b, c, h // patch, patch, w // patch, patch).permute(0, 1, 3, 5, 2, 4)
     return patches.reshape(b, c * patch * patch, h // patch, w // patch)
 
 
 def unpatchify(patches: torch.Tensor, patch: int = 2) -> torch.Tensor:
-    """The inverse of `patchify`."""
+    """Turn patches into latents: the inverse of `patchify`."""
     b, d, h, w = patches.shape
     latents = patches.reshape(b, d // patch**2, patch, patch, h, w).permute(0, 1, 4, 2, 5, 3)  # [B, C, h, p, w, p]
     return latents.reshape(b, d // patch**2, h * patch, w * patch)
 
 
 class KL(Family):
-    """One picture from one latent. Statistics as `StableDiffusionXLPipeline.__call__` and `FluxPipeline` use them."""
+    """Image latents, unscaled as `StableDiffusionXLPipeline.__call__` and `FluxPipeline.__call__` do."""
 
     name = "kl"
     kind = "image"
     class_names: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Return 2 for each halving between the encoder's levels, and 1."""
         return 2 ** (len(config["block_out_channels"]) - 1), 1
 
     def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        """Accept `[B, C, H, W]`, `[C, H, W]`, packed `[B, S, p p C]`, and Kandinsky 5's `[B, 1, H, W, C]`.
+
+        Height and width are read only for packed latents, which need them. Raises WrongShape, WrongChannels.
+        """
         if len(shape) == 5 and shape[1] == 1 and shape[4] == spec.channels:  # Kandinsky 5: [B, 1, h, w, C]
             return replace(self._unpacked(spec, (shape[0], shape[4], *shape[2:4])), axes="BHWC")
         if len(shape) == 4:
@@ -55,13 +60,14 @@ class KL(Family):
         )
 
     def encode_geometry(self, spec: LatentSpec, batch: int, frames: int, height: int, width: int) -> Geometry:
+        """Return the sizes for encoding images. Raises Impossible if a side is smaller than `grid`."""
         grid = self.grid(spec)
         height, width = on_grid(height, grid, "height"), on_grid(width, grid, "width")
         h, w = height // spec.vae_scale_factor, width // spec.vae_scale_factor
         return Geometry((batch, spec.channels, h, w), is_packed=False, num_frames=1, height=height, width=width)
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        """Match `FluxPipeline._unpack_latents`."""
+        """Unpack as `FluxPipeline._unpack_latents` does, and bring Kandinsky 5's latents to `[B, C, h, w]`."""
         if geometry.axes == "BHWC":
             return latents[:, 0].permute(0, 3, 1, 2)  # [B, 1, h, w, C] -> [B, C, h, w]
         if not geometry.is_packed:
@@ -78,7 +84,10 @@ class KL(Family):
         return Geometry(shape, is_packed=False, num_frames=1, height=height, width=width)
 
     def _three_axes(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        """Packed if the last axis is 4C and the tokens fit the size, else one latent without its batch axis."""
+        """Return the sizes of packed latents, or of one latent without a batch axis.
+
+        They are packed if the last axis is p p C and the number of tokens fits the height and width that were sent.
+        """
         batch, tokens, depth = shape
         looks_packed = depth == spec.patch_size**2 * spec.channels
         is_one_latent = shape[0] == spec.channels
@@ -117,7 +126,7 @@ class KL(Family):
 def _unfitting_tokens(spec: LatentSpec, tokens: int, size: tuple[int, int] | None) -> WrongShape:
     side = spec.vae_scale_factor * spec.patch_size
     if size is None:
-        return WrongShape("packed latents need height and width, the picture's size in pixels; send both")
+        return WrongShape("packed latents need height and width, the image's size in pixels; send both")
     height, width = size
     return WrongShape(
         f"{tokens} tokens do not fit {height}x{width}: packed latents of that size have "

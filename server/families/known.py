@@ -1,4 +1,4 @@
-"""The well-known checkpoints: what is known of them before they are downloaded. known.yaml is the list."""
+"""Facts about well-known checkpoints, so that they can be described before they are downloaded. See known.yaml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import yaml
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """decoder_weights, encoder_weights: how many numbers each direction needs."""
+    """A well-known checkpoint.
+
+    class_name: the diffusers class.
+    licence: the name of its licence.
+    decoder_weights, encoder_weights: the number of parameters that each direction needs.
+    gated: downloading needs a token of an account that accepted the licence.
+    config: the entries of config.json that differ from the defaults of the class.
+    """
 
     class_name: str
     licence: str
@@ -23,6 +30,7 @@ class Checkpoint:
 
 
 def known(repo: str, subfolder: str | None) -> Checkpoint | None:
+    """Return the facts about a repository, or about its subfolder. None if it is not in the list."""
     return _all().get(f"{repo}:{subfolder}" if subfolder else repo)
 
 

@@ -1,4 +1,4 @@
-"""LTX-Video: a token for each latent pixel, `[B, F H W, C]`, so a clip needs height and width."""
+"""LTX-Video and LTX-2. Packed latents have one token for each latent pixel, `[B, F H W, C]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LTX(Video):
-    """Unscaled as `LTXPipeline.__call__` does; the statistics are buffers among the weights."""
+    """Unscales as `LTXPipeline.__call__` does. The statistics are buffers of the VAE, stored among its weights."""
 
     name = "ltx"
     class_names = ("AutoencoderKLLTXVideo",)
@@ -25,24 +25,32 @@ class LTX(Video):
     gpu_dtype = "bfloat16"
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the ratios of the config, or calculate them from its patches and blocks."""
         doublings = sum(config["spatio_temporal_scaling"])
         spatial = config.get("spatial_compression_ratio") or config["patch_size"] * 2**doublings
         return spatial, config.get("temporal_compression_ratio") or config["patch_size_t"] * 2**doublings
 
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
+        """Read also whether decoding takes a timestep."""
         return replace(super().describe(config), takes_timestep=bool(config.get("timestep_conditioning")))
 
     def refine(self, spec: LatentSpec, vae: Any) -> LatentSpec:
+        """Read the statistics of each channel from the buffers of the VAE."""
         mean, std = vae.latents_mean.float().tolist(), vae.latents_std.float().tolist()
         return replace(spec, latents_mean=tuple(mean), latents_std=tuple(std))
 
     def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
+        """Accept packed latents, which need height and width, and those of `Video.decode_geometry`.
+
+        If the VAE takes a timestep, `decode_timestep` is read too: a number in [0, 1], 0 by default.
+        """
         found = self._packed(spec, shape, sent) if len(shape) == 3 else super().decode_geometry(spec, shape, sent)
         if not spec.takes_timestep:
             return found
         return replace(found, arguments=(("timestep", sent.number("decode_timestep", 0, 1) or 0.0),))
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+        """Run diffusers' decode, with the timestep for all videos of the batch if there is one."""
         if "timestep" not in arguments:
             return super().decode(vae, latents)
         timestep = latents.new_tensor([arguments["timestep"]] * len(latents))  # [B]
@@ -50,6 +58,7 @@ class LTX(Video):
         return sample
 
     def unpack(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        """Return latents `[B, C, F, h, w]`."""
         if not geometry.is_packed:
             return super().unpack(latents, geometry)
         b, c, f, h, w = geometry.latent_shape
@@ -64,23 +73,24 @@ class LTX(Video):
             )
         size = sent.pixel_size()
         if size is None:
-            raise WrongShape("packed latents of a clip need height and width, a frame's size in pixels; send both")
+            raise WrongShape("packed video latents need height and width, the size of a frame in pixels; send both")
         h, w = (pixels // spec.vae_scale_factor for pixels in size)
-        frames = sent.integer("num_frames")  # what it must be, the tokens say
+        frames = sent.integer("num_frames")  # optional, because the tokens determine it
         f = (frames - 1) // spec.temporal_compression_ratio + 1 if frames else tokens // max(1, h * w)
         if f * h * w != tokens:
-            clip = f"{frames} frames" if frames else "whole frames"
+            asked = f"{frames} frames" if frames else "whole frames"
             raise WrongShape(
-                f"{tokens} tokens do not fit {clip} of {size[0]}x{size[1]}: a latent frame of that size has "
-                f"{h} x {w} = {h * w}; check height, width and num_frames"
+                f"{tokens} tokens do not fit {asked} of {size[0]}x{size[1]}: a latent frame of that size has "
+                f"{h} x {w} = {h * w} tokens; check height, width and num_frames"
             )
         return replace(self.sized(spec, batch, f, h, w), is_packed=True)
 
 
 class LTX2(LTX):
-    """`LTX2Pipeline` unscales and unpacks its latents before it returns them; those of its loop are packed.
+    """LTX-2. The latents inside the pipeline's loop are packed and scaled, those that it returns are neither.
 
-    So `do_scaling` leaves unpacked latents as they are. Encoding scales with it, as `LTX2ImageToVideoPipeline` does.
+    Decoding with `do_scaling` therefore unscales packed latents and leaves unpacked ones as they are. Encoding with
+    `do_scaling` scales the latents, as `LTX2ImageToVideoPipeline` does.
     """
 
     name = "ltx2"
@@ -88,6 +98,7 @@ class LTX2(LTX):
     is_usually_packed = False
 
     def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+        """Unpack and unscale. Unpacked latents are scaled only if the client sent a factor."""
         is_unscaled = scaling.factor is None and not geometry.is_packed
         return super().latents_in(
             latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (and SkyReels, Cosmos 2, which take its VAE): statistics per channel, patches in Wan 2.2's 5B."""
+"""Wan 2.1 and 2.2, and SkyReels and Cosmos 2, which use its VAE. The statistics are per channel."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from .video_base import Video
 
 
 class Wan(Video):
-    """Unscaled as `WanPipeline.__call__` does: `latents * std + mean`."""
+    """Unscales with `latents * std + mean`, as `WanPipeline.__call__` does."""
 
     name = "wan"
     class_names = ("AutoencoderKLWan",)
     channels_key = "z_dim"
-    gpu_dtype = "float32"  # as its pipelines' documentation runs it
+    gpu_dtype = "float32"  # as in the documentation of its pipelines
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        # The halvings say the same, and are all that diffusers 0.33's class and Wan 2.1's config.json have.
+        """Read the ratios from the config, or calculate them from the downsampling steps."""
+        # diffusers 0.33's class and Wan 2.1's config.json have only the downsampling steps, which give the same ratios.
         halvings = config["temperal_downsample"]
         spatial = config.get("scale_factor_spatial", 2 ** len(halvings))
         return spatial, config.get("scale_factor_temporal", 2 ** sum(halvings))

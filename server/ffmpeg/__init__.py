@@ -1,6 +1,6 @@
-"""Run ffmpeg in its own process, without this process's environment and within limits.
+"""Run ffmpeg in its own process, within limits and without the environment variables of this process.
 
-On Linux the kernel kills it when this process ends.
+On Linux the kernel kills ffmpeg when this process ends.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import IO
 import imageio_ffmpeg
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
-# The launcher's, which may need the path to Python's own library.
+# The launcher gets this variable, because its Python may need it to find libpython. ffmpeg does not get it.
 KEPT_VARIABLES = ("LD_LIBRARY_PATH",)
 
 
 def executable() -> str:
-    """Return ffmpeg's path. Raises RuntimeError where there is none.
+    """Return the path of ffmpeg. Raises RuntimeError if there is no ffmpeg.
 
-    The first call runs it, in this process's group, to see whether it works: a server calls it before it serves.
+    The first call runs ffmpeg once to check that it works, in the process group of this process. A server should
+    therefore call this before it serves.
     """
     path: str = imageio_ffmpeg.get_ffmpeg_exe()
     return path
@@ -40,8 +41,12 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start ffmpeg with these arguments.
 
-    files: descriptors that it inherits. memory_bytes, cpu_s: the most address space and processor time that it may
-    take; past them it fails. 0 is no limit. No variable of this process reaches it, and so no API key.
+    stdin, stdout, stderr: as in `subprocess.Popen`; nothing is connected by default.
+    files: file descriptors that ffmpeg inherits.
+    memory_bytes, cpu_s: the most address space and processor time that ffmpeg may take; it fails if it needs more. 0
+        means no limit.
+
+    ffmpeg gets no environment variable of this process, and therefore no API key.
     """
     limits = str(os.getpid()), str(memory_bytes), str(cpu_s)
     return subprocess.Popen(
@@ -51,5 +56,6 @@ def start(
         stderr=stderr,
         pass_fds=files,
         env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
-        process_group=0,  # a signal to this process's group, as Ctrl-C sends it, drains: accepted videos are finished
+        # A process group of its own: Ctrl-C signals the group of this process, which then still finishes its videos.
+        process_group=0,
     )

@@ -1,4 +1,7 @@
-"""Images and videos to pixels, for encoding. The first bytes say what a file is; its header is checked first."""
+"""Read images and videos as pixels, for encoding.
+
+The first bytes of a file tell its type, whatever the client calls it. Its header is checked before it is decoded.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,18 @@ from .image import image_size, read_image, resized
 from .video import VideoHeader, read_video, read_video_header
 
 VIDEO_TYPE = "video/mp4"
-STILLS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"})  # pictures in such a box
+# The brands of image formats that have the same container as MP4.
+STILLS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1"})
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself. height, width: upright if `rotate`, else as they are stored."""
+    """The header of an image or video file.
+
+    frames: 1 for an image.
+    height, width: in pixels; if `rotate`, after turning the image upright, else as stored.
+    video: the index of a video; None for an image.
+    """
 
     media_type: str
     frames: int
@@ -25,7 +34,7 @@ class Header:
 
 
 def media_type_of(data: bytes | bytearray | memoryview) -> str | None:
-    """`image/png`, `image/jpeg`, `image/webp`, `video/mp4`, or None."""
+    """Return the media type that the first bytes tell: PNG, JPEG, WebP or MP4. None for anything else."""
     head = bytes(data[:12])
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
@@ -37,10 +46,12 @@ def media_type_of(data: bytes | bytearray | memoryview) -> str | None:
 
 
 def read_header(data: bytes | bytearray, media_type: str, max_frames: int, *, rotate: bool = True) -> Header:
-    """Read a file's header, before anything is decoded.
+    """Read the header of a file without decoding any pixels.
 
-    rotate: as EXIF or the display matrix says, upright; else the stored axes. Raises BadRequest, UnsupportedBody,
-    TooLarge.
+    media_type: as `media_type_of` returns it.
+    max_frames: the most frames that the model takes.
+    rotate: turn the image upright, as its EXIF data or the video's display matrix says.
+    Raises BadRequest, UnsupportedBody, TooLarge.
     """
     if media_type != VIDEO_TYPE:
         return Header(media_type, 1, *image_size(data, rotate=rotate), rotate)
@@ -49,7 +60,10 @@ def read_header(data: bytes | bytearray, media_type: str, max_frames: int, *, ro
 
 
 def read_file(data: bytes | bytearray, header: Header, mode: str) -> RawTensor:
-    """uint8 `[F, H, W, C]`, of an image one frame. mode: Pillow's, RGB or RGBA. Raises BadRequest."""
+    """Decode a file to uint8 `[F, H, W, C]`; an image has one frame.
+
+    header: as `read_header` returns it. mode: the mode for images, "RGB" or "RGBA". Raises BadRequest.
+    """
     if header.video:
         return read_video(data, header.video, rotate=header.rotate)
     return read_image(data, mode, rotate=header.rotate)

@@ -12,17 +12,17 @@ from ..values import RawTensor
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "U8": "uint8"}
 LENGTH_BYTES = 8
 MOST_DIMENSIONS = 5
-MOST_HEADER_BYTES = 1 << 20  # ComfyUI writes its whole workflow there
-NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)  # ValueError: not UTF-8
+MOST_HEADER_BYTES = 1 << 20  # large, because ComfyUI writes its whole workflow into the header
+NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)  # ValueError: the header is not UTF-8
 COMFYUI_MARKER, COMFYUI_TENSOR = "latent_format_version_0", "latent_tensor"
 
 
 class FileError(ValueError):
-    """A file without the tensor that was asked for. Its text goes on where the file's name ends."""
+    """A file from which the tensor cannot be read. Its text continues a sentence that begins with the file's name."""
 
 
 class NoSuchTensor(FileError):
-    """Its tensors have other names."""
+    """A file whose tensors have other names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,17 @@ class _Entry(msgspec.Struct):
 
 
 def is_safetensors(data: bytes | bytearray | memoryview) -> bool:
-    """Whether the bytes begin as such a file does: with the length of a header, and the header's JSON."""
+    """Return whether the bytes begin like a safetensors file: with the length of a header, and a JSON object."""
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
     return 2 <= length <= MOST_HEADER_BYTES and bytes(data[LENGTH_BYTES : LENGTH_BYTES + 1]) == b"{"
 
 
 def read_tensor(data: bytes | bytearray, key: str | None = None) -> TensorFile:
-    """Return a safetensors file's tensor, its bytes not copied.
+    """Return one tensor of a safetensors file, without copying its bytes.
 
-    key: the tensor's name; None for ComfyUI's in a .latent, else for `latents` or the only one. Raises FileError.
+    key: the name of the tensor. None means ComfyUI's tensor in a .latent file, `latents` in other files, or their only
+        tensor.
+    Raises NoSuchTensor, or FileError for a damaged file or an unsupported tensor.
     """
     entries, body = _parts(data)
     is_comfyui = COMFYUI_MARKER in entries
@@ -81,7 +83,7 @@ def read_tensor(data: bytes | bytearray, key: str | None = None) -> TensorFile:
 
 
 def _parts(data: bytes | bytearray) -> tuple[dict[str, msgspec.Raw], memoryview]:
-    """The header's entries, not parsed, and what comes after it. Raises FileError."""
+    """Return the entries of the header, each still as JSON, and the bytes after the header. Raises FileError."""
     if not is_safetensors(data):
         raise FileError("is not a safetensors file; write one with safetensors.torch.save_file")
     end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")

@@ -1,4 +1,4 @@
-"""MP4 to pixels, by ffmpeg in a process of its own."""
+"""Read an MP4 as pixels, with ffmpeg in its own process."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from ..errors import BadRequest
 from ..values import RawTensor
 from .boxes import SKIPPED, Movie, read_movie
 
-# Whatever is in the file, ffmpeg reads no other file and no address, and runs only the decoders of the usual formats.
+# Whatever the file contains, ffmpeg must not open other files or network addresses, and may only use these decoders.
 CODECS = "h264,hevc,av1,libdav1d,vp9,mpeg4"
 INPUT = ("-v", "error", "-xerror", "-f", "mov", "-protocol_whitelist", "file", "-codec_whitelist", CODECS)
-EXACT = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # the usual conversion darkens by about a level
+EXACT = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"  # ffmpeg's default conversion darkens by about one level
 DIMENSIONS = re.compile(rb"^#dimensions 0: (\d+)x(\d+)$", re.MULTILINE)
-# Address space, with two threads: 1080p took 340 MiB and 4K of 10 bits 620 MiB, in H.264, HEVC, VP9 and AV1.
+# Address space of ffmpeg. With two threads, 1080p took 340 MiB and 4K with 10 bits took 620 MiB, whether in H.264,
+# HEVC, VP9 or AV1.
 THREADS = ("-threads", "2", "-filter_threads", "1")
 BASE_BYTES, HELD_FRAMES, RGB = 512 << 20, 16, 3
-MOST_PIXELS = 1 << 26  # of a frame whose size is not known yet: 8192x8192
-LEAST_PIXELS = 1 << 20  # decoders count the edges that they add to a small frame
-# Processor time: a million pixels took 0.02 s, half of it to scale what is shown. Ten times as much is allowed.
+MOST_PIXELS = 1 << 26  # the limit for a frame whose size is not known yet: 8192x8192
+LEAST_PIXELS = 1 << 20  # the limit is at least this, because decoders count the padding that they add to a small frame
+# Processor time of ffmpeg. A million pixels took 0.02 s, half of it for scaling the frames that are shown. The limit is
+# ten times as much.
 BASE_S, DECODE_S_PER_PIXEL, SCALE_S_PER_PIXEL = 30.0, 0.1e-6, 0.1e-6
-BUSY = 10  # how many times longer it may take on a busy machine
+# The limit of wall-clock time, as a multiple of the processor time: a busy machine takes longer.
+BUSY = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,35 +43,41 @@ class VideoHeader:
     width: int
 
     def size(self, *, rotate: bool) -> tuple[int, int]:
-        """Height and width, upright if `rotate`."""
+        """Return height and width of a frame; if `rotate`, after the display matrix turned it."""
         is_turned = rotate and self.movie.is_turned
         return (self.width, self.height) if is_turned else (self.height, self.width)
 
     @property
     def memory_bytes(self) -> int:
-        """What ffmpeg may take to decode it."""
+        """The address space that ffmpeg may take to decode the video."""
         return BASE_BYTES + HELD_FRAMES * RGB * self.height * self.width
 
     @property
     def cpu_s(self) -> float:
-        """How long ffmpeg may compute to decode it."""
+        """The processor time that ffmpeg may take to decode the video, in seconds."""
         seconds = self.movie.samples * DECODE_S_PER_PIXEL + self.movie.frames * SCALE_S_PER_PIXEL
         return BASE_S + seconds * self.height * self.width
 
 
 def read_video_header(data: bytes | bytearray, max_frames: int) -> VideoHeader:
-    """Read an MP4's index, and the size of its frames from its codec. Raises BadRequest, TooLarge."""
+    """Read the index of an MP4, and the size of its frames from the settings of its codec.
+
+    max_frames: how many frames the model takes. Raises BadRequest, TooLarge.
+    """
     movie = read_movie(data, max_frames)
     with _file(data, movie) as path:
         command = _command(path, MOST_PIXELS, "-frames:v", "1", "-c", "copy", "-f", "framecrc")
         size = DIMENSIONS.search(_run(command, path, BASE_BYTES, BASE_S))
     if size is None or movie.frames == 0:
-        raise BadRequest("the clip has no pictures; send an MP4 with a video in it")
+        raise BadRequest("the MP4 has no frames; send one with a video track")
     return VideoHeader(movie, int(size[2]), int(size[1]))
 
 
 def read_video(data: bytes | bytearray, header: VideoHeader, *, rotate: bool) -> RawTensor:
-    """Decode to uint8 `[F, H, W, 3]`: each frame that a player shows, once, in order. Raises BadRequest."""
+    """Decode to uint8 `[F, H, W, 3]`: every frame that a player shows, once, in order.
+
+    rotate: turn the frames as the display matrix says. Raises BadRequest if no frame can be decoded.
+    """
     height, width = header.size(rotate=rotate)
     once = "-fps_mode", "passthrough", "-frames:v", str(header.movie.frames)
     scaled = "-vf", f"scale={width}:{height}:flags={EXACT}", "-f", "rawvideo", "-pix_fmt", "rgb24"
@@ -89,7 +98,7 @@ def _command(path: Path, most_pixels: int, *output: str, rotate: bool = True) ->
 
 
 def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> bytes:
-    """Return what ffmpeg makes of the file. Raises BadRequest."""
+    """Return ffmpeg's output for the file. Raises BadRequest if ffmpeg fails or exceeds a limit."""
     inherited = [int(path.name)] if path.parent.name == "fd" else []
     limits = {"memory_bytes": memory_bytes, "cpu_s": int(cpu_s)}
     with ffmpeg.start(command, stdout=subprocess.PIPE, files=inherited, **limits) as running:
@@ -98,11 +107,13 @@ def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> byt
             made, _ = running.communicate(timeout=BUSY * cpu_s)
         except subprocess.TimeoutExpired:
             running.kill()
-        except BaseException:  # this thread ends, and ffmpeg must not outlive it
+        except BaseException:  # this thread was interrupted; ffmpeg must not outlive it
             running.kill()
             raise
     if running.returncode < 0:  # the limit of processor time, or the timeout above
-        raise BadRequest("the video takes far longer to decode than one of its size does; write it again with ffmpeg")
+        raise BadRequest(
+            "the video takes far longer to decode than other videos of its size; write it again with ffmpeg"
+        )
     if running.returncode:
         raise BadRequest("the video is damaged, cut short or not of a usual codec; send a whole MP4 with a video in it")
     return made
@@ -110,14 +121,17 @@ def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> byt
 
 @contextmanager
 def _file(data: bytes | bytearray, movie: Movie) -> Iterator[Path]:
-    """Where ffmpeg may seek, without what it need not see. In memory on Linux, so no disk fills and nothing stays."""
+    """Write the file, without the boxes that ffmpeg does not need, to a place where ffmpeg can seek.
+
+    On Linux this is in memory, so that it fills no disk and nothing is left behind if this process is killed.
+    """
     with ExitStack() as stack:
         if hasattr(os, "memfd_create"):
-            file = stack.enter_context(os.fdopen(os.memfd_create("clip"), "wb", buffering=0))
+            file = stack.enter_context(os.fdopen(os.memfd_create("video"), "wb", buffering=0))
             path = Path(f"/proc/self/fd/{file.fileno()}")
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vae-clip-"))
-            path = Path(folder) / "clip.mp4"
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vae-video-"))
+            path = Path(folder) / "video.mp4"
             file = stack.enter_context(path.open("wb", buffering=0))
         written = 0
         while written < len(data):

@@ -1,6 +1,7 @@
-"""Pixels and tensors to bytes. A new output is one render function and one line in `FORMATS`.
+"""Render pixels and tensors as bytes.
 
-Which representation answers a request is read off that table; nothing else in the server names a format.
+To add an output, write a render function and add one line to `FORMATS`. The server chooses the representation of an
+answer from that table; no other code names a format.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from .video import render_mp4, render_mp4_frames
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One representation.
+    """One representation of an answer.
 
-    names: what `image_format` calls it. media_types: what `Accept` calls it, the usual one first.
-    output_types: the values of `output_type` it answers when `Accept` leaves the choice (`*/*`).
-    when_named: those it answers only when `Accept` names it.
-    is_encoded: made of uint8 pixels, one picture or clip a response.
-    quality: the range of the query's `quality`, None where it has none.
-    max_side: the most pixels in a row or column that the format holds.
-    render_frames: renders a clip that comes in chunks of frames, for formats that need not wait for all of it.
+    names: its names as values of `image_format`.
+    media_types: its names in `Accept`, the most usual first.
+    kinds: the kinds of model that it can represent.
+    output_types: the values of `output_type` for which it is chosen when `Accept` does not decide (`*/*`).
+    render: renders a whole tensor.
+    when_named: further values of `output_type` for which it is chosen, but only if `Accept` names it.
+    is_encoded: it is made from uint8 pixels, and a response holds only one image or video.
+    quality: the range of the parameter `quality`; None if the format has no quality.
+    max_side: the most pixels that a row or column can have in this format; None if there is no limit.
+    render_frames: renders a video while its chunks of frames are still decoded; None if the format needs all of them.
     """
 
     names: tuple[str, ...]
@@ -65,7 +69,7 @@ OUTPUT_TYPES = ("pil", "pt", "mp4")
 
 
 def format_named(name: str) -> Format:
-    """The format that a job carries by name."""
+    """Return the format with this name, which must be in `FORMATS`."""
     return next(entry for entry in FORMATS if name in entry.names)
 
 

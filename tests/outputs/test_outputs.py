@@ -143,5 +143,5 @@ def test_the_best_quality_is_still_what_browsers_play(tmp_path: Path) -> None:
 
 def test_a_failing_ffmpeg_is_an_error_not_an_empty_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: "/bin/false")
-    with pytest.raises(RuntimeError, match="ffmpeg ended with 1"):
+    with pytest.raises(RuntimeError, match="ffmpeg ended with status 1"):
         format_named("mp4").render(raw(smooth(2, 32, 32)), options())

@@ -86,7 +86,7 @@ FILES: list[tuple[Callable[[], bytes], int, str, str]] = [
         lambda: file_of("PNG", save_all=True, append_images=[picture(64, 64)]),
         415,
         "unsupported_body",
-        "animated pictures are not read",
+        "animated images are not supported",
     ),
     (
         lambda: file_of("WEBP", save_all=True, append_images=[picture(64, 64).rotate(90)]),
@@ -110,7 +110,7 @@ def test_a_file_is_refused_by_its_header(
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_picture_that_is_cut_short_is_refused(url: str, kind: str) -> None:
     whole = file_of(kind)
-    assert_says(ask(url, whole[: len(whole) // 2]), 400, "bad_request", "the picture is damaged or cut short")
+    assert_says(ask(url, whole[: len(whole) // 2]), 400, "bad_request", "the image is damaged or cut short")
 
 
 def test_a_picture_smaller_than_one_latent_is_refused(url: str) -> None:
@@ -147,7 +147,7 @@ def test_a_tensor_of_pixels_is_refused(
 
 @pytest.mark.parametrize(("value", "code", "words"), [
     (np.nan, "nonfinite_input", "NaN or infinite"), (np.inf, "nonfinite_input", "NaN or infinite"),
-    (255.0, "bad_request", "in [-1, 1], these reach 255; send uint8"),
+    (255.0, "bad_request", "in [-1, 1], but these reach 255; send uint8"),
 ])  # fmt: skip
 def test_pixels_out_of_range_are_refused(url: str, value: float, code: str, words: str) -> None:
     pixels = np.zeros((1, 3, 16, 16), "float32")

@@ -160,7 +160,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
         {"params": with_params(shape=[1, 16, 1, 8200]), "path": "sd3"}, 422, "impossible", "8x65600 does not fit a JPG, whose sides are at most 65500",
     ),
     "a packed batch without its tokens' size in a video": (
-        {"params": with_params(shape=[1, 15, 8, 8], output_type="mp4"), "path": "hunyuan"}, 400, "wrong_shape", "is not one clip",
+        {"params": with_params(shape=[1, 15, 8, 8], output_type="mp4"), "path": "hunyuan"}, 400, "wrong_shape", "is not one video",
     ),
     "Accept that nothing fits": ({"headers": {**BINARY, "Accept": "image/gif"}}, 406, "not_acceptable", "image/jpeg"),
     "a picture format for pt": (

@@ -1,4 +1,4 @@
-"""What a coder is: one direction of a VAE on its device, as the pipeline calls it. Values in, values out."""
+"""The interface of a coder: one direction of a VAE on its device, as the pipeline calls it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Emit = Callable[[Tensor], None]
 
 
 class Stopped(ServerError):
-    """The work was given up between two of its steps, because no client waits for it any more."""
+    """The work was stopped between two of its steps, because no client waits for it any more."""
 
 
 def go_on() -> None:
-    """The check of work that always runs to its end."""
+    """Do nothing: the check of work that always runs to its end."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which kernels a device runs."""
+"""The choice of kernels for a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .reference import Kernels
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Return the fastest kernels for a device: oneDNN's on a CPU, Triton's on a GPU, plain torch everywhere else."""
+    """Return the fastest kernels: oneDNN on a CPU, Triton on a CUDA GPU if it is installed, plain torch otherwise.
+
+    dtype: of the weights and activations.
+    """
     if device.type == "cpu":
         return CpuKernels(dtype)
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:

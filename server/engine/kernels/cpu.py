@@ -1,4 +1,4 @@
-"""CPU kernels: oneDNN convolutions on prepacked weights, and norms as one pass of torch's vectorised batch norm."""
+"""CPU kernels: oneDNN convolutions with prepacked weights, and norms computed by torch's vectorized batch norm."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor
 from .moments import Affine, Moments
 from .reference import Kernels
 
-_ONES = [1, 1]  # the stride, unless another is given, and the dilation
-_PADDING = [0, 1]
-# The shape a weight is packed for. oneDNN packs it alike for every picture size, or packs it again at each call within
-# some 40 µs; but of 96 channels that takes 3 ms where the picture is small, and such a weight is left as it is.
+_ONES = [1, 1]  # the dilation, and the stride of `add_conv_`
+_PADDING = [0, 1]  # rows, columns: the input has its halo rows already
+# Weights are packed for bands of this size. oneDNN packs most weights in the same way for every size, or packs them
+# again at each call, which takes about 40 µs. With 96 channels, however, packing again takes 3 ms for a small image.
+# Such weights are found by timing a convolution of the small size below, and are not packed.
 _BAND_ROWS, _BAND_COLUMNS = 18, 256
 _SMALL_ROWS, _SMALL_COLUMNS = 10, 8
+# A packed weight is dropped if it makes the small convolution more than this many times slower.
 SLOW_REORDER = 5
 
 
 def preferred_cpu_dtype() -> torch.dtype:
-    """Return bfloat16 where the CPU multiplies it in hardware; elsewhere it is emulated and slower than float32.
+    """Return bfloat16 if the CPU multiplies it in hardware, else float32: emulated bfloat16 is slower than float32.
 
-    oneDNN is asked too: ONEDNN_MAX_CPU_ISA can keep it from instructions that the CPU has.
+    oneDNN must support bfloat16 too, because ONEDNN_MAX_CPU_ISA can keep it from using instructions that the CPU has.
     """
     is_in_hardware = _has("amx_tile") or _has("avx512_bf16")
     if is_in_hardware and _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -41,9 +43,14 @@ def _has(feature: str) -> bool:
 
 
 class CpuKernels(Kernels):
-    """Norms go image by image, because batch norm's statistics are over the batch; convolutions take all at once."""
+    """Kernels for a CPU.
+
+    Norms are computed image by image, because the statistics of a batch norm are those of the whole batch. Convolutions
+    take the whole batch at once.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
+        """Find out whether oneDNN can prepack weights of this dtype; if not, plain torch convolutions are used."""
         operators = ("_reorder_convolution_weight", "_convolution_pointwise", "_convolution_pointwise_")
         self.prepacks = (
             _has_onednn()
@@ -52,6 +59,7 @@ class CpuKernels(Kernels):
         )
 
     def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
+        """Return the weight as `conv` expects it, packed for oneDNN unless that makes small convolutions slow."""
         if not self.prepacks:
             return super().pack(weight)
         shape = [1, weight.shape[1], _BAND_ROWS, _BAND_COLUMNS]
@@ -61,7 +69,10 @@ class CpuKernels(Kernels):
         return plain if self._seconds(packed, stride) > SLOW_REORDER * self._seconds(plain, stride) else packed
 
     def _seconds(self, weight: Tensor, stride: int) -> float:
-        """Of one convolution of a picture much smaller than the one a weight is packed for."""
+        """Return how long a convolution takes for an input much smaller than the weight is packed for.
+
+        Best of three.
+        """
         x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
         seconds = []
         for _ in range(3):
@@ -71,6 +82,7 @@ class CpuKernels(Kernels):
         return min(seconds)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1, stride: int = 1) -> Tensor:
+        """Convolve as `Kernels.conv` says, with oneDNN."""
         if not self.prepacks:
             return super().conv(x, weight, bias, columns, stride)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
@@ -79,6 +91,7 @@ class CpuKernels(Kernels):
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
+        """Convolve and add as `Kernels.add_conv_` says, in one oneDNN call."""
         if not self.prepacks:
             return super().add_conv_(total, x, weight, bias, unit)
         torch.ops.mkldnn._convolution_pointwise_.binary(
@@ -88,8 +101,10 @@ class CpuKernels(Kernels):
         return self.moments(total, unit)
 
     def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
+        """Return the moments of x, one part for each `unit` of rows, so that they do not depend on the band height."""
         batch, rows, width, channels = x.shape
-        running = torch.zeros(2, channels, dtype=torch.float32)  # [2, C], asks for float32 results
+        # The results have the dtype of the running statistics, which are otherwise unused here.
+        running = torch.zeros(2, channels, dtype=torch.float32)  # [2, C]
         parts = [
             part for image in torch.split(x.permute(0, 3, 1, 2), 1) for part in torch.split(image, unit, 2)
         ]  # [1, C, unit, W]
@@ -103,7 +118,8 @@ class CpuKernels(Kernels):
         return Moments(count, mean, variance * count[:, None, None])
 
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
-        # Batch norm with mean 0, variance 1 and eps 0 is the affine map, one pass, float32 inside whatever the dtype.
+        """Normalize as `Kernels.normalize` says, in one pass over x."""
+        # A batch norm with mean 0, variance 1 and eps 0 is the affine map. It computes in float32 for every dtype of x.
         zeros, ones = torch.zeros_like(affine.scale[0]), torch.ones_like(affine.scale[0])  # [C]
         unused = x.new_empty(0, dtype=torch.float32)
         for image in range(x.shape[0]):
@@ -116,4 +132,5 @@ class CpuKernels(Kernels):
             F.silu(out, inplace=True)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
+        """Attend as `Kernels.attend` says, without storing the scores."""
         return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]

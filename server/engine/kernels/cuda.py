@@ -1,4 +1,4 @@
-"""GPU kernels: cuDNN convolutions without their separate bias pass, Triton for all that is between them."""
+"""GPU kernels: convolutions by cuDNN, everything between them by Triton, which also adds the convolutions' bias."""
 
 # mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
@@ -14,21 +14,29 @@ from . import triton_kernels
 from .moments import Affine, GroupNorm, Moments
 from .reference import Kernels
 
-# One program reduces BLOCK_P x BLOCK_C values at a time; a thousand programs fill the largest GPU.
+# One program reduces BLOCK_P pixels x BLOCK_C channels at a time. 1024 programs are enough to fill the largest GPU.
 BLOCK_P, BLOCK_C = 32, 128
 PROGRAMS = 1024
-BLOCK_K = 128  # parts merged at a time
-SOFTMAX_BLOCK = 4096
+BLOCK_K = 128  # how many parts of the statistics one step of a program merges
+SOFTMAX_BLOCK = 4096  # how many scores one step of a program reads
 
 
 class TritonKernels(Kernels):
+    """Kernels for a CUDA GPU.
+
+    `unit` has no effect here: the parts of the statistics depend on the size of the input.
+    """
+
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
+        """Convolve and add as `Kernels.add_conv_` says. One pass adds the result and the bias and takes the moments."""
         return self._moments(total, self.conv(x, weight, None), bias)
 
     def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
+        """Return the moments of x, in as many parts as fill the GPU."""
         return self._moments(x, None, None)
 
     def _moments(self, x: Tensor, add: Tensor | None, bias: Tensor | None) -> Moments:  # [B, n, W, C] twice, [C]
+        """Add `add` and `bias`, if given, to x in place; return the moments of the sum."""
         pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
         grid, tiles, moments, block_c = _chunks(x, pixels, channels)
         triton_kernels.moments_kernel[grid](
@@ -39,6 +47,7 @@ class TritonKernels(Kernels):
         return moments
 
     def affine(self, norm: GroupNorm, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
+        """Merge the parts as `GroupNorm.affine` says, in one launch."""
         count = torch.cat([part.count for part in parts]) if len(parts) > 1 else parts[0].count  # [K]
         mean = torch.cat([part.mean for part in parts]) if len(parts) > 1 else parts[0].mean  # [K, B, C]
         m2 = torch.cat([part.m2 for part in parts]) if len(parts) > 1 else parts[0].m2  # [K, B, C]
@@ -53,6 +62,7 @@ class TritonKernels(Kernels):
         return Affine(scale, shift)
 
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
+        """Normalize as `Kernels.normalize` says, in one launch."""
         batch, pixels, channels = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
         block_c = min(BLOCK_C, triton.next_power_of_2(channels))
         grid = (triton.cdiv(pixels, BLOCK_P), triton.cdiv(channels, block_c), batch)
@@ -62,6 +72,7 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:  # [B, n + 1, W + 1, 4 C]
+        """Interleave as `Kernels.interleave` says. The same launch takes the moments."""
         batch, n, width, channels = (phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1, phases.shape[3] // 4)
         out = phases.new_empty(batch, 2 * n, 2 * width, channels)  # [B, 2 n, 2 W, C]
         grid, tiles, moments, block_c = _chunks(out, 4 * n * width, channels)
@@ -81,6 +92,7 @@ class TritonKernels(Kernels):
         return out, moments
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
+        """Attend as `Kernels.attend` says. The softmax overwrites the scores."""
         scores = torch.matmul(query, key.transpose(1, 2))  # [B, t, N]
         columns = scores.shape[2]
         block = min(SOFTMAX_BLOCK, triton.next_power_of_2(columns))
@@ -91,11 +103,17 @@ class TritonKernels(Kernels):
 
 
 def _chunks(x: Tensor, pixels: int, channels: int) -> tuple[Any, int, Moments, int]:
-    """The grid of a reduction over x's pixels, tiles in a chunk, where its moments go, and the channel block."""
+    """Split x's pixels into chunks of equal size, each reduced by one program.
+
+    Returns the grid, how many tiles of BLOCK_P pixels a chunk has, the moments for the kernel to fill in (their count
+    is set already), and how many channels a program takes.
+    """
     batch, block_c = x.shape[0], min(BLOCK_C, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block_c)
     wanted = max(1, PROGRAMS // (blocks * batch))
-    tiles = triton.next_power_of_2(triton.cdiv(pixels, BLOCK_P * wanted))  # few values: each compiles a kernel
+    tiles = triton.next_power_of_2(
+        triton.cdiv(pixels, BLOCK_P * wanted)
+    )  # a power of two: each value compiles another kernel
     chunk = tiles * BLOCK_P
     k = triton.cdiv(pixels, chunk)
     first = torch.arange(k, device=x.device, dtype=torch.float32) * chunk  # [K]

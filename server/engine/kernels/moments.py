@@ -1,4 +1,4 @@
-"""GroupNorm of a picture that is never in one piece: merged statistics, as one scale and shift per channel."""
+"""GroupNorm of an activation in bands: the statistics of its parts are merged into one scale and shift per channel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Per-channel moments of K disjoint parts of a picture, float32. `m2` is the sum of squared deviations."""
+    """Per-channel statistics of K disjoint parts of an activation, in float32. m2: the sum of squared deviations."""
 
     count: Tensor  # [K] pixels in each part
     mean: Tensor  # [K, B, C]
@@ -20,7 +20,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Affine:
-    """y = scale * x + shift, which is all that is left of a normalisation once its statistics are known."""
+    """The map y = scale * x + shift. A norm is such a map once its statistics are known."""
 
     scale: Tensor  # [B, C] float32
     shift: Tensor  # [B, C] float32
@@ -28,15 +28,20 @@ class Affine:
 
 @dataclass(frozen=True)
 class GroupNorm:
+    """The parameters of a GroupNorm layer."""
+
     groups: int
     eps: float
     weight: Tensor  # [C] float32
     bias: Tensor  # [C] float32
 
     def affine(self, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
-        """The norm of x + offset, as an affine map of x. `offset` [C] is a convolution's bias that was left out of x.
+        """Return the norm of x + offset as an affine map of x.
 
-        Merging with n, mean and M2 (Chan, Golub, LeVeque 1979) never subtracts two large sums, as E[x²] - E[x]² would.
+        parts: the moments of x. offset: the bias `[C]` of a convolution, if it was not added to x.
+
+        Count, mean and M2 are merged as in Chan, Golub, LeVeque (1979). This never subtracts two large sums, which
+        E[x²] - E[x]² would do.
         """
         count = torch.cat([part.count for part in parts])  # [K]
         mean = torch.cat([part.mean for part in parts])  # [K, B, C]

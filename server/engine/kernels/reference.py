@@ -1,7 +1,7 @@
-"""The handful of tensor operations the passes are written in, in plain torch, right on any device.
+"""The tensor operations that the exact coders' passes consist of, in plain torch, for any device.
 
-Activations are `[B, H, W, C]`, contiguous. A convolution's input carries its halo: one row above and one below; the
-columns' zero padding is the convolution's own. `cpu.py` and `cuda.py` override what they can do faster.
+`cpu.py` and `cuda.py` override the operations that they can do faster. Activations are contiguous `[B, H, W, C]`. The
+input of a convolution includes its halo, one row above and one below; the convolution itself pads the columns.
 """
 
 from __future__ import annotations
@@ -16,44 +16,60 @@ from .moments import Affine, GroupNorm, Moments
 
 
 class Kernels:
+    """Kernels in plain torch. Subclasses return the same values within rounding."""
+
     def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
-        """A weight as `conv` wants it, for the stride that it is called with."""
+        """Return the weight of a convolution in the layout that `conv` expects. stride: of the convolution."""
         return weight.contiguous(memory_format=torch.channels_last)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1, stride: int = 1) -> Tensor:
-        """x [B, n + 2, W, I] -> [B, n, W, O]; `columns` of zeros are added left and right."""
+        """Convolve x `[B, n + 2, W, I]` to `[B, n, W, O]` (for a 3x3 weight and a stride of 1).
+
+        weight: as `pack` returns it. columns: how many columns of zeros to add on the left and on the right.
+        """
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, (0, columns))  # [B, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
-        """total [B, n, W, O] += conv(x [B, n + 2, W, I]) + bias; the moments of the new total."""
+        """Add conv(x `[B, n + 2, W, I]`) + bias to total `[B, n, W, O]` in place.
+
+        Return the moments of the new total.
+        """
         total += self.conv(x, weight, bias)  # [B, n, W, O]
         return self.moments(total, unit)
 
     def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
-        """`unit` is how many rows to take together where the partition shall not depend on n; here it may."""
+        """Return the moments of x, here in one part.
+
+        unit: for kernels whose parts must not depend on n, how many rows form a part.
+        """
         variance, mean = torch.var_mean(x.float(), (1, 2), correction=0)  # [B, C]
         pixels = x.shape[1] * x.shape[2]
         return Moments(mean.new_full((1,), pixels), mean[None], variance[None] * pixels)
 
     def affine(self, norm: GroupNorm, parts: Sequence[Moments], offset: Tensor | None = None) -> Affine:
+        """Merge the moments of all parts as `GroupNorm.affine` says."""
         return norm.affine(parts, offset)
 
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
-        """out [B, n, W, C] = scale x + shift, through SiLU if asked; computed in float32."""
+        """Write scale * x + shift to out `[B, n, W, C]`, after SiLU if `silu` is true. Computed in float32."""
         y = torch.addcmul(affine.shift[:, None, None], x.float(), affine.scale[:, None, None])  # [B, n, W, C]
         out.copy_(F.silu(y) if silu else y)
 
     def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:  # [B, n + 1, W + 1, 4 C]
-        """Pixel (2i + p, 2j + q) is phase (p, q) at (i + p, j + q), plus bias; -> [B, 2 n, 2 W, C] and its moments."""
+        """Return the upsampled activation `[B, 2 n, 2 W, C]` and its moments.
+
+        Its pixel (2i + p, 2j + q) is the pixel (i + p, j + q) of phase (p, q), plus bias.
+        """
         batch, n, width, channels = (phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1, phases.shape[3] // 4)
         out = phases.new_empty(batch, n, 2, width, 2, channels)  # [B, n, 2, W, 2, C]
         for phase, part in enumerate(torch.split(phases, channels, dim=3)):  # [B, n + 1, W + 1, C]
             p, q = divmod(phase, 2)
             torch.add(part[:, p : n + p, q : width + q], bias, out=out[:, :, p, :, q])
-        picture = out.view(batch, 2 * n, 2 * width, channels)  # [B, 2 n, 2 W, C]
-        return picture, self.moments(picture, unit)
+        upsampled = out.view(batch, 2 * n, 2 * width, channels)  # [B, 2 n, 2 W, C]
+        return upsampled, self.moments(upsampled, unit)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
+        """Return softmax(q kᵀ / √C) v for a chunk of t queries and all N keys and values."""
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(1, 2))  # [B, t, N]
         return torch.softmax(scores, -1) @ value  # [B, t, C]

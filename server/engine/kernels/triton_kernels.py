@@ -1,10 +1,11 @@
-"""Triton kernels for NHWC GroupNorm in two passes: moments where a tensor is written, the norm where it is read.
+"""Triton kernels for a GroupNorm of NHWC tensors in two passes, and for what else the exact coders need on a GPU.
 
-A tensor `[B, n, W, C]` is seen as P = n W pixels of C channels. Every kernel works in float32 and runs unchanged under
-TRITON_INTERPRET=1 on a CPU.
+The pass that writes a tensor also takes its moments; the pass that reads it normalizes it. A tensor `[B, n, W, C]` is
+treated as P = n W pixels of C channels. Every kernel computes in float32 and runs unchanged on a CPU with
+TRITON_INTERPRET=1.
 """
 
-# Triton compiles these from their source: its decorator and its pointers have no types.
+# Triton compiles these functions from their source. Its decorator and its pointers have no types.
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ import triton.language as tl
 
 @triton.jit
 def _store_moments(s1, s2, reference, pixels, mean_ptr, m2_ptr, offset, mask):
-    # s1, s2: sums of (x - reference) and its square. The reference is a pixel of the chunk, so nothing large cancels.
+    """Store the mean and M2 of one chunk.
+
+    s1, s2: the sums of x - reference and of its square. The reference is a value near the mean, such as one pixel of
+    the chunk, so that no two large numbers are subtracted.
+    """
     s1 = tl.sum(s1, 0)  # [C']
     s2 = tl.sum(s2, 0)  # [C']
     tl.store(mean_ptr + offset, reference + s1 / pixels, mask=mask)
@@ -26,7 +31,10 @@ def moments_kernel(
     x_ptr, add_ptr, bias_ptr, mean_ptr, m2_ptr, pixels, channels, x_stride, add_stride,
     ADD: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Moments of one chunk of pixels; with ADD, x += add + bias first, in place. Grid: [K, C / BLOCK_C, B]."""
+    """Take the moments of one chunk of pixels.
+
+    With ADD, do x += add + bias in place first. Grid: [K, C / BLOCK_C, B].
+    """
     k, c, b = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
     known = c < channels  # [C']
     x_ptr += b.to(tl.int64) * x_stride
@@ -58,7 +66,7 @@ def interleave_kernel(
     phases_ptr, bias_ptr, out_ptr, mean_ptr, m2_ptr, height, width, channels,
     TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Phases [n + 1, W + 1, 4 C] to a picture [2 n, 2 W, C], plus bias, and its moments. Grid: [K, C / BLOCK_C, B]."""
+    """Write phases [n + 1, W + 1, 4 C] plus bias to [2 n, 2 W, C], and take the moments. Grid: [K, C / BLOCK_C, B]."""
     k, c, b = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
     known = c < channels  # [C']
     pixels = 4 * height * width
@@ -76,7 +84,7 @@ def interleave_kernel(
         p, q = y % 2, x % 2  # [P'] the phase
         source = ((y // 2 + p) * (width + 1) + x // 2 + q) * 4 + 2 * p + q  # [P']
         value = tl.load(phases_ptr + source[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        d = tl.where(mask, value, 0.0)  # [P', C'], about the bias: the reference of these moments
+        d = tl.where(mask, value, 0.0)  # [P', C']: the value without the bias, which is the reference of these moments
         s1 += d
         s2 += d * d
         value = (value + bias[None, :]).to(out_ptr.dtype.element_ty)  # [P', C']
@@ -90,7 +98,7 @@ def affine_kernel(
     count_ptr, mean_ptr, m2_ptr, offset_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, parts, channels, group, eps,
     OFFSET: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`GroupNorm.affine` for one group of one image. Grid: [G, B]."""
+    """Compute `GroupNorm.affine` for one group of one image. Grid: [G, B]."""
     b, c = tl.program_id(1), tl.program_id(0) * group + tl.arange(0, BLOCK_C)  # [C']
     known = tl.arange(0, BLOCK_C) < group  # [C']
     offset = tl.zeros([BLOCK_C], tl.float32)
@@ -127,7 +135,7 @@ def normalize_kernel(
     x_ptr, scale_ptr, shift_ptr, out_ptr, pixels, channels, x_stride, out_stride,
     SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = scale x + shift, through SiLU. Grid: [P / BLOCK_P, C / BLOCK_C, B]."""
+    """Write out = scale * x + shift, with SILU after SiLU. Grid: [P / BLOCK_P, C / BLOCK_C, B]."""
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
     c, b = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
     mask = (p < pixels)[:, None] & (c < channels)[None, :]  # [P', C']
@@ -143,9 +151,9 @@ def normalize_kernel(
 
 @triton.jit
 def softmax_kernel(scores_ptr, columns, scale, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """softmax(scale * row) in place, the running maximum and sum in one read. Grid: [rows]."""
+    """Replace each row with softmax(scale * row). One read finds both the maximum and the sum. Grid: [rows]."""
     row_ptr = scores_ptr + tl.program_id(0).to(tl.int64) * columns
-    peak = tl.full([BLOCK], -1e30, tl.float32)  # finite: a lane past the end stays at zero instead of at inf - inf
+    peak = tl.full([BLOCK], -1e30, tl.float32)  # finite, because -inf - -inf of a lane past the end would be NaN
     total = tl.zeros([BLOCK], tl.float32)
     for tile in range(TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']

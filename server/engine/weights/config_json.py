@@ -1,4 +1,4 @@
-"""What config.json says of a model, before any weight is read."""
+"""Describe a model from its config.json and models.yaml, before any weight is read."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ OTHER_PARTS = {
     Direction.DECODE: ("encoder", "quant_conv"),
     Direction.ENCODE: ("decoder", "post_quant_conv"),
 }
-"""The modules of a diffusers VAE that a direction does not use."""
+"""For each direction, the modules of a diffusers VAE that it does not use."""
 
 
 def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
-    """What config.json and models.yaml say, before any weight is read. Raises ModelUnavailable.
+    """Return the description of a model.
 
-    Of a well-known checkpoint without the network, what is known of it.
+    is_local_only: do not use the network. For a well-known checkpoint whose config.json is not on this machine, the
+        facts of known.yaml take its place, and `is_assumed` is set.
+    Raises ModelUnavailable if there is no config.json, or if this server cannot run the VAE that it describes.
     """
     name, entry = source.name, source.entry
     checkpoint = known(entry.repo, entry.subfolder) if source.local is None else None
@@ -47,7 +49,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     class_name = config["_class_name"]
     if not is_vae_class(class_name):
         sentence = f"{name} ({source.label}): this diffusers ({diffusers.__version__}) has no VAE class {class_name}"
-        if is_assumed:  # a list of models without it would not say why
+        if is_assumed:  # log the reason, because otherwise the model would only be missing in the list
             log.warning("%s", sentence)
         raise ModelUnavailable(name, sentence)
     family = _family(name, entry, class_name, config)
@@ -71,7 +73,11 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
 
 
 def weigh(source: Source, dtype: torch.dtype) -> Weights:
-    """What the weights take on the disk, and each direction of them in memory in this dtype."""
+    """Return the size of the weights on disk, and of each direction in memory.
+
+    dtype: the dtype in which the model will be loaded. Sizes of a model that is neither on this machine nor well known
+    are None.
+    """
     name = str(dtype).removeprefix("torch.")
     if source.is_here():
         folder = source.folder(is_local_only=True)
@@ -88,7 +94,7 @@ def weigh(source: Source, dtype: torch.dtype) -> Weights:
 
 
 def _count(files: Sequence[Path]) -> tuple[int, int]:
-    """How many numbers the encoder and the decoder are, from the files' headers."""
+    """Return the parameter counts of the encoder and the decoder, from the headers of the files."""
     encoder = decoder = 0
     for path in files:
         with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
@@ -100,14 +106,17 @@ def _count(files: Sequence[Path]) -> tuple[int, int]:
 
 
 def whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json over the diffusers class's own defaults, as `from_config` reads it."""
+    """Return the config completed by the defaults of the diffusers class, as `from_config` does."""
     parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     return defaults | dict(config)
 
 
 def check_spec(spec: LatentSpec) -> None:
-    """A config.json is somebody's file: what requests are checked against must be numbers. Raises ValueError."""
+    """Check the values that requests are checked against. Raises ValueError if one is not a valid number.
+
+    This is needed because a config.json is written by others.
+    """
     whole = (spec.channels, spec.vae_scale_factor, spec.temporal_compression_ratio)
     if not all(isinstance(value, int) and value >= 1 for value in whole):
         raise ValueError("its channels and compression ratios must be whole numbers")
@@ -117,14 +126,15 @@ def check_spec(spec: LatentSpec) -> None:
         raise ValueError("scaling_factor must not be 0")
     for statistics in (spec.latents_mean, spec.latents_std):
         if statistics is not None and len(statistics) % spec.channels:
-            raise ValueError(f"latents_mean and latents_std must have {spec.channels} values, one a channel")
+            raise ValueError(f"latents_mean and latents_std must have {spec.channels} values, one for each channel")
 
 
 def is_vae_class(class_name: str) -> bool:
-    """Whether this diffusers has it: an older one lacks the newer VAEs."""
+    """Return whether the installed diffusers has a VAE class of this name. Older versions lack the newer VAEs."""
     found = getattr(diffusers, class_name, None)
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-        return False  # also the stand-ins of classes whose packages are missing, which raise when they are looked at
+        # diffusers has stand-ins for classes whose packages are missing. Reading their attributes raises.
+        return False
     return hasattr(found, "decode") and hasattr(found, "from_pretrained")
 
 
@@ -148,7 +158,7 @@ def _family(name: str, entry: ModelEntry, class_name: str, config: Mapping[str, 
 def _unknown_class(class_name: str) -> str:
     known = sorted(class_name for family in FAMILIES.values() for class_name in family.class_names)
     return (
-        f"the VAE class {class_name} is not one whose range, scaling and noise this server knows, so its pixels could "
-        f"be wrong; known classes: {', '.join(known)}. To serve it all the same, with diffusers' own decode and the "
-        "statistics of its config.json, write `decoder: plain` into its entry of models.yaml"
+        f"this server does not know the range, scaling and noise of the VAE class {class_name}, so its pixels could be "
+        f"wrong; known classes: {', '.join(known)}. To serve it anyway, with diffusers' own decode and the statistics "
+        "of its config.json, write `decoder: plain` into its entry of models.yaml"
     )

@@ -1,4 +1,4 @@
-"""Where the files of a model are: a local folder, or a repository of the Hugging Face Hub and its cache."""
+"""Find the files of a model: in a local folder, or in a repository of the Hugging Face Hub and its cache."""
 
 from __future__ import annotations
 
@@ -25,23 +25,29 @@ SAFE_ONLY = "only safetensors weights are ever loaded, because a pickle file can
 
 
 def source_of(settings: Settings, name: str) -> Source:
+    """Return the source of the files of the model with this name."""
     return Source(name, settings.models[name], settings.folder_of(name))
 
 
 class Source:
-    """Where one model's files are: a local folder, or a hub repository and this machine's cache of it.
+    """The files of one model: a local folder, or a repository of the hub with its cache on this machine.
 
-    Every failure is a ModelUnavailable whose `detail` is one sentence for the operator.
+    All methods raise ModelUnavailable, whose `detail` is one sentence for the operator.
+
+    name: the name of the model. entry: its entry in models.yaml.
+    local: the folder, or None for a repository of the hub.
+    label: the repository and subfolder, for messages.
     """
 
     def __init__(self, name: str, entry: ModelEntry, folder: Path | None) -> None:
+        """folder: the local folder that `entry.repo` names; None if it is a repository of the hub."""
         self.name = name
         self.entry = entry
         self.local = folder / (entry.subfolder or "") if folder else None
         self.label = f"{entry.repo}" + (f", subfolder {entry.subfolder}" if entry.subfolder else "")
 
     def config(self, *, is_local_only: bool = False) -> dict[str, Any]:
-        """config.json, without the weights; from this machine's files alone when told so."""
+        """Return config.json, without downloading the weights. is_local_only: use only files on this machine."""
         path = self.local / CONFIG if self.local else self._hub_config(is_local_only)
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +60,7 @@ class Source:
         return config
 
     def folder(self, *, is_local_only: bool = False) -> Path:
-        """The folder with config.json and the weights, downloaded where it must be and may."""
+        """Return the folder with config.json and the weights. They are downloaded if needed, unless `is_local_only`."""
         found = self.local or self._hub_snapshot(is_local_only)
         if not any(any(found.glob(pattern)) for pattern in WEIGHTS[:2]):
             names = [path.name for path in found.glob("*")] if self.local else self._hub_files(is_local_only)
@@ -64,14 +70,14 @@ class Source:
         return found
 
     def commit_of(self, folder: Path) -> str | None:
-        """The commit that a folder of the hub's cache is of; None for a local folder."""
+        """Return the commit of a folder in the hub's cache, or None for a local folder."""
         if self.local:
             return None
         snapshot = folder.parent if self.entry.subfolder else folder
         return snapshot.name
 
     def is_here(self) -> bool:
-        """Whether the weights are on this machine."""
+        """Return whether the weights are on this machine."""
         try:
             self.folder(is_local_only=True)
         except ModelUnavailable:
@@ -98,7 +104,7 @@ class Source:
         try:
             found = hf_hub_download(self.entry.repo, file, revision=self.entry.revision, local_files_only=is_local_only)
             return Path(found)
-        except Exception as error:  # huggingface_hub, requests and the file system raise alike here
+        except Exception as error:  # huggingface_hub, requests and the file system all raise here
             raise self.failure(self._hub_sentence(error)) from error
 
     def _hub_snapshot(self, is_local_only: bool) -> Path:
@@ -110,23 +116,26 @@ class Source:
                 allow_patterns=patterns,
                 local_files_only=is_local_only,
             )
-        except Exception as error:  # raises as many kinds as hf_hub_download
+        except Exception as error:  # the same many classes as for hf_hub_download
             raise self.failure(self._hub_sentence(error)) from error
         return Path(snapshot) / (self.entry.subfolder or "")
 
     def _hub_files(self, is_local_only: bool) -> list[str]:
-        """The files beside config.json in the repository, as far as this machine can tell."""
+        """Return the names of the files beside config.json: in the repository, or without the network in the cache."""
         config = self._hub_config(is_local_only)
         if is_local_only:
             return [path.name for path in config.parent.glob("*")]
         try:
             names = list_repo_files(self.entry.repo, revision=self.entry.revision)
-        except Exception:  # noqa: BLE001  # offline: the cache is all that can be known
+        except Exception:  # noqa: BLE001  # the hub cannot be reached, so only the cache is known
             return [path.name for path in config.parent.glob("*")]
         return [Path(name).name for name in names if str(Path(name).parent) == (self.entry.subfolder or ".")]
 
     def _hub_sentence(self, error: Exception) -> str:
-        """The hub's errors, most specific first: several are subclasses of the next."""
+        """Return a sentence for an error.
+
+        The most specific class comes first, because several are subclasses of later ones.
+        """
         repo = self.entry.repo
         match error:
             case hub.GatedRepoError():
@@ -152,7 +161,7 @@ class Source:
                 return f"the download failed ({type(error).__name__}); check the network and try again"
 
     def failure(self, sentence: str) -> ModelUnavailable:
-        """The error whose detail is this sentence, after the model's name and repository."""
+        """Return the error whose detail is the model's name and repository, followed by this sentence."""
         return ModelUnavailable(self.name, f"{self.name} ({self.label}): {sentence}")
 
 

@@ -17,18 +17,21 @@ from .hub import CONFIG, WEIGHTS, Source
 LFS_POINTER = b"version https://git-lfs"
 NAMES_SHOWN = 3
 
-# diffusers patches torch's modules while it builds one without memory; two at once would leave them patched for good.
+# While diffusers builds a module without memory, it patches torch's modules. Two builds at the same time would leave
+# them patched forever.
 BUILDING = threading.Lock()
-# What diffusers says of missing and unused tensors takes several lines and advises to train; `_check` says it in one.
+# For missing and unused tensors diffusers logs several lines that advise to train the model. `_check` reports them
+# instead.
 diffusers.utils.logging.set_verbosity_error()
 
 
 def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, direction: Direction) -> torch.nn.Module:
     """Load the real diffusers module on the CPU, in evaluation mode, with the weights of one direction.
 
-    The modules of the other direction stay, without weights, because some VAEs count theirs. The weights are copies in
-    `dtype`: what happens to the file later changes nothing. Raises ModelUnavailable, also where a tensor of this
-    direction is missing, is not finite, or overflows `dtype`.
+    The modules of the other direction stay, without weights, because some VAEs count the layers of both. The weights
+    are copies in `dtype`, so later changes of the file do not affect them. Raises ModelUnavailable if the files cannot
+    be read, or if a tensor of this direction is missing, is not finite, or overflows `dtype`. Raises MemoryError or
+    OutOfMemoryError if there is not enough memory.
     """
     folder = source.folder()
     model_class = getattr(diffusers, info.class_name)
@@ -52,7 +55,7 @@ def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, direction: Dir
 
 
 def _check_files(folder: Path) -> None:
-    """Raise SafetensorError or ValueError for a damaged safetensors file; diffusers would not say what is wrong."""
+    """Raise SafetensorError or ValueError if a file is damaged. diffusers itself would not tell the reason."""
     for path in sorted(path for pattern in WEIGHTS[:2] for path in folder.glob(pattern)):
         try:
             with safe_open(path, "pt"):
@@ -65,7 +68,7 @@ def _check_files(folder: Path) -> None:
 
 
 def let_go(vae: torch.nn.Module, parts: Sequence[str]) -> None:
-    """Free the weights of these modules."""
+    """Free the weights of the modules with these names."""
     for part in parts:
         module = getattr(vae, part, None)
         if module is not None:
@@ -73,7 +76,7 @@ def let_go(vae: torch.nn.Module, parts: Sequence[str]) -> None:
 
 
 def _tensors(vae: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the VAE with its name: parameters and buffers, which may be statistics of the latents."""
+    """Yield all parameters and buffers of the VAE with their names. Buffers may hold the statistics of the latents."""
     yield from vae.named_parameters()
     yield from vae.named_buffers()
 
@@ -81,7 +84,8 @@ def _tensors(vae: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _check(vae: torch.nn.Module, missing_keys: frozenset[str], direction: Direction, source: Source) -> None:
     """Raise ModelUnavailable unless all tensors of this direction were in the file, with finite values.
 
-    missing_keys: what diffusers did not find. Counters, such as a batch norm's, are not used and may be missing.
+    missing_keys: the names that diffusers did not find. Integer tensors, such as the counter of a batch norm, may be
+        missing, because decoding and encoding do not use them.
     """
     ours = [(name, tensor) for name, tensor in _tensors(vae) if name.split(".")[0] not in OTHER_PARTS[direction]]
     missing = [name for name, tensor in ours if name in missing_keys and tensor.is_floating_point()]
@@ -94,10 +98,11 @@ def _check(vae: torch.nn.Module, missing_keys: frozenset[str], direction: Direct
 
 
 def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
-    """Copy every tensor, in this dtype if it holds floats. Raises ModelUnavailable where finite values overflow.
+    """Copy every tensor, and convert it to `dtype` if it holds floats.
 
-    Not by diffusers' torch_dtype, which sets torch's default dtype while another model may be decoding. `copy`, because
-    a float32 tensor would stay a mapping of its file: a write to the file would change answers or end the process.
+    diffusers' `torch_dtype` is not used, because it changes torch's default dtype while another model may be decoding.
+    Tensors that have the dtype already are copied too, because they would otherwise stay mapped to the file: a write to
+    the file would change results or crash the process. Raises ModelUnavailable if finite values overflow.
     """
     overflowing = []
     for name, tensor in _tensors(vae):
@@ -114,6 +119,6 @@ def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first of them, and how many there are."""
+    """Return the first names as text, and how many more there are."""
     shown = ", ".join(names[:NAMES_SHOWN])
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

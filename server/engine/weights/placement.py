@@ -1,4 +1,4 @@
-"""Which device and dtype a model runs in."""
+"""Choose the device and the dtype of a model, and move it there."""
 
 from __future__ import annotations
 
@@ -10,25 +10,35 @@ from ..kernels.cpu import preferred_cpu_dtype
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto` is the first CUDA device, then Apple's, then the CPU. Raises ValueError with a sentence."""
+    """Return the device.
+
+    wanted: the name of a torch device, or `auto` for a CUDA GPU, else an Apple GPU, else the CPU.
+    Raises ValueError, with a sentence for the operator, if there is no such device.
+    """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(wanted)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {wanted}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {wanted}: there are only {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device {wanted}: this machine has only {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps: not an Apple GPU; use --device cpu")
+        raise ValueError("device mps: there is no Apple GPU; use --device cpu")
     return device
 
 
 def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact: bool) -> torch.dtype:
-    """The dtype to compute in.
+    """Return the dtype to compute in.
 
-    `auto` on a CPU: bfloat16 where the exact decoder may run and the CPU multiplies it in hardware, else float32.
-    `auto` on a GPU: the family's, but bfloat16 where the config asks to upcast (its activations overflow float16). An
-    explicit float16 is upcast to float32 then, as `StableDiffusionXLPipeline` does.
+    wanted: `auto`, `float16`, `bfloat16` or `float32`.
+    is_exact: the VAE can run on an exact coder.
+
+    `auto` on a CPU means bfloat16 if the VAE can run on an exact coder and the CPU multiplies bfloat16 in hardware,
+    else float32. `auto` on a GPU means the dtype of the family; where that is bfloat16 but the device cannot compute in
+    it, float32.
+
+    If config.json has `force_upcast`, float16 would overflow: `auto` then means bfloat16 instead of float16, and an
+    explicit float16 becomes float32, as in `StableDiffusionXLPipeline`.
     """
     must_upcast = info.latents.force_upcast
     if wanted == "float16" and must_upcast:

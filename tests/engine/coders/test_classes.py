@@ -71,7 +71,7 @@ def test_every_class_with_a_family_is_compared_with_a_pipeline() -> None:
 @pytest.mark.parametrize("class_name", sorted(REFUSED & EXPORTED))
 def test_an_unknown_class_is_refused_with_what_to_do(class_name: str, tmp_path: Path) -> None:
     said = refusal(source(tmp_path, class_name))
-    assert f"the VAE class {class_name} is not one" in said
+    assert f"does not know the range, scaling and noise of the VAE class {class_name}, so" in said
     assert "AutoencoderKL, AutoencoderKLAllegro" in said
     assert "write `decoder: plain` into its entry of models.yaml" in said
 

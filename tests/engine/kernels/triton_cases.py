@@ -62,12 +62,12 @@ def test_a_residual_is_added_in_place_with_its_moments(kernels: Kernels, shape: 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_phases_interleave_to_the_upsampled_picture(kernels: Kernels, shape: tuple[int, ...]) -> None:
+def test_phases_interleave_to_the_upsampled_image(kernels: Kernels, shape: tuple[int, ...]) -> None:
     batch, n, width, channels = shape
     phases, bias = randn(batch, n + 1, width + 1, 4 * channels), randn(channels)
-    picture, moments = kernels.interleave(phases, bias, 1)
+    image, moments = kernels.interleave(phases, bias, 1)
     expected, expected_moments = PLAIN.interleave(phases, bias, 1)
-    torch.testing.assert_close(picture, expected)
+    torch.testing.assert_close(image, expected)
     assert_same_norm(moments, expected_moments)
 
 

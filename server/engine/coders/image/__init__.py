@@ -1,1 +1,1 @@
-"""The exact coder of AutoencoderKL (SD, SDXL, SD3, FLUX.1), decoder and encoder, in row bands."""
+"""The exact decoder and the exact encoder of AutoencoderKL (SD, SDXL, SD3, FLUX.1). Both compute in row bands."""

@@ -1,4 +1,7 @@
-"""The exact decoder of AutoencoderKL (SD1, SD2, SDXL, SD3, Flux): the same picture as diffusers, in row bands."""
+"""The exact decoder of AutoencoderKL (SD1, SD2, SDXL, SD3, Flux).
+
+It computes the image that diffusers computes, band by band, so that it needs less memory and time.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,18 @@ from .structure import decoder_reason
 
 
 class ExactKLDecoder(ExactCoder[DecoderWeights]):
-    """Takes over the weights of `vae.decoder` and `vae.post_quant_conv`; `vae.decode` no longer works after."""
+    """A decoder with the weights of an AutoencoderKL, its `post_quant_conv` included."""
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:
-        """None if this decoder's structure is known, else one sentence saying what is not."""
+        """Return None if this decoder can run the VAE, else one sentence that names the part it cannot run."""
         return decoder_reason(vae)
 
     def __init__(self, vae: AutoencoderKL) -> None:
+        """Take the weights out of `vae.decoder` and `vae.post_quant_conv`: `vae.decode` no longer works afterwards.
+
+        vae: a VAE for which `unsupported_reason` returns None, on its device, in the dtype to compute in.
+        """
         super().__init__(vae.decoder.conv_in.weight, partial(DecoderWeights.take, vae))
 
     @torch.inference_mode()
@@ -41,13 +48,16 @@ class ExactKLDecoder(ExactCoder[DecoderWeights]):
         check: Check = go_on,
         **arguments: float,
     ) -> Coded:
-        """Decode as `Decoder.decode` says; equals diffusers' `decode` within the dtype's rounding."""
+        """Decode as `Decoder.decode` says.
+
+        The result equals that of diffusers' `decode` within the rounding of the dtype.
+        """
         latents = latents.to(self.network.device, self.network.dtype)  # [B, C, h, w]
         batch, _, height, width = latents.shape
         plan = self.plan(batch, height, width, budget_bytes)
         if self.graphs is None or batch * height * width * self.network.upsampling**2 > GRAPH_PIXELS:
             image, finite = self.run(plan, latents, layout, check)
-        else:  # one step: nothing can be done while a graph is recorded or replayed
+        else:  # `check` must not raise while a graph is recorded, and nothing in Python runs while it is replayed
             launch = partial(self.run, plan, layout=layout, check=go_on)
             image, finite = self.graphs.run((latents.shape, layout, plan), launch, latents)
         if emit is not None:
@@ -57,7 +67,7 @@ class ExactKLDecoder(ExactCoder[DecoderWeights]):
     def run(
         self, plan: Plan, latents: Tensor, layout: Layout, check: Check = go_on
     ) -> tuple[Tensor, Tensor]:  # [B, C, h, w]
-        """Run one decode as planned, operation by operation. Returns the image, and whether it is finite."""
+        """Run one decode as planned, without a CUDA graph. Return the image in `layout`, and whether it is finite."""
         batch, _, height, width = latents.shape
         ratio = self.network.upsampling
         output = Output(layout, (batch, ratio * height, ratio * width, self.network.conv_out.out_channels), latents)

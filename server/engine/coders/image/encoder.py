@@ -1,6 +1,6 @@
-"""The exact encoder of AutoencoderKL (SD1, SD2, SDXL, SD3, Flux): the same posterior as diffusers, in row bands.
+"""The exact encoder of AutoencoderKL (SD1, SD2, SDXL, SD3, Flux).
 
-Kernels, layers and plan are the decoder's too; here are an encoder's order of layers and its downsampling.
+It computes the posterior that diffusers computes, band by band, with the kernels, layers and plans of the decoder.
 """
 
 from __future__ import annotations
@@ -25,29 +25,36 @@ __all__ = ["ExactKLEncoder"]
 
 
 class ExactKLEncoder(ExactCoder[EncoderWeights]):
-    """Takes over the weights of `vae.encoder` and `vae.quant_conv`; `vae.encode` no longer works after."""
+    """An encoder with the weights of an AutoencoderKL, its `quant_conv` included."""
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:
-        """None if this encoder's structure is known, else one sentence saying what is not."""
+        """Return None if this encoder can run the VAE, else one sentence that names the part it cannot run."""
         return encoder_reason(vae)
 
     def __init__(self, vae: AutoencoderKL) -> None:
+        """Take the weights out of `vae.encoder` and `vae.quant_conv`: `vae.encode` no longer works afterwards.
+
+        vae: a VAE for which `unsupported_reason` returns None, on its device, in the dtype to compute in.
+        """
         super().__init__(vae.encoder.conv_in.weight, partial(EncoderWeights.take, vae))
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, *, budget_bytes: int | None = None, check: Check = go_on) -> Coded:
-        """Encode as `Encoder.encode` says; equals diffusers' parameters within the dtype's rounding."""
+        """Encode as `Encoder.encode` says. The parameters equal those of diffusers within the rounding of the dtype."""
         pixels = pixels.to(self.network.device, self.network.dtype)  # [B, 3, H, W]
         batch, _, height, width = pixels.shape
         plan = self.plan(batch, height, width, budget_bytes)
         if self.graphs is None or batch * height * width > GRAPH_PIXELS:
             return Coded(*self.run(plan, pixels, check))
-        # One step: nothing can be done while a graph is recorded or replayed.
+        # `check` must not raise while a graph is recorded, and nothing in Python runs while it is replayed.
         return Coded(*self.graphs.run((pixels.shape, plan), partial(self.run, plan, check=go_on), pixels))
 
     def run(self, plan: Plan, pixels: Tensor, check: Check = go_on) -> tuple[Tensor, Tensor]:  # [B, 3, H, W]
-        """Run one encode as planned, operation by operation. Returns the parameters, and whether they are finite."""
+        """Run one encode as planned, without a CUDA graph.
+
+        Return the posterior's parameters, and whether they are finite.
+        """
         batch, _, height, width = pixels.shape
         ratio = self.network.downsampling
         shape = (batch, height // ratio, width // ratio, self.network.conv_out.out_channels)

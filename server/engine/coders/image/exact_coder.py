@@ -1,4 +1,4 @@
-"""What the exact decoder and the exact encoder of an AutoencoderKL share: kernels, a plan within the memory, graphs."""
+"""The common part of the exact decoder and encoder of an AutoencoderKL: kernels, plans and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ N = TypeVar("N", bound=LayeredWeights)
 
 
 class ExactCoder(Generic[N]):
-    """Takes over the weights of one direction of the VAE, which are on their device in the dtype to compute in."""
+    """The weights of one direction of a VAE, with the kernels that run them on their device in their dtype."""
 
     name = EXACT
 
     def __init__(self, weight: Tensor, take: Callable[[Kernels], N]) -> None:
-        """weight: any of the weights. take: makes the network of the VAE."""
+        """Choose the kernels and take the weights.
+
+        weight: any weight of the VAE; its device and dtype are those to compute on.
+        take: takes the weights out of the VAE, packed for the given kernels.
+        """
         self.kernels = kernels_for(weight.device, weight.dtype)
         self.network = take(self.kernels)
         self.graphs = Graphs(GRAPHS) if weight.device.type == "cuda" else None

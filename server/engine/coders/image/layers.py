@@ -1,6 +1,7 @@
-"""The weights of a decoder or an encoder as a flat list of steps.
+"""The weights of a decoder or an encoder, as a flat list of steps.
 
-Taking the weights empties the diffusers modules, so that they exist only once in memory.
+The `take_*` functions move weights out of diffusers modules and leave the modules empty, so that every weight exists
+only once in memory.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from ...kernels.reference import Kernels
 
 @dataclass(frozen=True)
 class Linear:
+    """A linear layer, or a 1x1 convolution."""
+
     weight: Tensor  # [O, I]
     bias: Tensor | None  # [O]
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A 3x3 convolution (2x2 for the folded upsample), its weight as the kernels want it."""
+    """A 3x3 convolution, or the 2x2 convolution of an `Upsample`. weight: as `Kernels.pack` returns it."""
 
     weight: Tensor
     bias: Tensor  # [O]
@@ -33,7 +36,10 @@ class Conv:
 
 @dataclass(frozen=True)
 class Resnet:
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), the x through `shortcut` where the channels change."""
+    """A residual block: x + conv2(silu(norm2(conv1(silu(norm1(x)))))).
+
+    `shortcut`, if any, is applied to the first x.
+    """
 
     norm1: GroupNorm
     conv1: Conv
@@ -44,7 +50,7 @@ class Resnet:
 
 @dataclass(frozen=True)
 class Attention:
-    """x + softmax(q kᵀ / √C) v over all positions, with the output projection already inside v."""
+    """Self-attention over all positions: x + softmax(q kᵀ / √C) v + bias. `value` includes the output projection."""
 
     norm: GroupNorm
     query: Linear
@@ -55,14 +61,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Upsample:
-    """Nearest 2x and the 3x3 convolution after it, as one 2x2 convolution to four phases."""
+    """A nearest-neighbour 2x upsample and its 3x3 convolution, folded into one 2x2 convolution to four phases."""
 
     conv: Conv
 
 
 @dataclass(frozen=True)
 class Downsample:
-    """A 3x3 convolution of stride 2 that starts at the first pixel: its zero padding is right and below."""
+    """A 3x3 convolution of stride 2. Its zero padding is one column on the right and one row at the bottom."""
 
     conv: Conv
 
@@ -74,6 +80,8 @@ Taken = TypeVar("Taken")
 
 @dataclass(frozen=True)
 class DecoderWeights:
+    """The weights of an AutoencoderKL's decoder, in the order in which they are used."""
+
     post_quant: Linear | None
     conv_in: Conv
     steps: tuple[DecoderStep, ...]
@@ -89,13 +97,16 @@ class DecoderWeights:
 
     @property
     def full_size(self) -> range:
-        """The steps, by index, whose output has the picture's full size."""
+        """The indices of the steps whose output has the size of the image: the last upsample and all after it."""
         last = max((i for i, step in enumerate(self.steps) if isinstance(step, Upsample)), default=len(self.steps))
         return range(last, len(self.steps))
 
     @classmethod
     def take(cls, vae: Any, kernels: Kernels) -> DecoderWeights:
-        """Move the weights out of an AutoencoderKL whose structure is known. Its own decode no longer works after."""
+        """Take the weights out of an AutoencoderKL for which `decoder_reason` is None.
+
+        `vae.decode` no longer works then.
+        """
         decoder = vae.decoder
         dtype, device = decoder.conv_in.weight.dtype, decoder.conv_in.weight.device
         return cls(
@@ -111,10 +122,12 @@ class DecoderWeights:
 
 @dataclass(frozen=True)
 class EncoderWeights:
+    """The weights of an AutoencoderKL's encoder, in the order in which they are used."""
+
     conv_in: Conv
     steps: tuple[EncoderStep, ...]
     norm_out: GroupNorm
-    conv_out: Conv  # with the quant_conv after it inside
+    conv_out: Conv  # the quant_conv that follows is folded into it
     dtype: torch.dtype
     device: torch.device
 
@@ -125,12 +138,18 @@ class EncoderWeights:
 
     @property
     def full_size(self) -> range:
-        """The steps, by index, whose output has the picture's full size; none where the latents have it too."""
+        """The indices of the steps before the first downsample: their output has the size of the image.
+
+        Empty for an encoder without a downsample.
+        """
         return range(next((i for i, step in enumerate(self.steps) if isinstance(step, Downsample)), 0))
 
     @classmethod
     def take(cls, vae: Any, kernels: Kernels) -> EncoderWeights:
-        """Move the weights out of an AutoencoderKL whose structure is known. Its own encode no longer works after."""
+        """Take the weights out of an AutoencoderKL for which `encoder_reason` is None.
+
+        `vae.encode` no longer works then.
+        """
         encoder = vae.encoder
         dtype, device = encoder.conv_in.weight.dtype, encoder.conv_in.weight.device
         return cls(
@@ -146,7 +165,7 @@ class EncoderWeights:
 def take_steps(
     decoder: Any, take_resnet: Callable[[Any], Taken], take_upsample: Callable[[Any], Taken]
 ) -> Iterator[Taken | Attention]:
-    """The mid block and the up blocks, in the order in which they run."""
+    """Yield the steps of a decoder's mid block and up blocks, in the order in which they run."""
     yield from take_mid_block(decoder.mid_block, take_resnet)
     for block in decoder.up_blocks:
         for resnet in block.resnets:
@@ -156,6 +175,7 @@ def take_steps(
 
 
 def take_mid_block(block: Any, take_resnet: Callable[[Any], Taken]) -> Iterator[Taken | Attention]:
+    """Yield the steps of a mid block: a resnet, then an attention (if there is one) and a resnet, and so on."""
     first, *rest = block.resnets
     yield take_resnet(first)
     for attention, resnet in zip(block.attentions, rest, strict=True):
@@ -180,9 +200,12 @@ def _take_upsample(upsampler: Any, kernels: Kernels) -> Upsample:
 
 
 def fold_upsample(weight: Tensor) -> Tensor:  # [O, I, 3, 3] -> [4 O, I, 2, 2]
-    """Taps of the 3x3 kernel that fall on the same pixel before the nearest-2x upsample are summed: 9 taps become 4.
+    """Fold a nearest-neighbour 2x upsample into the 3x3 convolution that follows it.
 
-    Phase 0 (even rows) sees rows i-1, i as taps 0, 1+2; phase 1 (odd rows) sees i, i+1 as taps 0+1, 2; columns alike.
+    After the upsample, neighbouring taps of the kernel read copies of the same pixel. Summing those taps leaves 4 of
+    the 9, different ones for each of the four phases (even or odd row, even or odd column) of the output. In an even
+    row, tap 0 reads the input row i-1, and taps 1 and 2 read row i. In an odd row, taps 0 and 1 read row i, and tap 2
+    reads row i+1. The same holds for columns.
     """
     fold = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32, device=weight.device)
     phases = torch.einsum("pak,qbl,oikl->pqoiab", fold, fold, weight.float())  # [2, 2, O, I, 2, 2]
@@ -190,14 +213,19 @@ def fold_upsample(weight: Tensor) -> Tensor:  # [O, I, 3, 3] -> [4 O, I, 2, 2]
 
 
 def take_resnet(resnet: Any, kernels: Kernels) -> Resnet:
+    """Take the weights out of a `ResnetBlock2D`."""
     conv1, conv2 = take_conv(resnet.conv1, kernels), take_conv(resnet.conv2, kernels)
     shortcut = None if resnet.conv_shortcut is None else take_linear(resnet.conv_shortcut)
     return Resnet(take_norm(resnet.norm1), conv1, take_norm(resnet.norm2), conv2, shortcut)
 
 
 def take_attention(attention: Any) -> Attention:
-    """Two exact identities of softmax: the key's bias adds the same to every score of a row, so it is dropped; rows sum
-    to one, so W_o(P v) + b_o = P(W_o W_v h) + (W_o b_v + b_o)."""
+    """Take the weights out of an `Attention`, simplified by two exact identities of softmax.
+
+    The key's bias adds the same number to all scores of one query, which softmax ignores, so it is dropped.
+    The probabilities P of one query sum to one, so W_o (P (W_v h + b_v)) + b_o = P (W_o W_v h) + (W_o b_v + b_o): the
+    output projection is folded into the value's weight, and both biases become one.
+    """
     query, key, value = take_linear(attention.to_q), take_linear(attention.to_k), take_linear(attention.to_v)
     out = take_linear(attention.to_out[0])
     dtype = query.weight.dtype
@@ -210,11 +238,13 @@ def take_attention(attention: Any) -> Attention:
 
 
 def take_conv(conv: Any, kernels: Kernels) -> Conv:
+    """Take the weights out of a `Conv2d` and pack them for the kernels."""
     weight, bias = take_weights(conv)  # [O, I, 3, 3], [O]
     return Conv(kernels.pack(weight, conv.stride[0]), bias, weight.shape[0])
 
 
 def take_linear(layer: Any) -> Linear:
+    """Take the weights out of a `Linear`, or of a convolution with a kernel of one pixel."""
     weight, bias = layer.weight.detach(), layer.bias  # [O, I] or [O, I, 1, 1]
     linear = Linear(weight.flatten(1).contiguous(), None if bias is None else bias.detach())
     empty(layer)
@@ -222,12 +252,14 @@ def take_linear(layer: Any) -> Linear:
 
 
 def take_norm(norm: Any) -> GroupNorm:
+    """Take the weights out of an affine `GroupNorm`, in float32."""
     taken = GroupNorm(norm.num_groups, norm.eps, norm.weight.detach().float(), norm.bias.detach().float())
     empty(norm)
     return taken
 
 
 def take_weights(conv: Any) -> tuple[Tensor, Tensor]:
+    """Take the weight `[O, I, k, k]` and the bias `[O]` out of a convolution. A missing bias becomes zeros."""
     weight = conv.weight.detach()  # [O, I, k, k]
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach()  # [O]
     empty(conv)
@@ -235,12 +267,13 @@ def take_weights(conv: Any) -> tuple[Tensor, Tensor]:
 
 
 def empty(module: nn.Module) -> None:
+    """Replace the module's own parameters, not those of its children, with empty tensors."""
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.new_empty(0)
 
 
 def _take_encoder_steps(encoder: Any, kernels: Kernels) -> Iterator[EncoderStep]:
-    """The down blocks and the mid block, in the order in which they run."""
+    """Yield the steps of the down blocks and the mid block, in the order in which they run."""
     for block in encoder.down_blocks:
         for resnet in block.resnets:
             yield take_resnet(resnet, kernels)
@@ -257,7 +290,10 @@ def _take_conv_out(conv: Any, quant_conv: Any, kernels: Kernels) -> Conv:
 
 
 def fold_quant(weight: Tensor, bias: Tensor, quant: Linear) -> tuple[Tensor, Tensor]:  # [I, C, 3, 3], [I], [O, I]
-    """W_q (W * x + b) + b_q = (W_q W) * x + (W_q b + b_q): one convolution, and one rounding less."""
+    """Fold a 1x1 convolution into the convolution before it: W_q (W * x + b) + b_q = (W_q W) * x + (W_q b + b_q).
+
+    This saves one convolution and the rounding of its input.
+    """
     mixing, dtype = quant.weight.double(), weight.dtype  # [O, I]
     mixed = torch.einsum("oi,ickl->ockl", mixing, weight.double())  # [O, C, 3, 3]
     constant = mixing @ bias.double()  # [O]

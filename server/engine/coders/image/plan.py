@@ -1,4 +1,4 @@
-"""How tall the bands are and how many images go together, from the memory there is."""
+"""Plans: how tall the bands of a run are, and how many images it computes together, to fit the memory."""
 
 from __future__ import annotations
 
@@ -10,98 +10,142 @@ import torch
 
 from .layers import Attention, Conv, Downsample, Resnet, Upsample
 
-# Bands of this size stay near a CPU's cores between the norm, the convolution and the statistics: 1.4x faster than one
-# band at 512² on two cores. Twice the size is no faster and takes 100 MB more at 1024².
+# Bands of this size stay in a CPU's caches from the norm over the convolution to the statistics. On two cores an image
+# of 512² takes 1/1.4 of the time that it takes as one band. Twice the size is no faster and takes 100 MB more at 1024².
 CPU_BAND_BYTES = 4 << 20
-# Small pictures share the weights' way from memory: eight of 64x64 take 0.55 of the time one by one, of 128x128 0.85.
+# Small images are computed together, so that the weights are read from memory once for all of them. Eight images of
+# 64x64 pixels take 0.55 of the time that they take one by one, eight of 128x128 pixels 0.85.
 CPU_TOGETHER_BYTES = 16 << 20
+# The size of one chunk of the attention's scores.
 SCORES_BYTES = 256 << 20
 
-# Beside the stored pictures a pass holds a band with its halo, the convolution's output and its four phases.
+# How many bands a layer holds beside the stored activations: the input with its halo, the output of the convolution,
+# and the four phases of an upsample.
 WORKING_BANDS = 4
-# Recomputing it holds a band of each of the layers that it computes anew.
+# The same when it recomputes: one band of each layer that is computed again.
 RECOMPUTING_BANDS = 6
 SMALLEST_BAND_BYTES = 1 << 20
-# A band's halo is recomputed with it, so low bands cost time: 8 MB were the fastest on a CPU.
+# The halo of a band is recomputed together with the band, so low bands cost time: 8 MB was the fastest on a CPU.
 RECOMPUTED_BAND_BYTES = 8 << 20
 SMALLEST_SCORES_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    images: int  # that go together
+    """How to split one run.
+
+    images: how many images are computed together.
+    itemsize: bytes of one value of an activation.
+    band_bytes: the largest size of one band of an activation, of all `images` together.
+    scores_bytes: the largest size of one chunk of the attention's scores, of all `images` together.
+    unit_bytes: the largest size of one unit of rows, of one image (see `unit_rows`).
+    recomputes: whether steps at the full size store only their output, and compute what is inside them when it is read.
+    """
+
+    images: int
     itemsize: int
-    band_bytes: int  # one band of an activation
-    scores_bytes: int  # one chunk of the attention's scores
+    band_bytes: int
+    scores_bytes: int
     unit_bytes: int = SMALLEST_BAND_BYTES
-    recomputes: bool = False  # at the full size, what lies between two layers' outputs
+    recomputes: bool = False
 
     def unit_rows(self, width: int, channels: int) -> int:
-        """Bands are whole units, and a unit's statistics are taken by themselves, whatever the band: the merged ones,
-        and where a convolution's sums do not depend on the band either (a CPU's) the picture, are the same to the bit.
-        A power of two, so that half of an upsampled band is whole rows too."""
+        """Return how many rows of an activation form a unit. A band consists of whole units.
+
+        The CPU kernels take the statistics of each unit separately. The merged statistics are therefore bit-identical
+        for every band height, and so is the image, because the sums of a CPU's convolution do not depend on the band
+        either. The other kernels ignore units.
+
+        The result is a power of two, so that a band of an upsampled activation comes from a whole number of input rows.
+        """
         rows = max(1, self.unit_bytes // (width * channels * self.itemsize))
         return int(2 ** (rows.bit_length() - 1))
 
     def rows(self, width: int, channels: int) -> int:
+        """Return how many rows a band of an activation of this width has: as many units as fit, but at least one."""
         unit = self.unit_rows(width, channels)
         wanted = self.band_bytes // (self.images * width * channels * self.itemsize)
         return unit * max(1, wanted // unit)
 
     def query_rows(self, positions: int) -> int:
+        """Return how many queries of an attention over this many positions are computed at a time, at least one."""
         return max(1, self.scores_bytes // (self.images * positions * self.itemsize))
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one image needs at its fullest step, in bytes: the network's arithmetic, nothing measured."""
+    """The memory that one image needs, in bytes, calculated from the sizes of the network's layers.
 
-    stored: int  # whole pictures that cannot be banded away
-    kept: int  # the same where the full size is recomputed
-    attended: int  # the same during the attention, which is long over where the pictures are largest
-    largest: int  # the largest single activation: a band can be no larger
+    stored: whole activations stored at the step that stores most, if nothing is recomputed.
+    kept: the same if the steps at the full size are recomputed.
+    attended: whole activations stored during the attention, which runs at the resolution of the latents.
+    largest: the largest single activation; no band is larger.
+    """
+
+    stored: int
+    kept: int
+    attended: int
+    largest: int
 
     def peak(self, plan: Plan) -> int:
+        """Return the peak memory of a run with this plan."""
         return max(plan.images * self.whole(plan) + self.bands(plan), self.attention_peak(plan))
 
     def whole(self, plan: Plan) -> int:
+        """Return the size of the whole activations that one image stores."""
         return self.kept if plan.recomputes else self.stored
 
     def bands(self, plan: Plan) -> int:
+        """Return the size of the bands that a layer holds beside the whole activations."""
         count = RECOMPUTING_BANDS if plan.recomputes else WORKING_BANDS
         return count * min(plan.band_bytes, plan.images * self.largest)
 
     def attention_peak(self, plan: Plan) -> int:
+        """Return the peak memory during the attention."""
         return plan.images * self.attended + plan.scores_bytes
 
 
 class LayeredWeights(Protocol):
-    """What of a network decides its footprint, an encoder's or a decoder's."""
+    """The attributes of `DecoderWeights` and `EncoderWeights` from which the footprint is calculated."""
 
     @property
-    def conv_in(self) -> Conv: ...
+    def conv_in(self) -> Conv:
+        """The first convolution."""
+        ...
+
     @property
-    def steps(self) -> Sequence[Resnet | Attention | Upsample | Downsample]: ...
+    def steps(self) -> Sequence[Resnet | Attention | Upsample | Downsample]:
+        """The steps after it, in order."""
+        ...
+
     @property
-    def full_size(self) -> range: ...
+    def full_size(self) -> range:
+        """The indices of the steps that can be recomputed."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        ...
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        ...
 
 
 def footprint(network: LayeredWeights, height: int, width: int) -> Footprint:
-    """For an input of height x width: the decoder's latents, the encoder's pixels."""
+    """Calculate the footprint for an input of height x width: latents for a decoder, pixels for an encoder."""
     pixels, channels = height * width, network.conv_in.out_channels
     stored = kept = largest = pixels * channels
     attended = 0
     for index, step in enumerate(network.steps):
         recomputed = index in network.full_size
         match step:
-            case Resnet():  # the input is freed as the hidden picture, and where there is a shortcut the output, grow
+            case Resnet():  # conv1's output and the residual, which is the input, or grows while the input is freed
                 before, channels = channels, step.conv1.out_channels
                 needed, least = pixels * max(before, 2 * channels), pixels * channels
-            case Attention():  # x, its normalised copy, keys, values
+            case Attention():  # x, its normalized copy, the keys and the values
                 attended = needed = least = pixels * 4 * channels
             case Upsample():
                 least = pixels * channels
@@ -117,7 +161,7 @@ def footprint(network: LayeredWeights, height: int, width: int) -> Footprint:
 
 
 def wanted(need: Footprint, batch: int, network: LayeredWeights) -> Plan:
-    """The fastest plan, were there memory for it."""
+    """Return the fastest plan, whatever memory it needs. batch: how many images the run has."""
     if network.device.type != "cpu":
         return Plan(batch, network.dtype.itemsize, batch * need.largest, SCORES_BYTES)
     images = max(1, min(batch, CPU_TOGETHER_BYTES // need.largest))
@@ -125,9 +169,11 @@ def wanted(need: Footprint, batch: int, network: LayeredWeights) -> Plan:
 
 
 def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
-    """The wanted plan, with fewer images together, then lower bands, then recomputing, until its peak is in the budget.
+    """Reduce the wanted plan until its peak fits the budget.
 
-    If even that is over it, it is returned all the same: the run may still fit, and none needs less.
+    The measures, in this order, each only if the ones before did not suffice: fewer images together, smaller chunks of
+    attention scores, lower bands, recomputing. If all of them together do not suffice, the smallest plan is returned
+    all the same, because the estimate may be too high.
     """
     plan = wanted
     while plan.images > 1 and need.peak(plan) > budget_bytes:
@@ -143,6 +189,7 @@ def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
 
 
 def _lowered(need: Footprint, plan: Plan, budget_bytes: int) -> Plan:
+    """Return the plan with the highest bands that fit the budget, between SMALLEST_BAND_BYTES and its own."""
     count = RECOMPUTING_BANDS if plan.recomputes else WORKING_BANDS
     band_bytes = (budget_bytes - plan.images * need.whole(plan)) // count
     return replace(plan, band_bytes=max(SMALLEST_BAND_BYTES, min(band_bytes, plan.band_bytes)))

@@ -1,6 +1,6 @@
 """Check that a VAE has exactly the layers that the exact decoder and encoder compute.
 
-The check compares the structure, module by module. Everything unknown is a reason to run diffusers' own coder.
+The check goes through the modules one by one. For a VAE with anything unknown, the server runs diffusers' own coder.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def _encoder_reasons(vae: Any) -> Iterator[str]:
 
 
 def _ends_reasons(name: str, part: Any, known: type[nn.Module], quant: Any, blocks: str) -> Iterator[str]:
-    """Check everything of a decoder or encoder except its up or down blocks. quant: the 1x1 convolution beside it."""
+    """Check a decoder or encoder except its up or down blocks.
+
+    known: its expected class. quant: the 1x1 (post_)quant_conv of the VAE, or None. blocks: the name of its blocks.
+    """
     if type(part) is not known:
         yield f"Its {name} is a {type(part).__name__}."
         return
@@ -68,6 +71,7 @@ def _ends_reasons(name: str, part: Any, known: type[nn.Module], quant: Any, bloc
 
 
 def weights_reasons(name: str, *modules: nn.Module | None) -> Iterator[str]:
+    """Check that all weights of the modules have one device and one dtype, which is float32, bfloat16 or float16."""
     parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
     if len({(parameter.dtype, parameter.device) for parameter in parameters}) != 1:
         yield f"Its {name}'s weights are in more than one dtype or on more than one device."
@@ -76,6 +80,7 @@ def weights_reasons(name: str, *modules: nn.Module | None) -> Iterator[str]:
 
 
 def mid_block_reasons(block: Any) -> Iterator[str]:
+    """Check that a mid block is a known `UNetMidBlock2D`."""
     if type(block) is not UNetMidBlock2D:
         yield f"mid_block is a {type(block).__name__}."
         return
@@ -126,6 +131,7 @@ def _resnets(name: str, resnets: Any) -> Iterator[str]:
 
 
 def resnet_reasons(name: str, resnet: Any) -> Iterator[str]:
+    """Check that a residual block computes what `layers.Resnet` says."""
     if type(resnet) is not ResnetBlock2D:
         yield f"{name} is a {type(resnet).__name__}."
         return
@@ -133,7 +139,7 @@ def resnet_reasons(name: str, resnet: Any) -> Iterator[str]:
         resnet.time_emb_proj is None
         and resnet.upsample is None
         and resnet.downsample is None
-        and resnet.time_embedding_norm in ("default", "group")  # the same without a time embedding
+        and resnet.time_embedding_norm in ("default", "group")  # without a time embedding both are the same
         and resnet.output_scale_factor == 1
         and (resnet.dropout.p == 0 or not resnet.training)
     )
@@ -149,6 +155,7 @@ def resnet_reasons(name: str, resnet: Any) -> Iterator[str]:
 
 
 def attention_reasons(name: str, attention: Any) -> Iterator[str]:
+    """Check that an attention computes what `layers.Attention` says."""
     if type(attention) is not Attention or type(attention.processor) not in (AttnProcessor, AttnProcessor2_0):
         yield f"{name} is not diffusers' plain attention."
         return
@@ -172,7 +179,8 @@ def attention_reasons(name: str, attention: Any) -> Iterator[str]:
 
 
 def conv_reasons(name: str, conv: Any, kernel: int, stride: int = 1) -> Iterator[str]:
-    padding = kernel // 2 if stride == 1 else 0  # Downsample2D pads by itself, right and below
+    """Check that a convolution is a plain `Conv2d` with this kernel size and stride."""
+    padding = kernel // 2 if stride == 1 else 0  # Downsample2D itself pads, on the right and at the bottom
     known = (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (kernel, kernel)
@@ -187,16 +195,19 @@ def conv_reasons(name: str, conv: Any, kernel: int, stride: int = 1) -> Iterator
 
 
 def norm_reasons(name: str, norm: Any) -> Iterator[str]:
+    """Check that a norm is an affine `GroupNorm`."""
     if type(norm) is not nn.GroupNorm or not norm.affine:
         yield f"{name} is not an affine GroupNorm."
 
 
 def silu_reasons(name: str, activation: Any) -> Iterator[str]:
+    """Check that an activation function is `SiLU`."""
     if type(activation) is not nn.SiLU:
         yield f"{name} is a {type(activation).__name__}, not SiLU."
 
 
 def children_reasons(name: str, module: Any, known: set[str]) -> Iterator[str]:
+    """Check that a module has no children beside the known names."""
     unknown = {child for child, _ in module.named_children()} - known
     if unknown:
         yield f"{name} has unknown parts: {', '.join(sorted(unknown))}."

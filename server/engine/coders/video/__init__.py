@@ -1,1 +1,1 @@
-"""Coders of video VAEs: the exact HunyuanVideo decoder, and diffusers' own decoders streamed in little memory."""
+"""Decoders of video VAEs: the exact HunyuanVideo decoder, and diffusers' own decoders, run piece by piece."""

@@ -1,4 +1,4 @@
-"""Causal modules of diffusers that take a clip at once, made to take it chunk by chunk."""
+"""Run causal modules of diffusers, which expect a whole video at once, on one chunk of frames after the other."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Past = dict[nn.Module, Any]
-"""What each module's next chunk looks back to."""
+"""For each module, the state of the chunks so far that its next chunk needs."""
 
 
 def convolve(causal: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, n, H, W] -> [B, C', n, H, W]
-    """Frames before the clip are copies of its first, those before a chunk are those of the chunk before."""
+    """Apply a causal convolution to the next chunk.
+
+    Before the first chunk its first frame is repeated; before every other one come the last frames of the previous one.
+    """
     *around, before, _ = causal.time_causal_padding
     frames = F.pad(x, (*around, 0, 0), mode="replicate")  # [B, C, n, H + 2, W + 2]
     if not before:
@@ -28,11 +31,15 @@ def convolve(causal: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, n, H, W] -
 
 
 def convolve_without_cache(causal: Any, past: Past, x: Tensor, conv_cache: None = None) -> tuple[Tensor, None]:
+    """Apply a causal convolution whose forward also returns diffusers' own cache, which is not used here."""
     return convolve(causal, past, x), None
 
 
 def upsample(upsampler: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, n, H, W] -> [B, C', T n, 2 H, 2 W]
-    """The clip's first frame, a chunk by itself, is not doubled; every other is."""
+    """Upsample the next chunk.
+
+    In time, every frame is doubled except the first of the video, which is its own chunk.
+    """
     is_first = upsampler not in past
     past[upsampler] = True
     if is_first or not upsampler.add_temporal_upsample:
@@ -43,7 +50,10 @@ def upsample(upsampler: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, n, H, W
 
 
 def attend(block: Any, past: Past, x: Tensor) -> Tensor:  # [B, C, 1, h, w]
-    """A position sees its own frame and all before it: one frame at a time needs no mask over pairs of positions."""
+    """Apply causal attention to the next frame: its positions attend to this frame and all frames before it.
+
+    Because the frames come one at a time, no mask over pairs of positions is needed.
+    """
     normed = block.norm(x)
     query, key, value = (
         project(normed).flatten(2).mT[:, None].contiguous() for project in (block.to_q, block.to_k, block.to_v)
@@ -61,12 +71,15 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "HunyuanVideo15Upsample": upsample,
     "HunyuanVideo15AttnBlock": attend,
 }
-"""By name, for not every diffusers has all of them."""
+"""The functions above by the class of the module. Classes are named, because older versions of diffusers lack some."""
 
 
 @contextmanager
 def going_on_from(past: Past, *parts: nn.Module) -> Iterator[None]:
-    """Within it the causal modules of `parts` go on where the chunk before ended, and leave there what comes after."""
+    """Inside this context, the causal modules of `parts` continue where the previous chunk ended.
+
+    past: read and updated; empty for the first chunk.
+    """
     causal = [module for part in parts for module in part.modules() if type(module).__name__ in FORWARDS]
     for module in causal:
         module.forward = partial(FORWARDS[type(module).__name__], module, past)

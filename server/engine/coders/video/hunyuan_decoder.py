@@ -1,4 +1,4 @@
-"""The exact decoder of AutoencoderKLHunyuanVideo: the untiled decode, in chunks of frames."""
+"""The exact decoder of AutoencoderKLHunyuanVideo: diffusers' untiled decode, computed in chunks of frames."""
 
 from __future__ import annotations
 
@@ -22,28 +22,31 @@ from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
 from . import hunyuan_passes as passes
 
-QUERY_BYTES = 256 << 20
+QUERY_BYTES = 256 << 20  # the size of one chunk of the attention's scores
+# The size of one chunk of frames.
 CPU_CHUNK_BYTES = 16 << 20
 GPU_CHUNK_BYTES = 1 << 30
-# A chunk is held normalised, three times side by side, and convolved to as much again or, upsampled, to twice that.
+# How many chunks a layer holds beside the stored activations: the normalized chunk, three frames side by side for each
+# frame, and the output of the convolution, twice for an upsample.
 WORKING_CHUNKS = 8
 
 
 class ExactHunyuanVideoDecoder:
-    """Takes over the weights of `vae.decoder` and `vae.post_quant_conv`; `vae.decode` no longer works after.
+    """A decoder with the weights of an AutoencoderKLHunyuanVideo, its `post_quant_conv` included.
 
-    It equals diffusers' decode with `use_framewise_decoding` off: no temporal tiles, no blending. The memory budget
-    bounds the chunks beside the two whole activations.
+    It computes what diffusers computes with `use_framewise_decoding` off: no temporal tiles, no blending. Two whole
+    activations are always stored. The memory budget limits only the chunks beside them.
     """
 
     name = EXACT
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:
-        """None if this decoder's structure is known, else one sentence saying what is not."""
+        """Return None if this decoder can run the VAE, else one sentence that names the part it cannot run."""
         return next(_reasons(vae), None)
 
     def __init__(self, vae: AutoencoderKLHunyuanVideo) -> None:
+        """Take the weights out of `vae.decoder` and `vae.post_quant_conv`: `vae.decode` no longer works afterwards."""
         weight = vae.decoder.conv_in.conv.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.kernels = kernels_for(self.device, self.dtype)
@@ -63,7 +66,10 @@ class ExactHunyuanVideoDecoder:
         check: Check = go_on,
         **arguments: float,
     ) -> Coded:
-        """Decode as `Decoder.decode` says; equals diffusers' untiled `decode` within the dtype's rounding."""
+        """Decode as `Decoder.decode` says.
+
+        The result equals diffusers' untiled `decode` within the rounding of the dtype.
+        """
         latents = latents.to(self.device, self.dtype)
         batch, _, _, height, width = latents.shape
         steps = [step for step in self.network.steps if isinstance(step, passes.Upsample)]
@@ -87,7 +93,7 @@ class ExactHunyuanVideoDecoder:
         return Coded(sample, output.finite)
 
     def _chunk_bytes(self, frames: int, pixels: int, budget_bytes: int | None) -> int:
-        """Chunks that fit the budget beside the two whole activations of the last and largest stage."""
+        """Return the size of a chunk, chosen to fit the budget beside two whole activations of the largest stage."""
         wanted = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         budget = free_bytes(self.device) if budget_bytes is None else budget_bytes
         stored: int = 2 * frames * pixels * self.network.norm_out.weight.numel() * self.dtype.itemsize
@@ -131,17 +137,22 @@ def _take_upsample(upsampler: Any, kernels: Kernels) -> passes.Upsample:
     grows_in_time = upsampler.upsample_factor[0] == 2
     in_time = fold_time(weight.float()) if grows_in_time else [weight.float()]  # each [O, I, 2 or 3, 3, 3]
     phases = torch.cat([fold_upsample(side_by_side(phase)) for phase in in_time])  # [T 4 O, ..., 2, 2]
-    # The bias goes with every phase into the convolution: added afterwards it would be rounded once more.
+    # The convolution adds the bias to every phase. Adding it afterwards would round once more.
     biases = bias.repeat(len(phases) // len(bias))  # [T 4 O]
     return passes.Upsample(Conv(kernels.pack(phases.to(weight.dtype)), biases, len(biases)), grows_in_time)
 
 
 def side_by_side(weight: Tensor) -> Tensor:  # [O, I, k, 3, 3] -> [O, k I, 3, 3]
+    """Turn a 3D kernel into a 2D one whose input channels are those of k frames side by side."""
     return weight.transpose(1, 2).flatten(1, 2)
 
 
 def fold_time(weight: Tensor) -> list[Tensor]:  # [O, I, 3, 3, 3] -> two of [O, I, 2, 3, 3]
-    """Frame k > 0 is doubled: its first copy sees k-1, k-1, k, its second k-1, k, k. Frame 0, single, is its second."""
+    """Fold a doubling of frames into the causal convolution that follows it. Return one kernel for each copy.
+
+    After the doubling, the first copy of frame k reads the frames k-1, k-1, k and the second copy k-1, k, k, so two
+    taps are enough. Frame 0 is not doubled; its single copy is computed like a second one.
+    """
     first, middle, last = weight.unbind(2)  # [O, I, 3, 3]
     return [torch.stack([first + middle, last], 2), torch.stack([first, middle + last], 2)]  # [O, I, 2, 3, 3]
 

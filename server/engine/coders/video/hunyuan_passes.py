@@ -1,9 +1,11 @@
-"""The HunyuanVideo decoder, layer by layer, each layer a pass over chunks of frames. Nothing here is approximate.
+"""The passes of the HunyuanVideo decoder over chunks of frames, one for each kind of layer. Nothing is approximate.
 
-A causal 3x3x3 convolution sees a frame and the two before it, the first frame repeated before the clip and the edges
-repeated around it. It is computed as a 3x3 convolution of those frames' channels side by side, so that the picture
-decoder's kernels run it, with one float32 accumulation. GroupNorm is over the whole clip, so a layer starts when the
-one before is complete: the clip's activations are whole, two at most; everything else grows with the chunk.
+A causal 3x3x3 convolution reads a frame and the two frames before it. The first frame is repeated before the video, and
+the edges are repeated around each frame. It is computed as a 3x3 convolution of the channels of those three frames side
+by side. The kernels of the image decoder can therefore run it, and it accumulates only once, in float32.
+
+GroupNorm needs the statistics of the whole video, so a layer starts when the layer before it is complete. At most two
+of the largest activations are stored as a whole. All other memory depends on the size of a chunk or has a fixed limit.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from ...kernels.reference import Kernels
 from ..image.layers import Attention, Conv, Linear, Resnet
 from ..interface import Check
 
-Emit = Callable[[int, Tensor], None]
+WriteFrames = Callable[[int, Tensor], None]
+"""Takes the number of the first frame and finished frames `[n, H, W, C]`, from the first to the last."""
 
 
 @dataclass(frozen=True)
 class Upsample:
-    """Nearest upsampling and the causal convolution after it as one 2x2 convolution to phases.
+    """A nearest-neighbour upsample and its causal convolution, folded into one 2x2 convolution to phases.
 
-    Four phases in space; in time two, which see the frame and the one before it, or one, which sees three frames.
+    grows_in_time: the frames are doubled too. There are four phases in space and, in time, either two, which read the
+        frame and the one before it, or one, which reads three frames.
     """
 
     conv: Conv
@@ -39,6 +43,8 @@ Step = Resnet | Attention | Upsample
 
 @dataclass(frozen=True)
 class VideoWeights:
+    """The weights of the decoder, in the order in which they are used."""
+
     post_quant: Linear
     conv_in: Conv
     steps: tuple[Step, ...]
@@ -47,7 +53,7 @@ class VideoWeights:
 
 
 class Chunks:
-    """Chunks of frames `[n, H, W, C]`, first to last, and the moments of every frame for the norm that reads them."""
+    """An activation as chunks of frames `[n, H, W, C]`, with the statistics of each frame for the next norm."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -55,28 +61,31 @@ class Chunks:
         self.moments: list[Moments] = []
 
     def append(self, chunk: Tensor) -> None:  # [n, H, W, C]
+        """Add a chunk after the others, and take its statistics."""
         self.chunks.append(chunk)
         self.note(chunk)
 
     def note(self, chunk: Tensor) -> None:  # [n, H, W, C]
-        for frame in chunk:  # by frame, so that the chunk's length changes nothing
+        """Take the statistics of a chunk, frame by frame, so that they do not depend on its length."""
+        for frame in chunk:
             self.moments.append(self.kernels.moments(frame[None], frame.shape[0]))
 
     def take(self) -> Iterator[Tensor]:
-        """The chunks, each forgotten here as it is given out."""
+        """Yield the chunks, from the first to the last, and remove each one, so that its memory can be freed."""
         self.chunks.reverse()
         while self.chunks:
             yield self.chunks.pop()
 
 
 class History:
-    """The frames that the next chunk's convolution looks back to: what makes chunks exact."""
+    """The last frames before the next chunk, which its convolution reads. They make a decode in chunks exact."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self.frames: Tensor | None = None  # [length, H, W, C]
 
     def side_by_side(self, chunk: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H + 2, W + 2, (length + 1) C]
+        """Return the channels of each frame and of the `length` frames before it, padded by repeating the edges."""
         n, height, width, channels = chunk.shape
         before = chunk[:1].expand(self.length, -1, -1, -1) if self.frames is None else self.frames
         frames = torch.cat([before, chunk])  # [length + n, H, W, C]
@@ -95,50 +104,56 @@ def decode(
     chunk_bytes: int,
     query_bytes: int,
     latents: Tensor,
-    emit: Emit,
+    write: WriteFrames,
     check: Check,
 ) -> None:
-    """Decode latents [C, F, h, w]; `emit(first frame, sample [n, H, W, 3])` receives the video from first to last.
+    """Decode the latents `[C, F, h, w]` of one video.
 
+    chunk_bytes: the largest size of a chunk of frames.
+    query_bytes: the largest size of a chunk of attention scores.
+    write: receives the frames of the sample `[n, H, W, 3]`, from the first to the last.
     check: called before each chunk of frames and each chunk of queries.
     """
-    clip = first(network, kernels, chunk_bytes, latents, check)
+    x = first(network, kernels, chunk_bytes, latents, check)
     for step in network.steps:
         match step:
             case Resnet():
-                clip = resnet(step, kernels, clip, check)
+                x = resnet(step, kernels, x, check)
             case Attention():
-                clip = attention(step, kernels, query_bytes, clip, check)
+                x = attention(step, kernels, query_bytes, x, check)
             case Upsample():
-                clip = upsample(step, kernels, chunk_bytes, clip, check)
-    last(network, kernels, clip, emit, check)
+                x = upsample(step, kernels, chunk_bytes, x, check)
+    last(network, kernels, x, write, check)
 
 
 def first(
     network: VideoWeights, kernels: Kernels, chunk_bytes: int, latents: Tensor, check: Check
 ) -> Chunks:  # [C, F, h, w]
+    """Apply the first two convolutions to whole latents."""
     frames = latents.permute(1, 2, 3, 0).contiguous()  # [F, h, w, C]
     frames = F.linear(frames, network.post_quant.weight, network.post_quant.bias)  # [F, h, w, C]
-    clip, history = Chunks(kernels), History(2)
+    output, history = Chunks(kernels), History(2)
     frame_bytes = frames[0, ..., 0].numel() * network.conv_in.out_channels * frames.element_size()
     for chunk in torch.split(frames, max(1, chunk_bytes // frame_bytes)):
         check()
-        clip.append(conv(kernels, network.conv_in, history.side_by_side(chunk)))  # [n, h, w, C']
-    return clip
+        output.append(conv(kernels, network.conv_in, history.side_by_side(chunk)))  # [n, h, w, C']
+    return output
 
 
 def conv(kernels: Kernels, weights: Conv, y: Tensor) -> Tensor:  # [n, H + 2, W + 2, k C] -> [n, H, W, C']
+    """Convolve frames that `History.side_by_side` has padded."""
     return kernels.conv(y, weights.weight, weights.bias, columns=0)
 
 
 def normalized(kernels: Kernels, affine: Affine, chunk: Tensor) -> Tensor:  # [n, H, W, C]
-    """silu(scale x + shift), out of place."""
+    """Return silu(affine(chunk)) as a new tensor."""
     out = torch.empty_like(chunk)
     kernels.normalize(chunk.flatten(0, 1)[None], affine, out.flatten(0, 1)[None], silu=True)
     return out
 
 
 def resnet(block: Resnet, kernels: Kernels, x: Chunks, check: Check) -> Chunks:
+    """Apply a residual block."""
     norm1 = kernels.affine(block.norm1, x.moments)
     hidden, residual, history = Chunks(kernels), Chunks(kernels), History(2)
     for chunk in x.take():  # [n, H, W, C]
@@ -156,7 +171,10 @@ def resnet(block: Resnet, kernels: Kernels, x: Chunks, check: Check) -> Chunks:
 
 
 def attention(block: Attention, kernels: Kernels, query_bytes: int, x: Chunks, check: Check) -> Chunks:
-    """Frame t attends to all positions of frames 0 to t: causal by frame, so no mask over pairs of positions."""
+    """Apply causal attention: the positions of frame t attend to all positions of frames 0 to t.
+
+    Because the frames are computed one by one, no mask over pairs of positions is needed.
+    """
     affine = kernels.affine(block.norm, x.moments)
     frames = torch.cat(x.chunks)  # [F, h, w, C]
     tokens = torch.empty_like(frames)  # [F, h, w, C]
@@ -182,38 +200,43 @@ def attention(block: Attention, kernels: Kernels, query_bytes: int, x: Chunks, c
 
 
 def upsample(block: Upsample, kernels: Kernels, chunk_bytes: int, x: Chunks, check: Check) -> Chunks:
-    larger, history = Chunks(kernels), History(1 if block.grows_in_time else 2)
+    """Apply an upsample, in chunks whose output has at most `chunk_bytes`."""
+    output, history = Chunks(kernels), History(1 if block.grows_in_time else 2)
     times, is_first = (2 if block.grows_in_time else 1), True
     for chunk in x.take():  # [n, H, W, C]
         grown_bytes = chunk[0, ..., 0].numel() * block.conv.out_channels * chunk.element_size()
-        for part in torch.split(chunk, max(1, chunk_bytes // grown_bytes)):
+        for piece in torch.split(chunk, max(1, chunk_bytes // grown_bytes)):
             check()
-            y = history.side_by_side(part)  # [n, H + 2, W + 2, 2 C or 3 C]
+            y = history.side_by_side(piece)  # [n, H + 2, W + 2, 2 C or 3 C]
             phases = conv(kernels, block.conv, y)  # [n, H + 1, W + 1, 8 C' or 4 C']
-            larger.append(interleave(phases, times, is_first))
+            output.append(interleave(phases, times, is_first))
             is_first = False
-    return larger
+    return output
 
 
 def interleave(phases: Tensor, times: int, is_first: bool) -> Tensor:  # [n, H + 1, W + 1, T 2 2 C]
-    """Frame T k + s - (T - 1), pixel (2 i + p, 2 j + q) is phase (s, p, q) of frame k at (i + p, j + q).
+    """Return the upsampled frames `[T n, 2 H, 2 W, C]`, one frame less for the first chunk if T is 2.
 
-    The clip's first frame is not doubled: where time grows, its first phase would lie before the clip.
+    The pixel (2 i + p, 2 j + q) of frame T k + s - (T - 1) is phase (s, p, q) of frame k at (i + p, j + q).
+
+    times: T, the number of phases in time, 1 or 2.
+    is_first: the chunk begins with the first frame of the video, which is not doubled: its phase s = 0 is dropped.
     """
     n, height, width = phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1
     channels = phases.shape[3] // (4 * times)
     out = phases.new_empty(n, times, height, 2, width, 2, channels)  # [n, T, H, 2, W, 2, C]
-    for index, part in enumerate(torch.split(phases, channels, dim=3)):  # [n, H + 1, W + 1, C]
+    for index, phase in enumerate(torch.split(phases, channels, dim=3)):  # [n, H + 1, W + 1, C]
         (s, p), q = divmod(index // 2, 2), index % 2
-        out[:, s, :, p, :, q] = part[:, p : height + p, q : width + q]
+        out[:, s, :, p, :, q] = phase[:, p : height + p, q : width + q]
     frames = out.view(n * times, 2 * height, 2 * width, channels)  # [n T, 2 H, 2 W, C]
     return frames[times - 1 :] if is_first else frames
 
 
-def last(network: VideoWeights, kernels: Kernels, x: Chunks, emit: Emit, check: Check) -> None:
+def last(network: VideoWeights, kernels: Kernels, x: Chunks, write: WriteFrames, check: Check) -> None:
+    """Apply the last norm, SiLU and convolution, and write the result chunk by chunk."""
     affine, history, frame = kernels.affine(network.norm_out, x.moments), History(2), 0
     for chunk in x.take():  # [n, H, W, C]
         check()
         sample = conv(kernels, network.conv_out, history.side_by_side(normalized(kernels, affine, chunk)))
-        emit(frame, sample)  # [n, H, W, 3]
+        write(frame, sample)  # [n, H, W, 3]
         frame += len(chunk)

@@ -1,4 +1,7 @@
-"""HunyuanVideo 1.5: a latent frame at a time; diffusers has the whole clip at once, and a mask of all its positions."""
+"""HunyuanVideo 1.5: streamed one latent frame at a time.
+
+diffusers decodes the whole video at once, with an attention mask over all pairs of positions.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from .slabs import Part, cut
 
 
 class HunyuanVideo15:
-    """The first half ends with the attention over all frames so far, the second is local in space."""
+    """A streamed network. The head ends with the attention over all frames so far; the tail is local in space."""
 
     def __init__(self, vae: Any) -> None:
         self.decoder = vae.decoder
@@ -23,11 +26,12 @@ class HunyuanVideo15:
         self.parts = tuple(Part(step, (step,)) for step in (*steps, *last))
 
     def values_per_pixel(self, latent_frames: int) -> float:
-        """The first frame comes alone, every other as four of them."""
+        """Return the measured values. The first latent frame decodes to one frame, every other one to four."""
         width: int = self.decoder.conv_out.conv.in_channels
         return width * (50 if latent_frames > 1 else 34)
 
     def head(self, latents: Tensor) -> Iterator[Tensor]:  # [1, C, F, h, w]
+        """Run the decoder up to its attention, frame by frame."""
         decoder = self.decoder
         past: Past = {}
         for frame in torch.split(latents, 1, dim=2):  # [1, C, 1, h, w]
@@ -37,6 +41,7 @@ class HunyuanVideo15:
             yield x
 
     def tail(self, chunks: Iterable[Tensor], cuts: Sequence[slice], **arguments: float) -> Iterator[Tensor]:
+        """Run the up blocks and the last layers, frame by frame."""
         past: Past = {}
         for x in chunks:  # [1, C, 1, h, w]
             x = cut(x, cuts[0])

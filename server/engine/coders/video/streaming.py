@@ -1,4 +1,8 @@
-"""diffusers' own video decoders in little memory: frames leave as they are done, rows by themselves where they may."""
+"""Run diffusers' own video decoders in little memory.
+
+A video is decoded in chunks of frames, each of which is given out when it is done. Where the layers allow it, a frame
+is also decoded in slabs of rows.
+"""
 
 from __future__ import annotations
 
@@ -22,34 +26,41 @@ from .wan import Wan
 
 __all__ = ["NETWORKS", "StreamingDecoder"]
 
-# Latent rows. A slab costs memory as so many more would: those around it, and the first half's output, of all rows.
+# The fixed overhead of a slab, in latent rows: its halo, and the output of the head, which has all rows.
 SPARE_ROWS = 4
-SMALLEST_SLAB = 4  # at fewer the rows around them cost more time than they save memory
+# In latent rows. With lower slabs, computing the halos costs more time than the memory is worth.
+SMALLEST_SLAB = 4
 
 
 class StreamedNetwork(Protocol):
-    """A decoder as two generators of chunks of frames, the second local in space."""
+    """A decoder in two steps, head and tail, each a generator of chunks of frames. The tail is local in space."""
 
     @property
     def channels(self) -> int:
-        """Of the sample."""
+        """The number of channels of the sample."""
         ...
 
     @property
     def parts(self) -> Sequence[Part]:
-        """What the second half runs, in order; empty where all of it must see whole pictures."""
+        """The pieces of the tail, in order; empty if all layers need whole frames."""
         ...
 
     def values_per_pixel(self, latent_frames: int) -> float:
-        """How many values the second half holds at once, at most, for each pixel of a picture: measured."""
+        """Return how many values the tail holds at its peak for each pixel of a frame. Measured."""
         ...
 
     def head(self, latents: Tensor) -> Iterator[Tensor]:
-        """[1, C, F, h, w] -> chunks [1, C', n, h, w] of whole pictures, first to last."""
+        """Run the head on latents `[1, C, F, h, w]`.
+
+        Yield chunks `[1, C', n, h, w]` of whole frames, from the first on.
+        """
         ...
 
     def tail(self, chunks: Iterable[Tensor], cuts: Sequence[slice], **arguments: float) -> Iterator[Tensor]:
-        """Chunks to samples [1, C, n, H, W] of the rows that `slabs.cuts` says."""
+        """Run the tail on the chunks of the head. Yield samples `[1, C, n, H, W]` of some rows of each chunk.
+
+        cuts: the rows, as `slabs.cuts` returns them. arguments: those of `Decoder.decode`.
+        """
         ...
 
 
@@ -67,18 +78,19 @@ NETWORKS: dict[str, Callable[[Any], StreamedNetwork]] = {
 
 
 class StreamingDecoder:
-    """Equals diffusers' plain decode, without tiles or slices. It runs the VAE's own modules, which stay as they are.
+    """A decoder that runs the modules of a diffusers VAE piece by piece.
 
-    A memory budget is kept by decoding slabs of rows one after another, which takes longer.
+    The result equals that of diffusers' plain decode, without tiles or slices. The modules are not changed. To keep a
+    memory budget, frames are decoded in slabs of rows, one after another, which takes longer.
     """
 
     name = "streaming"
 
     @staticmethod
     def unsupported_reason(vae: Any) -> str | None:
-        """None if a VAE of `NETWORKS` can be decoded in pieces, else one sentence saying why not."""
+        """Return None if a VAE of a class in `NETWORKS` can be decoded in pieces, else one sentence with the reason."""
         if any(getattr(module, "per_channel_scale1", None) is not None for module in vae.decoder.modules()):
-            return "Its decoder adds noise that all frames of a clip share."
+            return "Its decoder adds noise that all frames of a video share."
         return None
 
     def __init__(self, vae: Any, family: Family) -> None:
@@ -103,7 +115,7 @@ class StreamingDecoder:
         check: Check = go_on,
         **arguments: float,
     ) -> Coded:
-        """Decode as `Decoder.decode` says; frames are emitted as soon as all their rows are done."""
+        """Decode as `Decoder.decode` says. Frames are emitted as soon as all their rows are done."""
         latents = latents.to(self.device, self.dtype)
         videos = latents if latents.ndim == 5 else latents[:, :, None]  # [B, C, F, h, w]
         frames, ratio = self._frames(videos.shape[2]), self.spec.vae_scale_factor
@@ -147,9 +159,12 @@ class StreamingDecoder:
     def slab_rows(
         self, latent_frames: int, height: int, width: int, output_bytes: int, budget_bytes: int | None = None
     ) -> int:
-        """Return as many latent rows together as the budget allows."""
+        """Return the height of a slab in latent rows: all rows if the budget allows it, else as many as it allows.
+
+        output_bytes: the size of the decoded output, subtracted from the free memory if there is no budget.
+        """
         budget = free_bytes(self.device) - output_bytes if budget_bytes is None else budget_bytes
-        pixels = self.spec.vae_scale_factor**2 * width  # of a latent row
+        pixels = self.spec.vae_scale_factor**2 * width  # pixels of one latent row
         row_bytes = self.network.values_per_pixel(latent_frames) * self.dtype.itemsize * pixels
         if not self.network.parts or height * row_bytes <= budget:
             return height

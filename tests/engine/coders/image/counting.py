@@ -20,8 +20,8 @@ class CountingKernels(Kernels):
         return self.count(super().conv(x, weight, bias, columns, stride))
 
     def interleave(self, phases: Tensor, bias: Tensor, unit: int) -> tuple[Tensor, Moments]:
-        picture, moments = super().interleave(phases, bias, unit)
-        return self.count(picture), moments
+        image, moments = super().interleave(phases, bias, unit)
+        return self.count(image), moments
 
     def count(self, made: Tensor) -> Tensor:
         storage = made.untyped_storage()

@@ -78,6 +78,6 @@ def stock(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         return vae.decode(latents).sample  # [B, C, H, W]
 
 
-def psnr(picture: Tensor, reference: Tensor) -> float:
+def psnr(image: Tensor, reference: Tensor) -> float:
     peak = reference.max() - reference.min()
-    return float(10 * torch.log10(peak**2 / (picture.float() - reference).square().mean()))
+    return float(10 * torch.log10(peak**2 / (image.float() - reference).square().mean()))

@@ -1,4 +1,4 @@
-"""Any band height, any budget and any number of images together give the same picture."""
+"""Any band height, any budget and any number of images together give the same image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.engine.coders.image.networks import build, exact, latents_for, stock
 
 WHOLE = 1 << 40
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 9))
-pictures = st.tuples(st.integers(1, 2), st.integers(6, 24), st.integers(4, 16))
+images = st.tuples(st.integers(1, 2), st.integers(6, 24), st.integers(4, 16))
 band_bytes = st.integers(0, 17).map(lambda power: 1 << power) | st.integers(1, 60_000)
 
 
@@ -49,7 +49,7 @@ def test_any_band_height_gives_the_float32_picture(
 
 @settings(deadline=None, max_examples=25)
 @given(
-    shape=pictures,
+    shape=images,
     band=band_bytes,
     unit=st.integers(16_384, 40_000),  # a unit of one or two pixels is no unit
     recomputes=st.booleans(),
@@ -91,7 +91,7 @@ def test_a_smaller_budget_first_takes_images_apart_and_then_lowers_the_bands() -
     assert [plan.recomputes for plan in plans] == [False, False, True]
 
 
-def test_recomputing_keeps_half_of_what_bands_keep_and_bands_less_than_whole_pictures() -> None:
+def test_recomputing_keeps_half_of_what_bands_keep_and_bands_less_than_whole_images() -> None:
     made = exact(build("sd"))
     made.kernels = counting = CountingKernels()
     made.network = DecoderWeights.take(build("sd"), counting)

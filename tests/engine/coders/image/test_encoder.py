@@ -119,7 +119,7 @@ def test_the_plan_keeps_its_estimate_within_a_budget_that_can_be_kept(share: flo
     assert made.peak_bytes(1, 1024, 1024, budget) <= budget
 
 
-def test_bands_keep_less_than_whole_pictures_and_recomputing_less_than_bands() -> None:
+def test_bands_keep_less_than_whole_images_and_recomputing_less_than_bands() -> None:
     made = with_kernels(exact_encoder(build("sd")), counting := CountingKernels())
     pixels, most = pixels_for(build("sd"), 1, 64, 64), []
     largest = footprint(made.network, *pixels.shape[2:]).largest

@@ -24,7 +24,7 @@ from tests.pipelines import vaes
 pytestmark = pytest.mark.usefixtures("one_core")
 
 SMALLEST = 1  # as a budget: the lowest slabs
-CLIPS: dict[str, Callable[[], Any]] = {
+VIDEOS: dict[str, Callable[[], Any]] = {
     "wan": vaes.wan,
     "wan-2.2-5b": vaes.wan_22,
     "hunyuan-video-1.5": vaes.hunyuan_video_15,
@@ -36,14 +36,14 @@ CLIPS: dict[str, Callable[[], Any]] = {
     "easy-animate": vaes.magvit,
     "mochi": vaes.mochi,
 }
-PICTURES: dict[str, Callable[[], Any]] = {"qwen-image": vaes.qwen_image, "qwen-image-2.1": vaes.qwen_image_21}
-IN_SLABS = ["wan", "wan-2.2-5b", "hunyuan-video-1.5", "ltx", "ltx-causal", "ltx-timestep", "ltx2", *PICTURES]
-WHOLE_CLIP = ["hunyuan-video-1.5", "ltx", "ltx2", "mochi"]  # diffusers decodes these at once
+IMAGES: dict[str, Callable[[], Any]] = {"qwen-image": vaes.qwen_image, "qwen-image-2.1": vaes.qwen_image_21}
+IN_SLABS = ["wan", "wan-2.2-5b", "hunyuan-video-1.5", "ltx", "ltx-causal", "ltx-timestep", "ltx2", *IMAGES]
+WHOLE_VIDEO = ["hunyuan-video-1.5", "ltx", "ltx2", "mochi"]  # diffusers decodes these at once
 
 
 @cache
 def made(name: str) -> tuple[Any, Family]:
-    vae = (CLIPS | PICTURES)[name]()
+    vae = (VIDEOS | IMAGES)[name]()
     family = family_of_class(type(vae).__name__)
     assert family is not None
     return vae, family
@@ -67,7 +67,7 @@ def arguments(name: str) -> dict[str, float]:
 
 def latents_for(name: str, frames: int, height: int = 3, width: int = 2, batch: int = 1) -> Tensor:
     channels = streaming(name).spec.channels
-    shape = (channels, frames, height, width) if name in CLIPS else (channels, height, width)
+    shape = (channels, frames, height, width) if name in VIDEOS else (channels, height, width)
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(frames))  # [B, C, (F,) h, w]
 
 
@@ -78,7 +78,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 6])
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", VIDEOS)
 def test_a_clip_of_any_length_equals_a_plain_decode(name: str, frames: int) -> None:
     latents = latents_for(name, frames)
     assert_same(streaming(name).decode(latents, Layout.SAMPLE, **arguments(name)).tensor, stock(name, latents))
@@ -90,7 +90,7 @@ def test_a_clip_longer_than_the_windows_equals_a_plain_decode(name: str) -> None
     assert_same(streaming(name).decode(latents, Layout.SAMPLE).tensor, stock(name, latents))
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_pictures_equal_a_plain_decode(name: str) -> None:
     latents = latents_for(name, 1, 4, 5, batch=2)
     assert_same(streaming(name).decode(latents, Layout.SAMPLE).tensor, stock(name, latents))
@@ -108,7 +108,7 @@ def test_slabs_of_rows_equal_a_plain_decode(name: str) -> None:
 
 @pytest.mark.parametrize("budget", [None, SMALLEST])
 @pytest.mark.parametrize("layout", [Layout.UNIT, Layout.PIXELS])
-@pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
+@pytest.mark.parametrize("name", [*VIDEOS, *IMAGES])
 def test_layouts_are_the_postprocessed_sample(name: str, layout: Layout, budget: int | None) -> None:
     latents = latents_for(name, 2, 5, 2, batch=2)
     found = streaming(name).decode(latents, layout, budget_bytes=budget, **arguments(name)).tensor
@@ -119,7 +119,7 @@ def test_layouts_are_the_postprocessed_sample(name: str, layout: Layout, budget:
 
 
 @pytest.mark.parametrize("budget", [None, SMALLEST])
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", VIDEOS)
 def test_frames_leave_in_order_and_once(name: str, budget: int | None) -> None:
     left: list[Tensor] = []
     latents = latents_for(name, 6, 8, 2, batch=2)
@@ -132,7 +132,7 @@ def test_frames_leave_in_order_and_once(name: str, budget: int | None) -> None:
     assert torch.equal(torch.cat(left), found.tensor)
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", VIDEOS)
 def test_memory_does_not_grow_with_the_clip(name: str) -> None:
     """Beside the output; keys and values of HunyuanVideo 1.5's attention are kept, at the latents' size."""
     frames = (17, 33) if "ltx" in name else (5, 13)
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_the_clip(name: str) -> None:
     assert long < 1.1 * short
 
 
-@pytest.mark.parametrize("name", WHOLE_CLIP)
+@pytest.mark.parametrize("name", WHOLE_VIDEO)
 def test_memory_is_a_fraction_of_a_plain_decode(name: str) -> None:
     latents = latents_for(name, 33 if "ltx" in name else 13)
     ours = peak_beside_output(lambda: streaming(name).decode(latents, Layout.PIXELS).tensor)
@@ -178,7 +178,7 @@ def test_a_budget_is_kept_at_the_published_size(make: Callable[[], Any]) -> None
         assert peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS, budget_bytes=budget).tensor) < budget
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", VIDEOS)
 def test_a_decode_that_broke_off_leaves_nothing_behind(name: str) -> None:
     def full(frames: Tensor) -> None:
         raise RuntimeError("out of memory")
@@ -197,7 +197,7 @@ def test_a_sample_that_is_not_finite_is_told() -> None:
     assert not bool(decoder.decode(latents_for("wan", 2) * torch.nan, Layout.PIXELS).finite)
 
 
-@pytest.mark.parametrize("name", [*CLIPS, *PICTURES])
+@pytest.mark.parametrize("name", [*VIDEOS, *IMAGES])
 def test_it_is_what_runs_unless_models_yaml_asks_for_diffusers(name: str) -> None:
     names = [build_coder(*made(name), Direction.DECODE, choice, "none")[0].name for choice in ("auto", "diffusers")]
     assert names == ["streaming", "diffusers"]
@@ -206,4 +206,4 @@ def test_it_is_what_runs_unless_models_yaml_asks_for_diffusers(name: str) -> Non
 def test_noise_that_frames_share_is_left_to_diffusers() -> None:
     vae = vaes.ltx(decoder_inject_noise=(True,) * 5)
     decoder, note = build_coder(vae, made("ltx")[1], Direction.DECODE, "auto", "none")
-    assert (decoder.name, note) == ("diffusers", "Its decoder adds noise that all frames of a clip share.")
+    assert (decoder.name, note) == ("diffusers", "Its decoder adds noise that all frames of a video share.")
