@@ -30,7 +30,7 @@ TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
-PROMISES := tests/test_load.py tests/workers/test_workers.py tests/scheduling/test_fairness.py tests/web/test_malformed.py \
+PROMISES := tests/test_load.py tests/workers/test_workers.py tests/workers/test_fairness.py tests/web/test_malformed.py \
 	tests/web/test_slow_clients.py tests/web/test_held.py
 
 torture: $(INSTALLED) ## Run a million malformed requests, 100 kills, 50 drains, 10,000 compared answers (SCALE=5, hours)

@@ -1,6 +1,6 @@
 """What a message between the front process and a worker costs to encode: three ways, alternating in one process.
 
-`python -m benchmarks.messages [--mebibytes 48] [--repeats 9]` prints the fastest time of each and the ratio to the first.
+`python -m benchmarks.messages [--mebibytes 48] [--repeats 9]` prints the fastest time of each and its ratio.
 A message is a request with a tensor of that size, as the front process sends it; an answer is encoded in the same way.
 """
 

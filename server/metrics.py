@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 Count = Callable[[], float]
@@ -131,9 +131,8 @@ class Metrics:
 
 
 def resident_bytes(pid: int | None) -> float:
-    """Return the resident memory of a process; 0 if it has ended, or on a system without /proc."""
+    """Return the resident memory of a process; 0 when it has ended, or has not started."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
+        return float(psutil.Process(pid).memory_info().rss) if pid is not None else 0.0
+    except psutil.Error:
         return 0.0
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
