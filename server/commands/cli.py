@@ -154,7 +154,8 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     from ..scheduling.service import Service, State
     from ..web.app import create_app
     from ..web.drain import DrainingServer
-    from ..workers.process import engines_for, start_forkserver
+    from ..workers.devices import engines_for
+    from ..workers.process import start_forkserver
 
     start_forkserver()
     with suppress(RuntimeError):  # images need no ffmpeg, and `check` reports that there is none

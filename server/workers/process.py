@@ -19,7 +19,6 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from ..config import Settings
@@ -28,14 +27,13 @@ from ..metrics import Metrics
 from ..model_info import CoderId, Direction, LoadedInfo, ModelInfo
 from ..scheduling.engines import Batch, WorkerDied
 from . import messages
+from .endings import count_oom_kills, how_it_ended
 
 log = logging.getLogger(__name__)
 
 WORKER = f"{__package__.partition('.')[0]}.engine.worker"
 READ_AHEAD_BYTES = 16 << 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0  # before a restart; the pause doubles with each worker that answers nothing
-CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-OOM_KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))  # each has a line `oom_kill N`
 DEATHS_AT_START = 3  # the number of workers in a row that may end before the first one is ready
 CLOSE_S = 2.0  # the time that a worker has to end by itself, before it is killed
 # A worker that misses so many beats is stuck: stopped, swapped out, or one thread keeps all others from running. Python
@@ -402,33 +400,6 @@ class ProcessEngine:
         return f"signal_{-code}" if code < 0 else f"exit_{code}"
 
 
-def how_it_ended(code: int, was_out_of_memory: bool) -> str:
-    """Return in words how a process ended.
-
-    code: its exit code, negative for a signal. was_out_of_memory: whether the kernel killed a process for lack of
-        memory meanwhile.
-    """
-    if code == -signal.SIGKILL and was_out_of_memory:
-        return "the kernel killed it because memory ran out; lower memory_budget_mb or max_pixels"
-    if code == -signal.SIGKILL:
-        return "another process killed it (signal 9)"
-    if code < 0:
-        return f"it crashed ({signal.strsignal(-code)}, signal {-code})"
-    return f"it exited with status {code}"
-
-
-def count_oom_kills() -> int:
-    """Return how many processes the kernel has killed for lack of memory, in this container or on this machine.
-
-    Returns 0 if that is not known.
-    """
-    for path in OOM_KILLS:
-        with suppress(OSError, ValueError, KeyError):
-            counts = dict(line.split() for line in path.read_text().splitlines())
-            return int(counts["oom_kill"])
-    return 0
-
-
 def run_worker(connection: socket.socket, settings: Settings, module: str) -> None:
     """Run a worker; called in the new process. connection: to the front process. module: the module of its `main`."""
     import_module(module).main(connection, settings)
@@ -437,36 +408,3 @@ def run_worker(connection: socket.socket, settings: Settings, module: str) -> No
 def full_name(device: str) -> str:
     """Return the name of a device with its number: "cuda" means "cuda:0"."""
     return "cuda:0" if device == "cuda" else device
-
-
-def threads_for(devices: Sequence[str]) -> int | None:
-    """Return the number of CPU threads for each worker; None if torch's own choice is right.
-
-    The workers on the CPU share the cores. A container's limit on CPU time, which torch does not consider, counts like
-    a smaller number of cores. devices: the devices of all workers.
-    """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = allowed
-    with suppress(OSError, ValueError):  # ValueError: "max"
-        quota, period = map(int, CGROUP_LIMIT.read_text().split())
-        cores = min(allowed, round(quota / period))
-    threads = max(1, cores // max(1, sum(device in ("auto", "cpu") for device in devices)))
-    return threads if threads < allowed else None
-
-
-def engines_for(settings: Settings, metrics: Metrics) -> list[ProcessEngine]:
-    """Return an engine for each device of `--device`.
-
-    The first engine adds those for other devices that models name, once it knows which device `auto` is.
-    """
-    shared = settings.options.device.split(",")
-    own = {entry.device for entry in settings.models.values() if entry.device not in (None, "auto")}
-    others = sorted({full_name(device) for device in own if device} - {full_name(device) for device in shared})
-    on_cpu = shared if "auto" in shared else [*shared, *others]  # auto may be the same CPU that a model names
-    threads = settings.options.threads or threads_for(on_cpu)
-    settings = settings.model_copy(update={"options": settings.options.model_copy(update={"threads": threads})})
-    first, *rest = shared
-    return [
-        ProcessEngine(settings, first, metrics, others=others),
-        *(ProcessEngine(settings, device, metrics) for device in rest),
-    ]

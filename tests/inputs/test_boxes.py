@@ -10,7 +10,26 @@ from hypothesis import strategies as st
 
 from server.errors import BadRequest, TooLarge
 from server.inputs.boxes import MOST_BOXES, MOST_EDITS, MOST_HIDDEN, SKIPPED, read_movie
-from tests.inputs.mp4 import FTYP, H264, MDHD, MVEX, SOUND_HDLR, box, edited, few, frames_of, full, moof, movie, numbers, source, stsd, table, trak, write
+from tests.inputs.mp4 import (
+    FTYP,
+    H264,
+    MDHD,
+    MVEX,
+    SOUND_HDLR,
+    box,
+    edited,
+    few,
+    frames_of,
+    full,
+    moof,
+    movie,
+    numbers,
+    source,
+    stsd,
+    table,
+    trak,
+    write,
+)
 
 SOUND = ("-f", "lavfi", "-i", "sine=duration=4", "-c:a", "aac")
 CUTS = [("0.5", "1"), ("1.3", "2"), ("0.04", "0.5"), ("2.72", "9"), ("1", "1")]

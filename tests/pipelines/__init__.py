@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from tests.pipelines import clips, cosmos, hunyuan, kandinsky, ltx, ltx2, mmdit, patched, pictures, qwen_image_21, sana, stable_diffusion, stable_video, wan
+from tests.pipelines import (
+    clips,
+    cosmos,
+    hunyuan,
+    kandinsky,
+    ltx,
+    ltx2,
+    mmdit,
+    patched,
+    pictures,
+    qwen_image_21,
+    sana,
+    stable_diffusion,
+    stable_video,
+    wan,
+)
 from tests.pipelines.clip_to_latents import CLIP_TO_LATENTS
 from tests.pipelines.image_to_latents import PICTURE_TO_LATENTS
 from tests.pipelines.sample import Sample

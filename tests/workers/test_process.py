@@ -12,7 +12,7 @@ import pytest
 from server.config import load_settings
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
-from server.workers import process
+from server.workers import devices as devices_module
 from tests.conftest import write_models_yaml
 from tests.vaes import LocalVae
 
@@ -20,7 +20,7 @@ from tests.vaes import LocalVae
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(process, "CGROUP_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(devices_module, "CGROUP_LIMIT", tmp_path / "cpu.max")
     return tmp_path / "cpu.max"
 
 
@@ -42,7 +42,7 @@ def test_workers_share_the_cores_that_the_container_has(
 ) -> None:
     if limit:
         eight_cores.write_text(limit)
-    assert process.threads_for(devices) == threads
+    assert devices_module.threads_for(devices) == threads
 
 
 def test_each_device_gets_a_worker_and_a_model_its_own_device(vaes: dict[str, LocalVae], tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_each_device_gets_a_worker_and_a_model_its_own_device(vaes: dict[str, Lo
 
     async def started(device: str) -> list[tuple[str, list[str]]]:
         settings = load_settings(config=config, device=device)
-        dispatcher = Dispatcher(process.engines_for(settings, Metrics()), settings.options)
+        dispatcher = Dispatcher(devices_module.engines_for(settings, Metrics()), settings.options)
         await dispatcher.start()
         runs = [(engine.device, [name for name in models if engine.can_run(name)]) for engine in dispatcher.engines]
         await dispatcher.close()
@@ -67,7 +67,7 @@ def test_cuda_devices_and_pinned_models_get_engines_of_their_own(tmp_path: Path)
     models["second"]["device"] = "cuda:1"
     models["cpu"]["device"] = "cpu"
     settings = load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "any"), device="cuda")
-    (first,) = process.engines_for(settings, Metrics())
+    (first,) = devices_module.engines_for(settings, Metrics())
     first._be_ready = lambda device, devices: None
 
     async def grown() -> list[tuple[str, list[str]]]:

@@ -407,7 +407,7 @@ def test_a_kill_by_the_kernel_for_lack_of_memory_is_told_from_one_by_a_process(
 ) -> None:
     events = tmp_path / "memory.events"
     events.write_text("low 0\noom 0\noom_kill 3\n")
-    monkeypatch.setattr("server.workers.process.OOM_KILLS", (events,))
+    monkeypatch.setattr("server.workers.endings.OOM_KILLS", (events,))
     served = start()
     events.write_text("low 0\noom 1\noom_kill 4\n")
     assert served.engine.pid

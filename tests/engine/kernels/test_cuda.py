@@ -7,7 +7,16 @@ import torch
 
 from server.engine.coders.image.graphs import GRAPHS
 from server.values import Layout
-from tests.engine.coders.image.networks import build, exact, exact_encoder, latents_for, pixels_for, psnr, stock, stock_encode
+from tests.engine.coders.image.networks import (
+    build,
+    exact,
+    exact_encoder,
+    latents_for,
+    pixels_for,
+    psnr,
+    stock,
+    stock_encode,
+)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,7 +25,16 @@ from server.families import FAMILIES
 from server.model_info import Direction
 from server.values import Layout
 from tests.engine.coders.image.counting import CountingKernels
-from tests.engine.coders.image.networks import CONFIGS, build, exact_encoder, latents_for, pixels_for, psnr, stock, stock_encode
+from tests.engine.coders.image.networks import (
+    CONFIGS,
+    build,
+    exact_encoder,
+    latents_for,
+    pixels_for,
+    psnr,
+    stock,
+    stock_encode,
+)
 from tests.engine.coders.image.test_structure import set_of
 
 KL = FAMILIES["kl"]

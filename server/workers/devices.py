@@ -1,0 +1,47 @@
+"""Which devices get a worker process, and how many threads each worker has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..config import Settings
+from ..metrics import Metrics
+from .process import ProcessEngine, full_name
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+
+def threads_for(devices: Sequence[str]) -> int | None:
+    """Return the number of CPU threads for each worker; None if torch's own choice is right.
+
+    The workers on the CPU share the cores. A container's limit on CPU time, which torch does not consider, counts like
+    a smaller number of cores. devices: the devices of all workers.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = allowed
+    with suppress(OSError, ValueError):  # ValueError: "max"
+        quota, period = map(int, CGROUP_LIMIT.read_text().split())
+        cores = min(allowed, round(quota / period))
+    threads = max(1, cores // max(1, sum(device in ("auto", "cpu") for device in devices)))
+    return threads if threads < allowed else None
+
+
+def engines_for(settings: Settings, metrics: Metrics) -> list[ProcessEngine]:
+    """Return an engine for each device of `--device`.
+
+    The first engine adds those for other devices that models name, once it knows which device `auto` is.
+    """
+    shared = settings.options.device.split(",")
+    own = {entry.device for entry in settings.models.values() if entry.device not in (None, "auto")}
+    others = sorted({full_name(device) for device in own if device} - {full_name(device) for device in shared})
+    on_cpu = shared if "auto" in shared else [*shared, *others]  # auto may be the same CPU that a model names
+    threads = settings.options.threads or threads_for(on_cpu)
+    settings = settings.model_copy(update={"options": settings.options.model_copy(update={"threads": threads})})
+    first, *rest = shared
+    return [
+        ProcessEngine(settings, first, metrics, others=others),
+        *(ProcessEngine(settings, device, metrics) for device in rest),
+    ]
