@@ -202,9 +202,7 @@ def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: 
         invoke("decode", latents_file, out, "--server", "http://127.0.0.1:9/"), "is the server running", 2
     )
     assert_one_sentence(invoke("decode", latents_file, out, "--server", "127.0.0.1:9"), "write http://127.0.0.1:9", 2)
-    assert_one_sentence(
-        invoke("decode", latents_file, tmp_path / "out.gif"), "use one of .jpg, .jpeg, .png, .mp4", 2
-    )
+    assert_one_sentence(invoke("decode", latents_file, tmp_path / "out.gif"), "use one of .jpg, .jpeg, .png, .mp4", 2)
     assert_one_sentence(
         invoke("decode", latents_file, out, "--key", "x"),
         "has no tensor 'x'; it has 'video'; choose one of them with --key",

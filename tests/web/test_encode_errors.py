@@ -66,12 +66,12 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FILES: list[tuple[Callable[[], bytes], int, str, str]] = [
-    (lambda: b"no picture at all", 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
+    (lambda: b"no picture at all", 415, "unsupported_body", "not a PNG, JPEG, WebP or MP4"),
     (lambda: b"", 400, "bad_request", "the body is empty"),
-    (lambda: b"\0\0\0\x1cftypavif" + bytes(99), 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
+    (lambda: b"\0\0\0\x1cftypavif" + bytes(99), 415, "unsupported_body", "not a PNG, JPEG, WebP or MP4"),
     (lambda: png_that_claims(64, 64, 16, 2), 415, "unsupported_body", "more than 8 bits"),
     (lambda: png_that_claims(64, 64, 16, 6), 415, "unsupported_body", "more than 8 bits"),
-    (lambda: file_of("GIF"), 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
+    (lambda: file_of("GIF"), 415, "unsupported_body", "not a PNG, JPEG, WebP or MP4"),
     (lambda: file_of("TIFF"), 415, "unsupported_body", "no PNG"),
     (lambda: file_of("BMP"), 415, "unsupported_body", "no PNG"),
     (lambda: file_of("JPEG2000"), 415, "unsupported_body", "no PNG"),
