@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 import requests
-from PIL import Image as Picture
+from PIL import Image
 
 from deploy.engine import IMAGE, Engine, Failed
 from server.commands.local_files import read_latents
@@ -164,11 +164,11 @@ class Trial:
         parameters = {"shape": latents.shape, "dtype": latents.dtype, "scaling_factor": scaling_factor}
         headers = {"Content-Type": "tensor/binary", "Accept": "image/jpeg"}
         body = requests.post(url, params=parameters, data=bytes(latents.data), headers=headers, timeout=120).content
-        picture = Picture.open(io.BytesIO(body))
-        grey = picture.convert("L").tobytes()
-        found = f"{picture.format} {picture.size}, grey from {min(grey)} to {max(grey)}, {len(body)} bytes"
-        is_right = (picture.format, picture.size) == ("JPEG", SAMPLE_SIZE) and max(grey) - min(grey) > 128
-        check(is_right, f"{SAMPLE.name} comes back as {found}")
+        image = Image.open(io.BytesIO(body))
+        grey = image.convert("L").tobytes()
+        found = f"{image.format} {image.size}, grey from {min(grey)} to {max(grey)}, {len(body)} bytes"
+        is_right = (image.format, image.size) == ("JPEG", SAMPLE_SIZE) and max(grey) - min(grey) > 128
+        check(is_right, f"{SAMPLE.name} is decoded to {found}")
 
     def _check_end(self, name: str) -> None:
         began = time.monotonic()

@@ -119,7 +119,11 @@ def _layout(chosen: Format, output_type: str, is_partial: bool) -> Layout:
 
 
 def _check_fits(geometry: Geometry, chosen: Format, layout: Layout, kind: Kind) -> None:
-    """One picture or one clip in an encoded answer, of a size it holds; one clip where frames are the first axis."""
+    """Raise Impossible if the answer cannot hold the result.
+
+    An encoded answer holds one image or one video, of a size that the format allows. A tensor whose first axis is the
+    frames holds one video.
+    """
     longest = max(geometry.height, geometry.width)
     if chosen.max_side is not None and longest > chosen.max_side:
         raise Impossible(

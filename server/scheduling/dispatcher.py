@@ -377,7 +377,10 @@ class Dispatcher:
                 return
 
     def _retry(self, batch: Batch) -> None:
-        """Put the requests of a batch whose worker died back into the queue. Those that were computed go alone."""
+        """Put the requests of a batch whose worker died back into the queue.
+
+        Requests that the device had begun get a batch of their own.
+        """
         was_on_device = batch.started.done() and not batch.computed.done()
         for pending in batch.members:
             pending.deaths += was_on_device

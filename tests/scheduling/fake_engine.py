@@ -47,7 +47,7 @@ def info(model: str) -> ModelInfo:
 
 
 class FakeEngine:
-    """One device, which runs one batch at a time, and short batches between the steps of another.
+    """One device, which runs one batch at a time, and short batches between the steps of another. See `Engine`.
 
     held: the coders that are loaded.
     load_s: how long a load takes, in seconds.

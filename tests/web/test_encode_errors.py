@@ -66,17 +66,17 @@ def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FILES: list[tuple[Callable[[], bytes], int, str, str]] = [
-    (lambda: b"no picture at all", 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
+    (lambda: b"no picture at all", 415, "unsupported_body", "not a PNG, JPEG, WebP or MP4"),
     (lambda: b"", 400, "bad_request", "the body is empty"),
-    (lambda: b"\0\0\0\x1cftypavif" + bytes(99), 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
+    (lambda: b"\0\0\0\x1cftypavif" + bytes(99), 415, "unsupported_body", "not a PNG, JPEG, WebP or MP4"),
     (lambda: png_that_claims(64, 64, 16, 2), 415, "unsupported_body", "more than 8 bits"),
     (lambda: png_that_claims(64, 64, 16, 6), 415, "unsupported_body", "more than 8 bits"),
-    (lambda: file_of("GIF"), 415, "unsupported_body", "no PNG, JPEG, WebP or MP4"),
-    (lambda: file_of("TIFF"), 415, "unsupported_body", "no PNG"),
-    (lambda: file_of("BMP"), 415, "unsupported_body", "no PNG"),
-    (lambda: file_of("JPEG2000"), 415, "unsupported_body", "no PNG"),
-    (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "unsupported_body", "no PNG"),
-    (lambda: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", 415, "unsupported_body", "no PNG"),
+    (lambda: file_of("GIF"), 415, "unsupported_body", "not a PNG, JPEG, WebP or MP4"),
+    (lambda: file_of("TIFF"), 415, "unsupported_body", "not a PNG"),
+    (lambda: file_of("BMP"), 415, "unsupported_body", "not a PNG"),
+    (lambda: file_of("JPEG2000"), 415, "unsupported_body", "not a PNG"),
+    (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "unsupported_body", "not a PNG"),
+    (lambda: b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", 415, "unsupported_body", "not a PNG"),
     (lambda: png_that_claims(60_000, 60_000), 413, "too_large", "more pixels than any model takes"),
     (lambda: png_that_claims(9_000, 9_000), 413, "too_large", "9000x9000 is 81000000 pixels"),
     (lambda: file_of("JPEG")[:-2] + b"\xff\xda\0\2" * 200, 400, "bad_request", "more than 100 scans"),
@@ -124,8 +124,8 @@ def test_a_text_bomb_in_a_png_is_refused(url: str) -> None:
 
 
 TENSORS: list[tuple[dict[str, Any], bytes, int, str, str]] = [
-    ({"shape": [1, 4, 64, 64]}, b"", 400, "wrong_shape", "send [B, 3, H, W], RGB"),
-    ({"shape": [1, 3, 9, 64, 64]}, b"", 400, "wrong_shape", "send [B, 3, H, W], RGB"),
+    ({"shape": [1, 4, 64, 64]}, b"", 400, "wrong_shape", "send RGB pixels [B, 3, H, W]"),
+    ({"shape": [1, 3, 9, 64, 64]}, b"", 400, "wrong_shape", "send RGB pixels [B, 3, H, W]"),
     ({"dtype": "float64"}, b"", 400, "bad_request", "dtype of pixels must be one of uint8, float16"),
     ({}, bytes(9), 400, "wrong_length", "needs 12288 bytes, but the body has 9"),
     ({"dtype": "float32"}, bytes(12288), 400, "wrong_length", "was dtype=uint8 meant?"),

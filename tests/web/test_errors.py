@@ -140,7 +140,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "an unknown model to encode with": ({"path": "sdx/encode"}, 404, "unknown_model", "known models"),
     "unknown route": ({"path": "a/b/c"}, 404, "not_found", "no such route"),
     "two pictures in one JPEG": (
-        {"params": with_params(shape=[2, 4, 8, 8]), "data": BODY * 2}, 422, "impossible", "output_type=pt, or send one",
+        {"params": with_params(shape=[2, 4, 8, 8]), "data": BODY * 2}, 422, "impossible", "output_type=pt, or a request for each item",
     ),
     "a picture from a video model": (
         {"params": with_params(shape=[1, 16, 2, 4, 4]), "path": "hunyuan"}, 406, "not_acceptable", "output_type=mp4 or pt",
@@ -214,7 +214,7 @@ def test_a_good_request_costs_one_decode(url: str, decodes: list[str]) -> None:
 def test_a_method_that_a_route_does_not_take_is_405(url: str) -> None:
     for method, path in [("GET", "predict"), ("PUT", ""), ("POST", "health"), ("DELETE", "models"), ("GET", "sd")]:
         response = requests.request(method, url + path, timeout=300)
-        assert_refused(response, 405, "method_not_allowed", "this route takes")
+        assert_refused(response, 405, "method_not_allowed", "this route allows only")
         assert response.headers["allow"]
     assert_refused(requests.get(url + "favicon.ico", timeout=300), 404, "not_found", "no such route")
     assert requests.options(url, timeout=300).headers["allow"] == "GET, HEAD, POST"

@@ -142,7 +142,7 @@ def test_an_unlisted_page_is_refused_as_before(granting: str) -> None:
     for origin in (EVIL, "https://app.example.evil.example", "https://app.example:1", "http://app.example"):
         for method in ("POST", "OPTIONS"):
             refused = ask(granting, method, Origin=origin, X_API_Key="secret", Access_Control_Request_Method="POST")
-            assert_refused(refused, 403, "cross_site", "web page of another site")
+            assert_refused(refused, 403, "cross_site", "web pages of other sites")
             assert "access-control-allow-origin" not in refused.headers
 
 

@@ -303,7 +303,7 @@ def test_what_is_no_http_is_400(url: str, case: str) -> None:
 def test_an_upgrade_is_refused(url: str, request_: bytes) -> None:
     with connected(url) as client:
         client.send(request_)
-        assert_refused_and_closed(client, 400, "upgrade_refused", "without Upgrade, and not CONNECT")
+        assert_refused_and_closed(client, 400, "upgrade_refused", "without Upgrade, and do not use CONNECT")
 
 
 H2C = "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA"

@@ -168,7 +168,7 @@ def test_a_dtype_that_is_not_the_files_is_refused(url: str, vaes: Vaes) -> None:
     latents = vaes["sd"].latents(8, 12)
     refused = post(url, save({"latents": latents.half()}), dtype="float32")
     assert_refused(
-        refused, 400, "bad_request", "dtype='float32' was sent, the file's tensor is float16; leave dtype out"
+        refused, 400, "bad_request", "dtype='float32' was sent, but the file's tensor is float16; leave dtype out"
     )
     assert post(url, save({"latents": latents.half()}), dtype="torch.float16").ok
 
@@ -251,7 +251,10 @@ def test_what_fits_neither_direction_names_both_routes(url: str) -> None:
     refused = post(url, bytes(1280), shape="1,5,8,8", dtype="float32")
     assert_refused(refused, 400, "wrong_shape", both)
     assert_refused(
-        post(url, b"neither"), 400, "bad_request", "or a whole .safetensors file; a PNG.*encoded, here and at /encode"
+        post(url, b"neither"),
+        400,
+        "bad_request",
+        "or send a whole .safetensors file; a PNG.*encoded, here and at /encode",
     )
     at_encode = post(url + "encode", bytes(1024), shape="1,4,8,8", dtype="float32")
     assert_refused(
