@@ -98,7 +98,7 @@ class LTX2(LTX):
     is_usually_packed = False
 
     def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
-        """Unpack and unscale. Unpacked latents are scaled only if the client sent a factor."""
+        """Unpack and unscale. Latents that were not packed are unscaled only with values that the client sent."""
         is_unscaled = scaling.factor is None and not geometry.is_packed
         return super().latents_in(
             latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling

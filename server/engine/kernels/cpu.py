@@ -69,10 +69,7 @@ class CpuKernels(Kernels):
         return plain if self._seconds(packed, stride) > SLOW_REORDER * self._seconds(plain, stride) else packed
 
     def _seconds(self, weight: Tensor, stride: int) -> float:
-        """Return how long a convolution takes for an input much smaller than the weight is packed for.
-
-        Best of three.
-        """
+        """Return the time of a convolution of a small input, the best of three, in seconds."""
         x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
         seconds = []
         for _ in range(3):
@@ -132,5 +129,5 @@ class CpuKernels(Kernels):
             F.silu(out, inplace=True)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
-        """Attend as `Kernels.attend` says, without storing the scores."""
+        """Attend as `Kernels.attend` says, with torch's fused attention."""
         return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]

@@ -1,4 +1,7 @@
-"""GPU kernels: convolutions by cuDNN, everything between them by Triton, which also adds the convolutions' bias."""
+"""GPU kernels: convolutions by cuDNN, matrix products by cuBLAS, and everything between them by Triton.
+
+A Triton kernel that follows a convolution also adds its bias, which saves the separate pass that cuDNN needs for it.
+"""
 
 # mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations

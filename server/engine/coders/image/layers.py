@@ -105,7 +105,7 @@ class DecoderWeights:
     def take(cls, vae: Any, kernels: Kernels) -> DecoderWeights:
         """Take the weights out of an AutoencoderKL for which `decoder_reason` is None.
 
-        `vae.decode` no longer works then.
+        `vae.decode` no longer works afterwards.
         """
         decoder = vae.decoder
         dtype, device = decoder.conv_in.weight.dtype, decoder.conv_in.weight.device
@@ -148,7 +148,7 @@ class EncoderWeights:
     def take(cls, vae: Any, kernels: Kernels) -> EncoderWeights:
         """Take the weights out of an AutoencoderKL for which `encoder_reason` is None.
 
-        `vae.encode` no longer works then.
+        `vae.encode` no longer works afterwards.
         """
         encoder = vae.encoder
         dtype, device = encoder.conv_in.weight.dtype, encoder.conv_in.weight.device
