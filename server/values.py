@@ -1,6 +1,6 @@
 """The values of one request, from the parsed parameters to the answer. Plain Python: no torch, no HTTP.
 
-A request takes these forms: the client's parameters become a `Job`; a job and its bytes are a `Request`; the queue
+A request takes these forms: the client's parameters become a `Job`; a job and its bytes are a `Request`; the scheduler
 wraps it in a `Pending` and groups those in a `Batch`; a `Result` comes back. `Pending` and `Batch` are in
 `scheduling/engines.py`.
 """
@@ -66,7 +66,7 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The sizes of one request, in latents and in pixels. The same for both directions.
+    """The sizes of one request, in latents and in pixels. Used to decode and to encode.
 
     latent_shape: the shape that the VAE takes or returns, `[B, C, H, W]` or `[B, C, F, H, W]`.
     num_frames, height, width: of the pixels; num_frames is 1 for an image model.
@@ -162,7 +162,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A job and its bytes. Nothing behind `contract/` sees the client's parameters again."""
+    """A job and its bytes. After `contract/`, no code uses the client's parameters."""
 
     job: Job
     data: memoryview
@@ -190,7 +190,7 @@ class Result(Generic[Body]):
     """What became of a request. Each stage fills in its own fields.
 
     body: the tensor that came off the device; after rendering, the body of the answer.
-    device_ms: time on the device, from the first byte copied in to the last byte copied out, for the whole batch.
+    device_ms: time on the device, from the first byte copied in to the last byte copied out, for the whole batch, without the time that other work had the device in between.
     render_ms: time for rendering after the device was done.
     queue_ms: time from admission until a device began.
     batch_size: number of requests that were computed together.

@@ -99,7 +99,9 @@ def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, o
 
 def _fits(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo) -> bool:
     """Return whether a model accepts latents of this shape, and is worth suggesting for them."""
-    if len(shape) == 4 and info.latents.kind == "video":  # it accepts them as videos of one frame, which is not meant
+    if (
+        len(shape) == 4 and info.latents.kind == "video"
+    ):  # it accepts them as videos of one frame, which is not what the client meant
         return False
     try:
         FAMILIES[info.latents.family].decode_geometry(info.latents, shape, parameters)

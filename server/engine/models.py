@@ -55,7 +55,7 @@ class NotLoaded(ServerError):
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A model's description, its files, and where it will run. Made once for a load."""
+    """A model's description, its files, and where it will run. Made once for each load and each `describe`."""
 
     info: ModelInfo
     source: Source
@@ -65,7 +65,7 @@ class Placed:
 class LoadedModels:
     """The models on one device.
 
-    Every method may be called from any thread. While a model is loaded, others can run. The least recently used models
+    Every method may be called from any thread. While a model is being loaded, others can run. The least recently used models
     are unloaded to make room; a model is never unloaded while it runs.
     """
 
@@ -120,7 +120,7 @@ class LoadedModels:
     def run(
         self, requests: Sequence[Request], stream: Stream | None = None, check: Check = go_on
     ) -> list[TensorResult | Exception]:
-        """Run requests of one batch now, after loading the model if needed. Overflows are repeated in float32.
+        """Run requests of one batch now, after loading the model if needed. Requests that overflow half precision are run again in float32.
 
         check: called between the steps of the work. Other threads that want the device get it there too. `check` may
             call `run` for another coder, or for the same one if `LoadedInfo.may_run_inside_itself`. Such a run loads
@@ -168,7 +168,7 @@ class LoadedModels:
         try:
             model = self._get(key)
         except ModelUnavailable:
-            return NonFiniteInput(overflow.format(" in half precision, and there is no memory for it in float32"))
+            return NonFiniteInput(overflow.format(" in half precision, and the model could not be loaded in float32"))
         outcome = self._run(key, model, [request], None, check)[0]
         if isinstance(outcome, NonFiniteOutput):
             return NonFiniteInput(overflow.format(" even in float32"))

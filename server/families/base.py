@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Sent(Protocol):
-    """The parameters that the client sent beside the shape.
+    """The parameters that the client sent besides the shape.
 
     A family reads only those that it needs, because some clients send wrong values for the others. Every method raises
     BadRequest if the value cannot be parsed.
@@ -111,10 +111,7 @@ class Family(ABC):
         return spec
 
     def grid(self, spec: LatentSpec) -> int:
-        """Return the number of pixels that heights and widths must be a multiple of for encoding.
-
-        Other sizes are rounded down.
-        """
+        """Return the number of pixels to a multiple of which heights and widths are rounded down for encoding."""
         return spec.vae_scale_factor
 
     def latent_shape(self, spec: LatentSpec, height: int, width: int) -> tuple[int, ...]:
@@ -161,8 +158,8 @@ class Family(ABC):
         """Undo the training-time scaling, as the pipelines do before `vae.decode`.
 
         latents: of any shape with the channels on axis 1.
-        scaling: if the client sent a factor, only the values that it sent are used. If it sent only a shift, the shift
-            replaces that of the model.
+        scaling: if the client sent a factor, only the values that it sent are used. A shift sent without a factor
+            replaces that of the model; without `from_model`, it is only added.
         """
         if scaling.factor is not None:
             return latents / scaling.factor + (scaling.shift or 0.0)
@@ -195,8 +192,7 @@ def on_grid(pixels: int, grid: int, name: str) -> int:
     """
     if pixels < grid:
         raise Impossible(
-            f"a {name} of {pixels} pixels is less than the {grid} pixels that this model needs at least; "
-            "send a larger one"
+            f"a {name} of {pixels} pixels is less than this model's minimum of {grid} pixels; send a larger one"
         )
     return pixels - pixels % grid
 
@@ -222,18 +218,18 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
     height, width = geometry.height, geometry.width
     if height * width > limits.max_pixels:
         raise TooLarge(
-            f"{height}x{width} is {height * width} pixels, '{model}' takes at most {limits.max_pixels}; "
+            f"{height}x{width} is {height * width} pixels, but '{model}' takes at most {limits.max_pixels}; "
             "send a smaller image",
             operator_task="raise max_pixels in models.yaml",
         )
     if geometry.num_frames > limits.max_frames:
         raise TooLarge(
-            f"{geometry.num_frames} frames, '{model}' takes at most {limits.max_frames}; send a shorter video",
+            f"the request has {geometry.num_frames} frames, but '{model}' takes at most {limits.max_frames}; send a shorter video",
             operator_task="raise max_frames in models.yaml",
         )
     if geometry.batch > limits.max_batch:
         raise TooLarge(
-            f"a batch of {geometry.batch}, '{model}' takes at most {limits.max_batch} at once; send fewer per request",
+            f"the request has a batch of {geometry.batch}, but '{model}' takes at most {limits.max_batch} at once; send fewer per request",
             operator_task="raise max_batch in models.yaml",
         )
     if 0 in geometry.latent_shape:
@@ -270,6 +266,6 @@ def axis_too_many(shape: tuple[int, ...], axes: int, channels: int) -> str | Non
 def wrong_channels(spec: LatentSpec, found: int, expected_shape: str) -> WrongChannels:
     """Return the error for latents with the channels of another model. found: how many channels they have."""
     return WrongChannels(
-        f"the latents have {found} channels, this model's have {spec.channels} ({expected_shape}); "
+        f"the latents have {found} channels, but this model's have {spec.channels} ({expected_shape}); "
         "were they made for another model? GET /models lists each model's channels"
     )

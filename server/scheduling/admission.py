@@ -3,8 +3,9 @@
 A request's bytes are counted until its memory is free again: while the body arrives, the bytes received so far; once
 it is complete, the body and the largest possible answer; while the answer is sent, the answer.
 
-A client can hold memory at no cost by sending its body slowly or by reading its answer slowly. So the bytes that wait
-for one peer to send or to read may not exceed half of the limit; a request that would exceed it is refused. To make
+A client can hold memory at no cost by sending its body slowly or by reading its answer slowly. So the memory of
+requests whose client (by its address, the peer) is still sending or reading may not exceed half of the limit for each
+peer; a request that would exceed it is refused. To make
 room for a request, the slowest uploads are aborted first.
 """
 
@@ -16,10 +17,10 @@ from contextlib import contextmanager
 
 from ..errors import QueueFull
 
-PEER_SHARE = 0.5  # the share of the bytes that may wait for one peer to send or to read
+PEER_SHARE = 0.5  # the most that requests of one peer may hold while it sends or reads, as a share of the limit
 CHECK_EVERY_BYTES = 64 << 10
 SPARE_PLACES = 4  # for every 4 places there is one more, only for peers that hold none
-YOUNG_S = 1.0  # an upload is not aborted before it has lasted so long
+YOUNG_S = 1.0  # an upload is not aborted before it has lasted this long
 
 
 class Admission:
@@ -122,7 +123,7 @@ class Admissions:
     def admit(self, peer: str, deadline: float) -> Iterator[Admission]:
         """Admit a request until the context ends.
 
-        Raises QueueFull if the bytes that wait for this peer already exceed their share.
+        Raises QueueFull if the requests that this peer is sending or reading already hold more than its share.
         """
         admission = Admission(self, peer, deadline)
         self.check_share(admission, 0)
@@ -157,7 +158,7 @@ class Admissions:
             raise self._refuse(f"{len(self._places)} requests are already waiting or in progress")
 
     def check_room(self, size_bytes: int) -> None:
-        """Raise QueueFull if a request of this size would not fit beside those that are complete.
+        """Raise QueueFull if a request of this size would not fit in addition to those that are complete.
 
         Reserves no memory.
         """
@@ -166,7 +167,7 @@ class Admissions:
             raise self._full()
 
     def make_room(self, admission: Admission, size_bytes: int) -> None:
-        """Make room for a request to hold so many bytes in total, by aborting the slowest uploads of other requests.
+        """Make room for a request to hold this many bytes in total, by aborting the slowest uploads of other requests.
 
         Raises QueueFull if that does not make enough room. A request that is the only one always fits.
         """
@@ -185,7 +186,7 @@ class Admissions:
         return sum(other.size_bytes for other in self._all | self._leaving if other is not admission)
 
     def check_share(self, admission: Admission, size_bytes: int) -> None:
-        """Raise QueueFull if the bytes that wait for this peer, with so many more, would exceed their share.
+        """Raise QueueFull if this many more bytes would exceed what this peer's unfinished transfers may hold.
 
         Aborts the slowest uploads of the same peer first.
         """

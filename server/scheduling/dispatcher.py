@@ -1,6 +1,6 @@
 """Give batches from the queue to the engines, and retry them when a worker dies or hangs.
 
-While an engine computes a batch, it gets the next one if that is full, so that the device never waits for bytes. While
+While an engine computes a batch, it gets the next one if that is full and short enough, so that the device never waits for bytes. While
 it computes a long batch, it also gets short ones, which run between the steps of the long one. When a worker dies,
 requests that it had not started return to the queue; a request that it had started is tried once more, in a batch of
 its own.
@@ -26,8 +26,8 @@ from .load_failures import LoadFailures
 log = logging.getLogger(__name__)
 
 STAGED = 2  # the most batches in an engine: one on the device, and one that is ready to follow it
-MAX_DEATHS = 2  # the number of workers that may die while they compute a request, before it fails
-MAX_TRIES = 5  # the number of attempts that the death of a worker may end, before the request fails
+MAX_DEATHS = 2  # a request fails when this many workers have died while computing it
+MAX_TRIES = 5  # a request fails when the death of a worker has ended this many of its attempts
 STAGED_S = 0.25  # a batch that takes longer gains nothing from being staged
 LOOK_AGAIN_S = 0.25  # the time until the next pump while requests wait and no batch can be given to an engine
 WATCH_S = 1.0  # the time between two checks of whether a batch makes progress
@@ -53,7 +53,7 @@ class Dispatcher:
     """
 
     def __init__(self, engines: Sequence[Engine], options: ServerOptions) -> None:
-        """Make a dispatcher. engines: those of the known devices; engines that they find when they start are added."""
+        """Make a dispatcher. engines: one for each known device. Engines of further devices are added when these start."""
         self.engines = list(engines)
         self.queue: Queue[Pending] = Queue(options.batch_pixels, options.max_batch)
         self.batches: dict[Engine, set[Batch]] = defaultdict(set)
@@ -212,7 +212,7 @@ class Dispatcher:
         return Batch(members) if members else None
 
     def _on_device(self, engine: Engine) -> Batch | None:
-        """Return a batch of the engine that is running or staged; None if it has none."""
+        """Return a batch of the engine that is not computed yet, running or staged; None if there is none."""
         return next((batch for batch in self.batches[engine] if not batch.computed.done()), None)
 
     def _look_again(self) -> None:
@@ -248,7 +248,7 @@ class Dispatcher:
         return (self._seconds_running(engines) + before) / max(1, len(engines))
 
     def _short_s(self, engine: Engine, pending: Pending) -> float:
-        """Return the most seconds that work may take to run between the steps of an engine's batch.
+        """Return the longest time, in seconds, that work between the steps of an engine's batch may take.
 
         Returns 0 if this request may not run there.
         """
@@ -362,7 +362,7 @@ class Dispatcher:
     async def _watch(self, engine: Engine, batch: Batch) -> None:
         """Kill the engine when a batch makes no progress for `hang_timeout_s`.
 
-        This is the only way to end a kernel or an encoder that hangs. Work that makes one step after another is never
+        This is the only way to end a GPU kernel or an ffmpeg process that hangs. Work that makes one step after another is never
         killed, however long it takes. A batch that has not started has twice the time, because it waits for the batch
         before it.
         """
@@ -390,7 +390,7 @@ class Dispatcher:
         self.pump()
 
     def _count_death(self, pending: Pending) -> bool:
-        """Count an attempt that the death of a worker ended. Return whether another one is allowed, else fail it."""
+        """Count an attempt that the death of a worker ended. Return whether another attempt is allowed; if not, fail the request."""
         pending.tries += 1
         if pending.deaths < MAX_DEATHS and pending.tries < MAX_TRIES:
             return True

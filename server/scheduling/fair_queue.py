@@ -4,8 +4,8 @@ Knows only keys, pixels, seconds and deadlines: no HTTP, no tensors, no clock.
 
 Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996) between flows. A flow is the requests of one direction of
 a model that have about the same size. While several flows wait, each gets the same share of the device's time. Every
-ticket has a tag: the virtual time of the queue when it is put, or the end of the previous ticket of its flow if that
-is later. The ticket with the lowest tag is next. So an image waits for the running batch and for other images, but not
+waiting request (a ticket) has a tag: the virtual time of the queue when it is put, or the end of the previous ticket of
+its flow if that is later. The virtual time is the tag up to which work has been handed out. The ticket with the lowest tag is next. So an image waits at most for the running batch and for other images, but not
 for the videos that were queued before it; and a video gets its share of the time, however many images arrive.
 """
 
@@ -26,7 +26,7 @@ class Ticket:
     pixels: the size of its work.
     seconds: the estimated time of its work on a device.
     arrived, deadline: in seconds of the caller's clock.
-    is_alone: it is computed in a batch of its own, because it may have killed a worker and would kill it again.
+    is_alone: it is computed in a batch of its own. True after a worker died while computing it, so that a second crash hits no other request.
     tag: its virtual time, which decides its place; None until it is first put into the queue.
     """
 
@@ -98,8 +98,8 @@ class Queue(Generic[T]):
         """Remove and return the next batch: the runnable ticket with the lowest tag, and others with the same key.
 
         can_run: returns whether the device can run a coder.
-        ahead_of_time_s: for a device that is still busy. The batch is returned only if it is full and takes at most so
-            long; otherwise the list is empty, and the tickets keep their places.
+        ahead_of_time_s: for a device that is still busy. The batch is returned only if it is full and takes at most
+            this long; otherwise the list is empty, and the tickets keep their places.
         """
         head = self._head(can_run)
         if head is None:
@@ -115,7 +115,7 @@ class Queue(Generic[T]):
 
         can_run: returns whether the device can run a coder between those steps.
         longest_s: the most seconds that the batch may take.
-        latest_tag: the virtual time that the longer work has used up. Tickets with a later tag wait, because their
+        latest_tag: the virtual time that the longer work has used up. Tickets with a later tag are not taken: their
             flow has already had as much of the device as the longer work.
         """
         for head in self._waiting:

@@ -1,4 +1,4 @@
-"""Bound heads, connections and slow clients, and refuse malformed requests in JSON, which uvicorn does not do.
+"""Bound heads, connections and slow clients, and answer malformed requests with a JSON error, as uvicorn does not.
 
 A client on a slow connection is never cut off as long as it makes progress: an average of 64 KiB per second is enough.
 
@@ -38,7 +38,7 @@ SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to send the 
 # bytes, and the client would not get the refusal.
 LINGER_S = 2.0
 TICK_S = 0.25  # the time between two checks of a connection
-# The most time that a client can save by reading faster than 64 KiB per second. Without a bound, it could stop reading
+# The most credit, in seconds of not reading, that a client can build up by reading faster than 64 KiB per second. Without a bound, it could stop reading
 # for hours after a fast start.
 MOST_CREDIT_S = 60.0
 TURNS = itertools.count()  # orders events, because several may have the same time on the event loop's clock
@@ -47,7 +47,7 @@ TURNS = itertools.count()  # orders events, because several may have the same ti
 def uvicorn_config(app: Starlette) -> uvicorn.Config:
     """Return the configuration of uvicorn for an application that `create_app` made.
 
-    Only httptools is used: h11 accepts a request with two different lengths, and never ends a slow head.
+    Only httptools is used: h11 accepts a request with two different lengths, and has no time limit for a slow head.
     """
     service = app.state.service
 
@@ -145,7 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no complete head of a request waits for its answer, and no answer waits to be read by the client."""
+        """Whether no request is in progress and the client has read all answers."""
         is_working = self._owes_answer() or self.pipeline or self._body_since is not None
         return not (is_working or self.transport.is_closing() or self.transport.get_write_buffer_size())
 
@@ -251,7 +251,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._body_since = None
-        if self.cycle.response_complete:  # answered before the end of its body: uvicorn's keep-alive timer has ended
+        if (
+            self.cycle.response_complete
+        ):  # answered before its body ended, so that uvicorn's keep-alive timer no longer runs
             self._head_since = self.loop.time()
 
     def on_response_complete(self) -> None:
@@ -268,7 +270,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(MalformedRequest("the request is not valid HTTP/1.1; check its head and its framing"))
 
     def _refuse(self, error: ServerError) -> ServerError:
-        """Answer something that cannot become a request with an error, and end the connection. Return the error."""
+        """Send an error for input that cannot become a request, and end the connection. Return the error."""
         if self._is_refused:
             return error
         self._is_refused = True

@@ -22,7 +22,7 @@ from ..scheduling.service import Service
 from .receive import BodyThreads, check_declared, declared_length, receive, receive_whole
 from .responses import response_of, send_all, unless_client_left
 
-MOST_PARAMETERS = 256  # the most parameters in a query, because parsing thousands of them would block the event loop
+MOST_PARAMETERS = 256  # the most `&` in a query, because parsing thousands of parameters would block the event loop
 
 
 class Work:
@@ -99,11 +99,11 @@ class Intake:
         self._threads: BodyThreads = request.app.state.body_threads
 
     def hold(self, size_bytes: int) -> None:
-        """Hold so many bytes of memory until the answer is sent. Raises QueueFull."""
+        """Hold this many bytes of memory until the answer is sent. Raises QueueFull."""
         self.admission.reserve(size_bytes)
 
     async def receive(self, asked: Direction) -> values.Request | EncodeFile:
-        """Receive a request, and return it, or the file from which `read_file` makes it.
+        """Receive a request. Return it, or an EncodeFile, from which `read_file` makes the request.
 
         Headers and query are parsed first, so that mistakes in them are refused before the body is received. A body
         without the parameter `shape` is a file, whose type is recognized by its bytes.
@@ -148,13 +148,13 @@ class Intake:
         return contract.decode_job(parameters, accept, info, defaults, self.service.infos.values())
 
     async def _model(self, parameters: contract.Parameters) -> ModelInfo:
-        """Return the model that the path names, or the query, or the default."""
+        """Return the model named by the path, else by the query, else the default model."""
         name = self.service.resolve(self._request.path_params.get("model") or parameters.text("model"))
         self._request.state.model = name
         return await self.service.describe(name)
 
     async def _json(self, *, may_be_file: bool) -> tuple[bytes | bytearray, Mapping[str, Any]] | None:
-        """Receive a JSON body, and return its bytes and its parameters; None for a body that is not JSON."""
+        """Receive a JSON body, and return the bytes that `inputs` encodes and the parameters; None for a body that is not JSON."""
         headers = self._request.headers
         check_declared(declared_length(self._request), self._options.max_body_mb << 20)
         content_type, encoding = headers.get("content-type"), headers.get("content-encoding")

@@ -36,7 +36,7 @@ READ_AHEAD_BYTES = 16 << 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0  # before a restart; the pause doubles with each worker that answers nothing
 DEATHS_AT_START = 3  # the number of workers in a row that may end before the first one is ready
 CLOSE_S = 2.0  # the time that a worker has to end by itself, before it is killed
-# A worker that misses so many beats is stuck: stopped, swapped out, or one thread keeps all others from running. Python
+# A worker that misses this many pings is stuck: it is stopped or swapped out, or one thread blocks all others. Python
 # code never blocks the other threads for so long, even on a busy machine.
 BEAT_S, BEATS_MISSED = 1.0, 15
 
@@ -57,7 +57,7 @@ def start_forkserver() -> None:
 
     Must be called on the main thread. The fork server and its workers block SIGINT, SIGTERM and SIGHUP, because a
     signal to the process group is meant for the front process. Signals that are blocked here stay blocked in the new
-    process. They are not ignored instead, because this process would lose a signal that arrives meanwhile.
+    process. Ignoring the signals instead would lose one that this process gets in the meantime.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it when it is loaded
     resource_tracker.ensure_running()  # otherwise the fork server would start it, which unblocks the signals
@@ -90,8 +90,8 @@ class ProcessEngine:
         device: a device of `--device`.
         metrics: count the restarts and the memory of the worker.
         takes_any: whether it also runs models that name no device.
-        others: the devices that models name and `--device` does not. `start` returns engines for those of them that
-            turn out to be other devices than this one.
+        others: devices that models name but `--device` does not. `start` returns an engine for each that is not this
+            device.
         worker: the name of the module whose `main` the process runs.
         """
         self.device = device
@@ -267,7 +267,7 @@ class ProcessEngine:
         try:
             with theirs:
                 await asyncio.to_thread(process.start)
-        except BaseException:  # if cancelled, a worker that starts nevertheless finds its connection closed and ends
+        except BaseException:  # when this is cancelled, the worker may still start; it then finds its connection closed
             ours.close()
             raise
         self._process = process

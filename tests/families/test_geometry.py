@@ -83,7 +83,7 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 def test_limits_are_inclusive() -> None:
     geometry = FAMILIES["kl"].decode_geometry(KL, (2, 16, 8, 8), Parameters([]))
     check_limits(geometry, Limits(max_pixels=64 * 64, max_batch=2), "m")
-    with pytest.raises(TooLarge, match="64x64 is 4096 pixels, 'm' takes at most 4095"):
+    with pytest.raises(TooLarge, match="64x64 is 4096 pixels, but 'm' takes at most 4095"):
         check_limits(geometry, Limits(max_pixels=4095), "m")
 
 

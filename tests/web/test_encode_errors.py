@@ -165,7 +165,7 @@ def test_what_an_answer_cannot_be(url: str) -> None:
 
 CLIPS: list[tuple[Callable[[], bytes], int, str, str]] = [
     (lambda: clip(8), 422, "impossible", "takes 4 k + 1 frames; send 5 or 9"),
-    (lambda: clip(21), 413, "too_large", "frames, 'hunyuan' takes at most 17"),
+    (lambda: clip(21), 413, "too_large", "frames, but 'hunyuan' takes at most 17"),
     (lambda: clip(5)[:-900], 400, "bad_request", "the MP4's index is damaged or cut short"),
     (lambda: b"\0\0\0\x18ftypmp42" + bytes(999), 400, "bad_request", "the MP4's index is damaged"),
     (lambda: movie(trak(few(stsz=full(b"stsz", numbers(1, 85_000_000))))), 413, "too_large", "85000000 frames"),

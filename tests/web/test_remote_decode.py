@@ -233,7 +233,7 @@ def test_a_video_is_an_mp4_whatever_height_and_width_say(url: str, vaes: Vaes) -
 
 
 def test_the_client_raises_the_servers_sentence(url: str, vaes: Vaes) -> None:
-    with pytest.raises(RuntimeError, match="the latents have 4 channels, this model's have 16"):
+    with pytest.raises(RuntimeError, match="the latents have 4 channels, but this model's have 16"):
         remote_decode(url + "flux", vaes["sd"].latents(8, 8), **SENT_FACTORS)
 
 

@@ -260,7 +260,7 @@ def test_of_a_cut_mp4_what_a_player_shows_is_encoded(url: str, tmp_path: Path) -
     answer = requests.post(url + "hunyuan/encode", cut, timeout=300)
     assert answer.headers["shape"] == "[1, 16, 2, 4, 8]", answer.text[:200]
     refused = requests.post(url + "hunyuan/encode", whole.read_bytes(), timeout=300)
-    assert_refused(refused, 413, "too_large", "25 frames, 'hunyuan' takes at most 17")
+    assert_refused(refused, 413, "too_large", "25 frames, but 'hunyuan' takes at most 17")
 
 
 def test_half_precision_answers_in_its_own_dtype(url: str, vaes: Vaes) -> None:

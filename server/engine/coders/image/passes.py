@@ -2,7 +2,7 @@
 
 A 3x3 convolution needs one row of its input above and one below each band. All bands of an activation therefore pass
 one layer before any of them enters the next, which GroupNorm requires anyway: it needs the statistics of the whole
-activation. A pass stores the input of its layer, freed row by row as it is read, and the output: two activations at
+activation. A pass stores the input of its layer, freed band by band as it is read, and the output: two activations at
 most. Between an upsample and its convolution, nothing is stored: both are one operation.
 
 If that needs too much memory (`Plan.recomputes`), the layers at the full size store only their output. The activation
@@ -149,7 +149,7 @@ def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Bands, check: Check) -
 
 
 def resnet_recomputing(block: Resnet, kernels: Kernels, x: Activation, check: Check) -> Bands:
-    """Apply a residual block without storing the output of conv1: it is computed for its statistics, and again."""
+    """Apply a residual block without storing the output of conv1, which is computed for its statistics and again when it is read."""
     norm1 = kernels.affine(block.norm1, x.moments)
 
     def conv1(top: int, bottom: int) -> Tensor:  # [B, n, W, C']

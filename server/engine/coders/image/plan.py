@@ -1,4 +1,6 @@
-"""Plans: how tall the bands of a run are, and how many images it computes together, to fit the memory."""
+"""Plans that fit the memory: how many rows a band has, and how many images are computed together.
+
+A band is a group of consecutive rows of an activation."""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import torch
 
 from .layers import Attention, Conv, Downsample, Resnet, Upsample
 
-# Bands of this size stay in a CPU's caches from the norm over the convolution to the statistics. On two cores an image
-# of 512² takes 1/1.4 of the time that it takes as one band. Twice the size is no faster and takes 100 MB more at 1024².
+# Bands of this size stay in a CPU's caches from the norm through the convolution to the statistics. On two cores an image
+# of 512² takes 0.7 of the time that it takes as one band. Twice the size is no faster and takes 100 MB more at 1024².
 CPU_BAND_BYTES = 4 << 20
 # Small images are computed together, so that the weights are read from memory once for all of them. Eight images of
 # 64x64 pixels take 0.55 of the time that they take one by one, eight of 128x128 pixels 0.85.
@@ -19,13 +21,13 @@ CPU_TOGETHER_BYTES = 16 << 20
 # The size of one chunk of the attention's scores.
 SCORES_BYTES = 256 << 20
 
-# How many bands a layer holds beside the stored activations: the input with its halo, the output of the convolution,
-# and the four phases of an upsample.
+# The most bands that a layer holds besides the stored activations: the input with its halo, the convolution's output,
+# and for an upsample its phases (quarters of a band that are interleaved into one) with the interleaved result.
 WORKING_BANDS = 4
-# The same when it recomputes: one band of each layer that is computed again.
+# The most bands while recomputing: each layer that is computed again holds one more.
 RECOMPUTING_BANDS = 6
 SMALLEST_BAND_BYTES = 1 << 20
-# The halo of a band is recomputed together with the band, so low bands cost time: 8 MB was the fastest on a CPU.
+# The halo of a band is recomputed together with the band, so bands of few rows cost time: 8 MB was the fastest on a CPU.
 RECOMPUTED_BAND_BYTES = 8 << 20
 SMALLEST_SCORES_BYTES = 16 << 20
 
@@ -39,7 +41,7 @@ class Plan:
     band_bytes: the largest size of one band of an activation, of all `images` together.
     scores_bytes: the largest size of one chunk of the attention's scores, of all `images` together.
     unit_bytes: the largest size of one unit of rows, of one image (see `unit_rows`).
-    recomputes: whether steps at the full size store only their output, and compute what is inside them when it is read.
+    recomputes: whether steps at the size of the whole image store only their output, and compute their inner activations again whenever these are read.
     """
 
     images: int
