@@ -190,7 +190,8 @@ class Result(Generic[Body]):
     """What became of a request. Each stage fills in its own fields.
 
     body: the tensor that came off the device; after rendering, the body of the answer.
-    device_ms: time on the device, from the first byte copied in to the last byte copied out, for the whole batch, without the time that other work had the device in between.
+    device_ms: time on the device, from the first byte copied in to the last byte copied out, for the whole batch,
+        without the time that other work had the device in between.
     render_ms: time for rendering after the device was done.
     queue_ms: time from admission until a device began.
     batch_size: number of requests that were computed together.

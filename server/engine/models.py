@@ -65,8 +65,8 @@ class Placed:
 class LoadedModels:
     """The models on one device.
 
-    Every method may be called from any thread. While a model is being loaded, others can run. The least recently used models
-    are unloaded to make room; a model is never unloaded while it runs.
+    Every method may be called from any thread. While a model is being loaded, others can run. The least recently used
+    models are unloaded to make room; a model is never unloaded while it runs.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -120,7 +120,9 @@ class LoadedModels:
     def run(
         self, requests: Sequence[Request], stream: Stream | None = None, check: Check = go_on
     ) -> list[TensorResult | Exception]:
-        """Run requests of one batch now, after loading the model if needed. Requests that overflow half precision are run again in float32.
+        """Run requests of one batch now, after loading the model if needed.
+
+        Requests that overflow half precision are run again in float32.
 
         check: called between the steps of the work. Other threads that want the device get it there too. `check` may
             call `run` for another coder, or for the same one if `LoadedInfo.may_run_inside_itself`. Such a run loads

@@ -224,12 +224,14 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
         )
     if geometry.num_frames > limits.max_frames:
         raise TooLarge(
-            f"the request has {geometry.num_frames} frames, but '{model}' takes at most {limits.max_frames}; send a shorter video",
+            f"the request has {geometry.num_frames} frames, but '{model}' takes at most {limits.max_frames}; "
+            "send a shorter video",
             operator_task="raise max_frames in models.yaml",
         )
     if geometry.batch > limits.max_batch:
         raise TooLarge(
-            f"the request has a batch of {geometry.batch}, but '{model}' takes at most {limits.max_batch} at once; send fewer per request",
+            f"the request has a batch of {geometry.batch}, but '{model}' takes at most {limits.max_batch} at once; "
+            "send fewer per request",
             operator_task="raise max_batch in models.yaml",
         )
     if 0 in geometry.latent_shape:

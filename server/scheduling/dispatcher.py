@@ -1,9 +1,9 @@
 """Give batches from the queue to the engines, and retry them when a worker dies or hangs.
 
-While an engine computes a batch, it gets the next one if that is full and short enough, so that the device never waits for bytes. While
-it computes a long batch, it also gets short ones, which run between the steps of the long one. When a worker dies,
-requests that it had not started return to the queue; a request that it had started is tried once more, in a batch of
-its own.
+While an engine computes a batch, it gets the next one if that is full and short enough, so that the device never waits
+for bytes. While it computes a long batch, it also gets short ones, which run between the steps of the long one. When a
+worker dies, requests that it had not started return to the queue; a request that it had started is tried once more, in
+a batch of its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class Dispatcher:
     """
 
     def __init__(self, engines: Sequence[Engine], options: ServerOptions) -> None:
-        """Make a dispatcher. engines: one for each known device. Engines of further devices are added when these start."""
+        """Make a dispatcher.
+
+        engines: one for each known device. Engines of further devices are added when these start.
+        """
         self.engines = list(engines)
         self.queue: Queue[Pending] = Queue(options.batch_pixels, options.max_batch)
         self.batches: dict[Engine, set[Batch]] = defaultdict(set)
@@ -362,9 +365,9 @@ class Dispatcher:
     async def _watch(self, engine: Engine, batch: Batch) -> None:
         """Kill the engine when a batch makes no progress for `hang_timeout_s`.
 
-        This is the only way to end a GPU kernel or an ffmpeg process that hangs. Work that makes one step after another is never
-        killed, however long it takes. A batch that has not started has twice the time, because it waits for the batch
-        before it.
+        This is the only way to end a GPU kernel or an ffmpeg process that hangs. Work that makes one step after another
+        is never killed, however long it takes. A batch that has not started has twice the time, because it waits for
+        the batch before it.
         """
         clock = asyncio.get_running_loop().time
         steps, since = engine.steps, clock()
@@ -390,7 +393,10 @@ class Dispatcher:
         self.pump()
 
     def _count_death(self, pending: Pending) -> bool:
-        """Count an attempt that the death of a worker ended. Return whether another attempt is allowed; if not, fail the request."""
+        """Count an attempt that the death of a worker ended.
+
+        Return whether another attempt is allowed; if not, fail the request.
+        """
         pending.tries += 1
         if pending.deaths < MAX_DEATHS and pending.tries < MAX_TRIES:
             return True

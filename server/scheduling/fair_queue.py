@@ -5,8 +5,9 @@ Knows only keys, pixels, seconds and deadlines: no HTTP, no tensors, no clock.
 Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996) between flows. A flow is the requests of one direction of
 a model that have about the same size. While several flows wait, each gets the same share of the device's time. Every
 waiting request (a ticket) has a tag: the virtual time of the queue when it is put, or the end of the previous ticket of
-its flow if that is later. The virtual time is the tag up to which work has been handed out. The ticket with the lowest tag is next. So an image waits at most for the running batch and for other images, but not
-for the videos that were queued before it; and a video gets its share of the time, however many images arrive.
+its flow if that is later. The virtual time is the tag up to which work has been handed out. The ticket with the lowest
+tag is next. So an image waits at most for the running batch and for other images, but not for the videos that were
+queued before it; and a video gets its share of the time, however many images arrive.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Ticket:
     pixels: the size of its work.
     seconds: the estimated time of its work on a device.
     arrived, deadline: in seconds of the caller's clock.
-    is_alone: it is computed in a batch of its own. True after a worker died while computing it, so that a second crash hits no other request.
+    is_alone: it is computed in a batch of its own. True after a worker died while computing it, so that a second crash
+        hits no other request.
     tag: its virtual time, which decides its place; None until it is first put into the queue.
     """
 

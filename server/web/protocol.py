@@ -38,8 +38,8 @@ SPARE_HEAD_S = 2.0  # how long a connection over the limit may take to send the 
 # bytes, and the client would not get the refusal.
 LINGER_S = 2.0
 TICK_S = 0.25  # the time between two checks of a connection
-# The most credit, in seconds of not reading, that a client can build up by reading faster than 64 KiB per second. Without a bound, it could stop reading
-# for hours after a fast start.
+# The most credit, in seconds of not reading, that a client can build up by reading faster than 64 KiB per second.
+# Without a bound, it could stop reading for hours after a fast start.
 MOST_CREDIT_S = 60.0
 TURNS = itertools.count()  # orders events, because several may have the same time on the event loop's clock
 

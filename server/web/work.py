@@ -154,7 +154,7 @@ class Intake:
         return await self.service.describe(name)
 
     async def _json(self, *, may_be_file: bool) -> tuple[bytes | bytearray, Mapping[str, Any]] | None:
-        """Receive a JSON body, and return the bytes that `inputs` encodes and the parameters; None for a body that is not JSON."""
+        """Receive a JSON body. Return the bytes that `inputs` encodes, and the parameters; None if it is not JSON."""
         headers = self._request.headers
         check_declared(declared_length(self._request), self._options.max_body_mb << 20)
         content_type, encoding = headers.get("content-type"), headers.get("content-encoding")

@@ -149,7 +149,10 @@ def upsample(conv: Conv, kernels: Kernels, plan: Plan, x: Bands, check: Check) -
 
 
 def resnet_recomputing(block: Resnet, kernels: Kernels, x: Activation, check: Check) -> Bands:
-    """Apply a residual block without storing the output of conv1, which is computed for its statistics and again when it is read."""
+    """Apply a residual block without storing the output of conv1.
+
+    That output is computed once for its statistics, and again when it is read.
+    """
     norm1 = kernels.affine(block.norm1, x.moments)
 
     def conv1(top: int, bottom: int) -> Tensor:  # [B, n, W, C']

@@ -12,8 +12,9 @@ import torch
 
 from .layers import Attention, Conv, Downsample, Resnet, Upsample
 
-# Bands of this size stay in a CPU's caches from the norm through the convolution to the statistics. On two cores an image
-# of 512² takes 0.7 of the time that it takes as one band. Twice the size is no faster and takes 100 MB more at 1024².
+# Bands of this size stay in a CPU's caches from the norm through the convolution to the statistics. On two cores an
+# image of 512² takes 0.7 of the time that it takes as one band. Twice the size is no faster and takes 100 MB more at
+# 1024².
 CPU_BAND_BYTES = 4 << 20
 # Small images are computed together, so that the weights are read from memory once for all of them. Eight images of
 # 64x64 pixels take 0.55 of the time that they take one by one, eight of 128x128 pixels 0.85.
@@ -27,7 +28,8 @@ WORKING_BANDS = 4
 # The most bands while recomputing: each layer that is computed again holds one more.
 RECOMPUTING_BANDS = 6
 SMALLEST_BAND_BYTES = 1 << 20
-# The halo of a band is recomputed together with the band, so bands of few rows cost time: 8 MB was the fastest on a CPU.
+# The halo of a band is recomputed together with the band, so bands of few rows cost time: 8 MB was the fastest on a
+# CPU.
 RECOMPUTED_BAND_BYTES = 8 << 20
 SMALLEST_SCORES_BYTES = 16 << 20
 
@@ -41,7 +43,8 @@ class Plan:
     band_bytes: the largest size of one band of an activation, of all `images` together.
     scores_bytes: the largest size of one chunk of the attention's scores, of all `images` together.
     unit_bytes: the largest size of one unit of rows, of one image (see `unit_rows`).
-    recomputes: whether steps at the size of the whole image store only their output, and compute their inner activations again whenever these are read.
+    recomputes: whether steps at the size of the whole image store only their output, and compute their inner
+        activations again whenever these are read.
     """
 
     images: int
