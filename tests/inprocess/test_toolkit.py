@@ -272,8 +272,10 @@ def test_the_end_of_the_event_loop_closes_the_engine(models_yaml: Path, monkeypa
         closed.append(engine)
         await really_close(engine)
 
+    app = Starlette()  # it keeps the server's task alive, as the toolkit's own app does
+
     async def start_up() -> None:
-        take_over(Starlette(), load_settings(config=models_yaml))
+        take_over(app, load_settings(config=models_yaml))
         await asyncio.sleep(0)
 
     really_close = LocalEngine.close

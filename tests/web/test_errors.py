@@ -22,7 +22,7 @@ from server.engine.coders.stock import StockDecoder
 from server.engine.coders.video.hunyuan_decoder import ExactHunyuanVideoDecoder
 from server.engine.local import LocalEngine
 from server.engine.weights import loading
-from server.model_info import Direction, ModelInfo
+from server.model_info import CoderId, ModelInfo
 from server.scheduling.engines import Batch
 from tests.conftest import REPOSITORY, Serve
 from tests.vaes import LocalVae
@@ -469,9 +469,9 @@ def test_a_server_that_still_loads_is_503_until_it_can_serve(serve: Serve, vaes:
     opened = threading.Event()
 
     class SlowToLoad(LocalEngine):
-        async def load(self, model: str, direction: Direction = Direction.DECODE) -> None:
+        async def load(self, coder: CoderId) -> None:
             await asyncio.to_thread(opened.wait, 300)
-            await super().load(model, direction)
+            await super().load(coder)
 
     address = serve(
         {"sd": {"repo": str(vaes["sd"].folder), "preload": True}},
