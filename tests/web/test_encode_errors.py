@@ -114,7 +114,12 @@ def test_a_picture_that_is_cut_short_is_refused(url: str, kind: str) -> None:
 
 
 def test_a_picture_smaller_than_one_latent_is_refused(url: str) -> None:
-    assert_says(ask(url, file_of("PNG", picture(64, 7))), 422, "impossible", "a width of 7 pixels is less than this model's minimum of 8")
+    assert_says(
+        ask(url, file_of("PNG", picture(64, 7))),
+        422,
+        "impossible",
+        "a width of 7 pixels is less than this model's minimum of 8",
+    )
 
 
 def test_a_text_bomb_in_a_png_is_refused(url: str) -> None:
