@@ -104,7 +104,7 @@ class RayDevices:
         self._replicas = replicas
         self._models = models
         self._here: list[Reply] = []  # what the local files say about each model, read once
-        self._jobs: set[Pending] = set()
+        self._pendings: set[Pending] = set()
         self._failures = LoadFailures(lambda: asyncio.get_running_loop().time())
         self._held: OrderedDict[str, dict[str, LoadedInfo]] = OrderedDict()  # by replica, the last sender at the end
         self._counting: asyncio.Task[None] | None = None
@@ -112,17 +112,17 @@ class RayDevices:
     @property
     def waiting(self) -> int:
         """The number of requests that no device has begun."""
-        return len(self._jobs) - self.running
+        return len(self._pendings) - self.running
 
     @property
     def running(self) -> int:
         """The number of requests that a device has begun and that have no answer yet."""
-        return sum(pending.started is not None for pending in self._jobs)
+        return sum(pending.started is not None for pending in self._pendings)
 
     @property
     def seconds_ahead(self) -> float:
         """The estimated time, in seconds, until all present requests are done."""
-        return sum(pending.seconds for pending in self._jobs) / self.count
+        return sum(pending.seconds for pending in self._pendings) / self.count
 
     async def start(self) -> None:
         """Wait until a replica is running, or Ray starts none. Raises ConfigError if the replicas cannot start."""
@@ -165,7 +165,7 @@ class RayDevices:
         """Send a request to a replica and wait for its result. Sends it again if the replica ends."""
         if failure := self.load_failure(pending.coder):
             raise failure
-        self._jobs.add(pending)
+        self._pendings.add(pending)
         try:
             while True:
                 try:
@@ -178,7 +178,10 @@ class RayDevices:
                         raise self._queue_full(error) from None
                     await asyncio.sleep(PAUSE_S)  # the request was accepted before, so it is not refused now
         finally:
-            self._jobs.discard(pending)
+            self._pendings.discard(pending)
+
+    def kill(self) -> None:
+        """Do nothing: Ray ends the replicas."""
 
     async def close(self) -> None:
         """Stop counting the replicas."""

@@ -1,6 +1,6 @@
 """The HTTP contract, without HTTP: parameters, `Accept` and a body become a Request.
 
-No other package knows the names of the parameters or the forms of a body.
+The other packages get a Job or a Request, except for a few parameters that only one family has.
 """
 
 from .bodies import Bytes, check_length, is_json_body, read_base64, read_json, with_data

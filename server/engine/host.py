@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 
@@ -13,11 +13,12 @@ from ..config import Settings
 from ..model_info import CoderId, LoadedInfo, ModelInfo
 from ..values import Request
 from .models import LoadedModels
+from .own_thread import in_own_thread
 from .runner import Listener, Runner
 
-HOUSEKEEPING_S = 1.0
+log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+HOUSEKEEPING_S = 1.0
 
 
 class Host:
@@ -33,6 +34,9 @@ class Host:
         self._files = ThreadPoolExecutor(1 + len(settings.models), thread_name_prefix="files")
         self._on_unload = on_unload
         self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Begin to unload idle models."""
         threading.Thread(target=self._keep_house, name="house", daemon=True).start()
 
     @property
@@ -60,23 +64,8 @@ class Host:
 
     def _keep_house(self) -> None:
         while not self._closing.wait(HOUSEKEEPING_S):
-            if self.models.unload_idle():
-                self._on_unload()
-
-
-def in_own_thread(name: str, work: Callable[[], T]) -> Future[T]:
-    """Do some work in a new thread, which ends with the work.
-
-    A thread that has run torch keeps its OpenMP workers as long as it lives. Once there are more of those than cores,
-    libgomp stops spinning: a 512x512 decode of the demo model then takes 330 ms instead of 220.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  # the border of a thread: the future carries the error
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future
+            try:
+                if self.models.unload_idle():
+                    self._on_unload()
+            except Exception:  # the border of a thread: the next look may succeed
+                log.exception("idle models could not be unloaded")

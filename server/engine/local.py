@@ -27,7 +27,8 @@ class LocalEngine:
         self.kill = on_hang
 
     async def start(self, changed: Callable[[], None]) -> Sequence[Engine]:
-        """Do nothing and return no further engines: `is_alive` never changes here."""
+        """Begin to unload idle models. Return no further engines. `is_alive` never changes here."""
+        self.host.start()
         return []
 
     async def describe(self, model: str, *, is_local_only: bool = False) -> ModelInfo:

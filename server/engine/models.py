@@ -54,7 +54,7 @@ class NotLoaded(ServerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class Located:
     """A model's description, its files, and where it will run. Made once for each load and each `describe`."""
 
     info: ModelInfo
@@ -83,9 +83,9 @@ class LoadedModels:
 
         is_local_only: do not use the network.
         """
-        placed = self._place(name, is_local_only=is_local_only)
-        dtype = self._dtype(placed, Direction.DECODE)
-        return replace(placed.info, weights=weigh(placed.source, dtype))
+        located = self._locate(name, is_local_only=is_local_only)
+        dtype = self._dtype(located, Direction.DECODE)
+        return replace(located.info, weights=weigh(located.source, dtype))
 
     def loaded(self, name: str) -> LoadedInfo | None:
         """Return what is known of a model with a direction on the device; None if neither direction is loaded."""
@@ -182,7 +182,8 @@ class LoadedModels:
         if limit is None:
             return []
         oldest = time.monotonic() - limit
-        return self._unload([key for key, used_at in list(self._used_at.items()) if used_at < oldest])
+        idle = [key for key, used_at in list(self._used_at.items()) if used_at < oldest]
+        return self._unload(idle) if idle else []
 
     def _keep(self, key: Key, model: LoadedModel[Coder]) -> LoadedModel[Coder]:
         self._loaded[key] = model
@@ -228,11 +229,11 @@ class LoadedModels:
     def _load(self, key: Key) -> LoadedModel[Coder]:
         """Load one direction of a model, warm it up, and turn every failure into ModelUnavailable."""
         started = time.perf_counter()
-        placed = self._place(key.name)
+        located = self._locate(key.name)
         try:
-            model = self._read(placed, key)
+            model = self._read(located, key)
         except (torch.OutOfMemoryError, MemoryError):
-            detail = f"{key.name}: its weights do not fit the memory of {placed.device}"
+            detail = f"{key.name}: its weights do not fit the memory of {located.device}"
             raise ModelUnavailable(key.name, detail) from None
         except ModelUnavailable:
             raise
@@ -247,12 +248,12 @@ class LoadedModels:
         )
         return model
 
-    def _read(self, placed: Placed, key: Key) -> LoadedModel[Coder]:
-        info, device, direction = placed.info, placed.device, key.direction
+    def _read(self, located: Located, key: Key) -> LoadedModel[Coder]:
+        info, device, direction = located.info, located.device, key.direction
         entry, options = self._settings.models[key.name], self._settings.options
         family = FAMILIES[info.latents.family]
-        dtype = torch.float32 if key.is_upcast else self._dtype(placed, direction)
-        vae = loading.load_vae(info, placed.source, dtype, direction)
+        dtype = torch.float32 if key.is_upcast else self._dtype(located, direction)
+        vae = loading.load_vae(info, located.source, dtype, direction)
         spec = family.refine(info.latents, vae)
         weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
         self._make_room(weight_bytes)
@@ -279,20 +280,20 @@ class LoadedModels:
                 warm_up(model, entry.warmup)
         return model
 
-    def _place(self, name: str, *, is_local_only: bool = False) -> Placed:
+    def _locate(self, name: str, *, is_local_only: bool = False) -> Located:
         source = source_of(self._settings, name)
         info = read_info(source, is_local_only=is_local_only)
         try:
             device = self._settings.models[name].device or self._settings.options.first_device
-            return Placed(info, source, placement.choose_device(device))
+            return Located(info, source, placement.choose_device(device))
         except ValueError as error:
             raise ModelUnavailable(name, f"{name}: {error}") from None
 
-    def _dtype(self, placed: Placed, direction: Direction) -> torch.dtype:
-        entry = self._settings.models[placed.info.name]
-        is_exact = entry.decodes_exactly and placed.info.class_name in EXACT_CLASSES[direction]
+    def _dtype(self, located: Located, direction: Direction) -> torch.dtype:
+        entry = self._settings.models[located.info.name]
+        is_exact = entry.decodes_exactly and located.info.class_name in EXACT_CLASSES[direction]
         wanted = entry.dtype or self._settings.options.dtype
-        return placement.choose_dtype(wanted, placed.info, placed.device, is_exact=is_exact)
+        return placement.choose_dtype(wanted, located.info, located.device, is_exact=is_exact)
 
 
 def on(device: torch.device) -> Any:

@@ -19,7 +19,7 @@ from .loaded_model import LoadedModel
 from .tensors import NAMES, to_host
 
 # The attempts of a batch: first without any measure, then after each measure against running out of memory.
-STEPS = ("", "free_caches", "smallest_bands")
+MEASURES = ("", "free_caches", "smallest_bands")
 # Words in the errors of torch's CPU allocator, cuBLAS and Triton.
 NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
 SMALLEST_BUDGET_BYTES = 1  # makes an exact decoder use its lowest bands and recompute
@@ -134,7 +134,7 @@ def _within_memory(
     """
     emit = stream.write if stream else None
     steps: list[str] = []
-    for step in STEPS:
+    for step in MEASURES:
         if step:
             steps.append(step)
             _free_caches(model)
@@ -143,7 +143,7 @@ def _within_memory(
         except Exception as error:  # many classes mean out of memory, and the stream must be abandoned on any error
             _abandon(stream)
             stream = emit = None
-            if not is_out_of_memory(error) or step == STEPS[-1]:
+            if not is_out_of_memory(error) or step == MEASURES[-1]:
                 raise
             continue
         if not bool(coded.finite):

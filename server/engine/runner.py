@@ -19,6 +19,7 @@ from ..outputs import format_named
 from ..values import RawTensor, Rendered, RenderedResult, Request, TensorResult
 from .coders.interface import Stopped
 from .models import LoadedModels, NotLoaded
+from .own_thread import in_own_thread
 from .video_render import VideoRender
 
 log = logging.getLogger(__name__)
@@ -108,22 +109,44 @@ class Runner:
         is_short: the batch may run between the steps of work that is already on the device.
         """
         work = Work(requests, listener)
-        if is_short:
-            with self._taking:
-                self._short.append(work)
-        self._device.submit(self._run_unless_taken, work)
+        if self._models.holds(work.coder):
+            self._submit(work, is_short)
+            return
+
+        def load_first() -> None:  # the model was unloaded after the batch was formed
+            try:
+                self._models.load(*work.coder)
+            except Exception as error:  # noqa: BLE001  # the border of a load: every waiter is answered
+                work.fail(error)
+            else:
+                self._submit(work, is_short)
+
+        in_own_thread("load", load_first)
 
     def close(self) -> None:
         """End the threads. Work in progress is not waited for."""
         for pool in (self._device, self._renders, self._video_renders):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _submit(self, work: Work, is_short: bool) -> None:
+        if is_short:
+            with self._taking:
+                self._short.append(work)
+        self._device.submit(self._run_unless_taken, work)
+
     def _run_unless_taken(self, work: Work) -> None:
         with self._taking:
             if work.is_taken:
                 return
             self._take(work)
-        self._run(work)
+        self._run_or_fail(work)
+
+    def _run_or_fail(self, work: Work) -> None:
+        try:
+            self._run(work)
+        except Exception as error:  # the border of a batch: every waiter is answered, and no other batch fails with it
+            log.exception("a batch failed outside of its computation")
+            work.fail(error)
 
     def _take(self, work: Work) -> None:
         work.is_taken = True
@@ -140,11 +163,7 @@ class Runner:
             if work is None:
                 return
             self._take(work)
-        try:
-            self._run(work)
-        except Exception as error:  # the border of a batch: the batch that runs beside it must not fail with it
-            log.exception("a batch failed between the steps of another one")
-            work.fail(error)
+        self._run_or_fail(work)
 
     def _may_interleave(self, coder: CoderId) -> bool:
         """Return whether a coder can run between the steps of the current work.
@@ -170,7 +189,7 @@ class Runner:
             # The work beside it holds the memory, or its model was unloaded just now. Try again with the whole device.
             if video:
                 video.abandon()
-            self._device.submit(self._run, work)
+            self._device.submit(self._run_or_fail, work)
             return
         if video and isinstance(outcomes[0], Exception):
             video.abandon()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(eq=False)
-class Place:
+class Waiter:
     """A thread that waits in the line of a Turn.
 
     is_patient: it waits until the current work has ended, and is not let in between the steps of that work.
@@ -26,7 +26,7 @@ class Turn:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: list[Place] = []
+        self._waiting: list[Waiter] = []
         self._owner: int | None = None
         self._depth = 0
         self._is_between_steps = False
@@ -35,7 +35,7 @@ class Turn:
         me = threading.get_ident()
         with self._changed:
             if self._owner != me:
-                self._wait(Place())
+                self._wait(Waiter())
                 self._owner = me
             self._depth += 1
 
@@ -50,7 +50,7 @@ class Turn:
     def after_work(self) -> Iterator[None]:
         """Have the turn while no work is in progress, not even between the steps of some work."""
         with self._changed:
-            self._wait(Place(is_patient=True))
+            self._wait(Waiter(is_patient=True))
             self._owner, self._depth = threading.get_ident(), 1
         try:
             yield
@@ -64,19 +64,19 @@ class Turn:
 
     def give_way(self) -> None:
         """Let the waiting threads have the turn first, except patient ones. The calling thread must have the turn."""
-        if not any(not place.is_patient for place in self._waiting):
+        if not any(not waiter.is_patient for waiter in self._waiting):
             return
         with self._changed:
             owner, depth = self._owner, self._depth
             self._owner, self._depth, self._is_between_steps = None, 0, True
             self._changed.notify_all()
-            self._wait(Place())
+            self._wait(Waiter())
             self._owner, self._depth, self._is_between_steps = owner, depth, False
 
-    def _wait(self, place: Place) -> None:
-        self._waiting.append(place)
-        self._changed.wait_for(lambda: self._owner is None and self._next() is place)
-        self._waiting.remove(place)
+    def _wait(self, waiter: Waiter) -> None:
+        self._waiting.append(waiter)
+        self._changed.wait_for(lambda: self._owner is None and self._next() is waiter)
+        self._waiting.remove(waiter)
 
-    def _next(self) -> Place:
-        return next(place for place in self._waiting if not (place.is_patient and self._is_between_steps))
+    def _next(self) -> Waiter:
+        return next(waiter for waiter in self._waiting if not (waiter.is_patient and self._is_between_steps))

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
@@ -56,6 +57,7 @@ class Worker:
         except ValueError as error:
             self.send(messages.Unusable(str(error)))
             return
+        self._host.start()
         self.send(messages.Ready(str(device), torch.cuda.device_count() if device.type == "cuda" else 1))
         while (message := messages.receive(self._connection)) is not None:
             match message:
@@ -93,17 +95,22 @@ class Worker:
             self.send(messages.Holds(held))
 
     def _reply_info(self, call: int, described: Future[ModelInfo]) -> None:
-        if error := described.exception():
-            self.send(messages.Replied(call, failure=failure_of(error)))
-        else:
-            self.send(messages.Replied(call, info=described.result()))
+        self._reply(call, lambda: messages.Replied(call, info=described.result()))
 
     def _reply_loaded(self, call: int, loaded: Future[LoadedInfo]) -> None:
-        if error := loaded.exception():
-            self.send(messages.Replied(call, failure=failure_of(error)))
-        else:
+        def reply() -> messages.Replied:
+            loaded.result()
             self.tell_models()
-            self.send(messages.Replied(call))
+            return messages.Replied(call)
+
+        self._reply(call, reply)
+
+    def _reply(self, call: int, make: Callable[[], messages.Replied]) -> None:
+        """Answer a call with a message, or with the error of making or sending it."""
+        try:
+            self.send(make())
+        except Exception as error:  # noqa: BLE001  # the border of a call: it is answered
+            self.send(messages.Replied(call, failure=failure_of(error)))
 
 
 class BatchListener:

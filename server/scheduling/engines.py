@@ -208,6 +208,10 @@ class Devices(Protocol):
         """
         ...
 
+    def kill(self) -> None:
+        """End all work at once. Requests without an answer fail."""
+        ...
+
     async def close(self) -> None:
         """Release the devices."""
         ...

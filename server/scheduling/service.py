@@ -123,6 +123,10 @@ class Service:
                 options.drain_timeout_s,
             )
 
+    def end_devices(self) -> None:
+        """End all work on the devices at once, because the server must end now."""
+        self._devices.kill()
+
     async def close(self) -> None:
         """Release the devices."""
         await self._devices.close()
@@ -186,7 +190,7 @@ class Service:
     def failed_models(self) -> list[str]:
         """Return the names of the models whose decoder or encoder failed to load and may not be tried again yet."""
         failed = (CoderId(name, direction) for name in self.settings.models for direction in Direction)
-        return list(dict.fromkeys(half.model for half in failed if self._devices.load_failure(half)))
+        return list(dict.fromkeys(coder.model for coder in failed if self._devices.load_failure(coder)))
 
     def check_can_serve(self) -> None:
         """Raise Unavailable unless the server accepts requests and has a model that did not fail to load."""

@@ -54,6 +54,7 @@ class DrainingServer(uvicorn.Server):
         """As uvicorn does, but close the application after a second signal too, which releases the workers."""
         await super().shutdown(sockets)
         if self.force_exit:
+            self._service.end_devices()
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_S):
                     await self.lifespan.shutdown()

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import Scope
+
+from ..config.paths import PROBES
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ def traced_by(processor: Any) -> Middleware:
         OpenTelemetryMiddleware,
         tracer_provider=provider,
         default_span_details=_name,
-        excluded_urls="/health(/live)?/?$",
+        excluded_urls=",".join(f"{re.escape(path)}/?$" for path in sorted(PROBES)),
         exclude_spans=["receive", "send"],
         http_capture_headers_server_response=["server-timing", "x-request-id"],
     )

@@ -51,6 +51,7 @@ class Work:
                 until_sent.enter_context(service.answering())
                 with service.place(admission):
                     job, result = await unless_client_left(request, _answer(intake, received))
+                del received  # its bytes are no longer counted while the answer is sent
             admission.send(result.body.body.nbytes)
             request.state.queue_ms, request.state.size = round(result.queue_ms), job.geometry.size_text  # for the log
             await send_all(request, response_of(job, result), send)

@@ -54,24 +54,34 @@ class Load(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """An error as data: one of `server.errors` with its arguments, any other as a ServerError without details."""
+    """An error as data: one of `server.errors`, any other as a ServerError without details.
+
+    kind: the name of its class. words: its sentence; for ModelUnavailable the model and the detail.
+    """
 
     kind: str
     words: tuple[str, ...]
     retry_after_s: int | None = None
+    operator_task: str | None = None
 
     @staticmethod
     def of(error: BaseException) -> Failure:
         """Return the error as data."""
         if isinstance(error, errors.ModelUnavailable):
             return Failure("ModelUnavailable", (error.model, error.detail), error.retry_after_s)
-        if isinstance(error, errors.ServerError):
-            return Failure(type(error).__name__, tuple(map(str, error.args)), error.retry_after_s)
+        if isinstance(error, errors.ServerError) and hasattr(errors, type(error).__name__):
+            words = tuple(map(str, error.args))
+            return Failure(type(error).__name__, words, error.retry_after_s, error.operator_task)
         return Failure("ServerError", ())
 
     def error(self) -> errors.ServerError:
         """Return the error as an exception."""
-        found: errors.ServerError = getattr(errors, self.kind)(*self.words)
+        kind: type[errors.ServerError] = getattr(errors, self.kind)
+        if kind is errors.ModelUnavailable:
+            model, detail = self.words
+            return errors.ModelUnavailable(model, detail, retry_after_s=self.retry_after_s or 0)
+        found = kind.__new__(kind)  # not by the arguments of its own constructor, which not every class has
+        errors.ServerError.__init__(found, *self.words, operator_task=self.operator_task)
         found.retry_after_s = self.retry_after_s
         return found
 

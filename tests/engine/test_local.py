@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import torch
@@ -41,3 +42,29 @@ def test_a_device_holds_no_more_than_it_may_however_many_load_at_once(models_yam
     for _ in range(3):
         assert asyncio.run(held()) == 1
     assert not torch.nn.Linear(1, 1).weight.is_meta, "diffusers left torch's modules patched"
+
+
+def test_a_load_whose_caller_is_cancelled_ends_without_an_error(models_yaml: Path) -> None:
+    failed: list[threading.ExceptHookArgs] = []
+
+    async def cancelled_then_loaded() -> bool:
+        engine = LocalEngine(load_settings(config=models_yaml))
+        try:
+            loading = asyncio.create_task(engine.load(CoderId("sd")))
+            await asyncio.sleep(0)
+            loading.cancel()
+            for _ in range(3000):
+                if engine.loaded("sd"):
+                    break
+                await asyncio.sleep(0.1)
+            await engine.load(CoderId("sd"))
+            return engine.loaded("sd") is not None
+        finally:
+            await engine.close()
+
+    usual, threading.excepthook = threading.excepthook, failed.append
+    try:
+        assert asyncio.run(cancelled_then_loaded())
+    finally:
+        threading.excepthook = usual
+    assert failed == []

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from PIL import Image
 
 from tests.inputs.mp4 import H264, source, write
 from tests.load import Ask, Told, all_of, process
@@ -40,6 +41,27 @@ def test_no_child_process_has_the_keys(config: Path, monkeypatch: pytest.MonkeyP
         assert len(children) >= 2, "the fork server and the worker"
         for child in children:
             assert b"secret" not in Path(f"/proc/{child.pid}/environ").read_bytes(), child.cmdline()
+
+
+def has_torch(pid: int) -> bool:
+    """Whether a process has loaded torch's library."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_the_front_process_never_loads_torch_whatever_it_is_asked(config: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64)).save(image)
+    with process(config) as (url, server):
+        for path in ("", "health", "health/live", "metrics", "models", "openapi.json", "no/such/route"):
+            requests.get(url + path, timeout=PATIENCE_S)
+        latents = {"shape": [1, 4, 8, 8], "dtype": "float32"}
+        for parameters in ({}, {"image_format": "png"}, {"output_type": "pt"}, {"do_scaling": "true"}):
+            assert requests.post(url, params=latents | parameters, data=bytes(1024), timeout=PATIENCE_S).ok
+        assert requests.post(url + "encode", data=image.read_bytes(), timeout=PATIENCE_S).ok
+        assert not requests.post(url, params=latents, data=b"short", timeout=PATIENCE_S).ok
+        children = psutil.Process(server.pid).children(recursive=True)
+        assert any(has_torch(child.pid) for child in children), "the worker"
+        assert not has_torch(server.pid)
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
