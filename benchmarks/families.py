@@ -1,4 +1,4 @@
-"""Compare the streaming decoder with diffusers' own, for video families at their published sizes with random weights.
+"""Compare our video decoders with diffusers' own, for video families at their published sizes with random weights.
 
 `python -m benchmarks.families [--only NAME …] [--save NAME]` decodes a small video once to the float32 sample, each
 variant in its own process, and compares time, resident memory and results. "Lowest slabs" means a memory budget of one
@@ -7,13 +7,19 @@ byte, so that the decoder uses the lowest possible slabs.
 `python -m benchmarks.families --count` counts the peak bytes of live tensors in a decode of 49 frames of 480x832 to
 uint8 pixels. The tensors have no data, so this takes only seconds.
 
+`python -m benchmarks.families --speed` runs all variants in one process, alternating: diffusers and ours in float32,
+and in bfloat16 (diffusers with its weights in channels_last_3d, which is its fastest form). It prints ratios of the
+fastest runs, and how far each is from diffusers' float32, in dB.
+
 `--save NAME` also writes benchmarks/results/NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,10 +35,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode import MEGA, RESULTS, device_name, peak_of
+from server.engine.coders.build import build_coder
+from server.engine.coders.interface import Decoder
 from server.engine.coders.layouts import postprocess
 from server.engine.coders.stock import StockDecoder
-from server.engine.coders.video.streaming import StreamingDecoder
 from server.families import Family, family_of_class
+from server.model_info import Direction
 from server.values import Layout
 from tests.engine.live import LiveBytes
 
@@ -41,6 +49,10 @@ STOCK, OURS, SLABS = WAYS = ("diffusers", "ours", "ours, lowest slabs")
 HEADER = (
     "| family | frames | size | diffusers s | ours s | ratio | diffusers MB | ours MB | max abs difference "
     "| lowest slabs s | MB | max abs difference |"
+)
+SPEED_HEADER = (
+    "| family | diffusers float32 s | diffusers bf16, times as fast | ours float32 | ours bf16 "
+    "| ours bf16 against diffusers bf16 | ours float32 dB | diffusers bf16 dB | ours bf16 dB |"
 )
 LARGE_HEADER = "| family | frames | diffusers GB | ours GB | lowest slabs GB |"
 WAN_22: dict[str, Any] = {
@@ -86,6 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--count", action="store_true", help="count the memory of large videos instead")
+    parser.add_argument("--speed", action="store_true", help="compare the speed of all variants in one process instead")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each variant with --speed")
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     parser.add_argument("--one", nargs=3, default=None, metavar=("FAMILY", "WAY", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -93,6 +107,8 @@ def main() -> None:
         run_one(*arguments.one)
         return
     header, row, line = (LARGE_HEADER, large_row_of, large_line_of) if arguments.count else (HEADER, row_of, line_of)
+    if arguments.speed:
+        header, row, line = SPEED_HEADER, lambda name: speed_row_of(name, arguments.repeats), speed_line_of
     machine = f"{device_name(CPU)}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     print(f"{machine}\n\n{header}\n{'| --- ' * header.count(' | ')}| --- |", flush=True)
     rows = []
@@ -102,6 +118,53 @@ def main() -> None:
     if arguments.save:
         saved = {"machine": machine, "date": f"{datetime.now(UTC):%Y-%m-%d}", "rows": rows}
         (RESULTS / f"{arguments.save}.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def speed_row_of(name: str, repeats: int) -> dict[str, Any]:
+    """Run all variants of a family in this process, alternating, and return the fastest time of each in seconds."""
+    torch.manual_seed(0)
+    vae, family = made(name)
+    latents = torch.randn(1, *CASES[name].latents)  # [1, C, (F,) h, w]
+    half = copy.deepcopy(vae).to(torch.bfloat16)
+    fastest = copy.deepcopy(half)
+    for module in fastest.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    decoders = {
+        "diffusers float32": StockDecoder(copy.deepcopy(vae), family),
+        "diffusers bfloat16": StockDecoder(fastest, family),
+        "ours float32": decoder_of(vae, family, OURS),
+        "ours bfloat16": decoder_of(half, family, OURS),
+    }
+    samples: dict[str, Tensor] = {}
+    seconds = dict.fromkeys(decoders, math.inf)
+    for turn in range(repeats):
+        for way in decoders if turn % 2 == 0 else reversed(decoders):
+            started = time.perf_counter()
+            samples[way] = decoders[way].decode(latents, Layout.SAMPLE, budget_bytes=1 << 60).tensor
+            seconds[way] = min(seconds[way], time.perf_counter() - started)
+    reference = samples["diffusers float32"]
+    return {
+        "family": name,
+        "s": seconds,
+        "dB": {way: psnr(sample.float(), reference) for way, sample in samples.items()},
+    }
+
+
+def psnr(sample: Tensor, reference: Tensor) -> float:
+    """Return how close a sample in [-1, 1] is to another one, in dB."""
+    return float(10 * torch.log10(4 / (sample - reference).square().mean().clamp_min(1e-30)))
+
+
+def speed_line_of(row: dict[str, Any]) -> str:
+    """Return a row of speeds as a line of the table."""
+    seconds, close = row["s"], row["dB"]
+    single, best = seconds["diffusers float32"], seconds["diffusers bfloat16"]
+    ours, ours_half = seconds["ours float32"], seconds["ours bfloat16"]
+    ratios = single / best, single / ours, single / ours_half, best / ours_half
+    cells = [row["family"], f"{single:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+    cells += [f"{close[way]:.1f}" for way in ("ours float32", "diffusers bfloat16", "ours bfloat16")]
+    return f"| {' | '.join(cells)} |"
 
 
 def ways_of(name: str) -> tuple[str, ...]:
@@ -200,11 +263,12 @@ def made(name: str) -> tuple[Any, Family]:
     return vae, family
 
 
-def decoder_of(vae: Any, family: Family, way: str) -> StockDecoder | StreamingDecoder:
-    """Return the decoder of a variant."""
+def decoder_of(vae: Any, family: Family, way: str) -> Decoder:
+    """Return the decoder of a variant. Ours may take the weights of the VAE."""
     if way == STOCK:
         return StockDecoder(vae, family)
-    return StreamingDecoder(vae, family)
+    decoder: Any = build_coder(vae, family, Direction.DECODE, "auto", "none")[0]
+    return decoder
 
 
 def budget_of(way: str) -> int:

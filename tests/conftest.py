@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 # The test files that take longest or start most processes. They begin first, so that no slow file remains at the end.
-LONGEST = ("test_ray_serve", "test_load", "test_workers", "test_toolkit", "test_streaming", "test_serving_process")
+LONGEST = ("test_ray_serve", "test_load", "test_workers", "test_toolkit", "test_video_decoders", "test_serving_process")
 
 
 def pytest_configure() -> None:

@@ -12,20 +12,23 @@ from diffusers import AutoencoderKLHunyuanVideo
 
 from ...families import Family
 from ...model_info import Direction
+from .image import structure
 from .image.decoder import ExactKLDecoder
 from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
+from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
 from .video.hunyuan_decoder import ExactHunyuanVideoDecoder
 from .video.streaming import NETWORKS, StreamingDecoder
 
 EXACT_CLASSES = {
-    Direction.DECODE: frozenset({"AutoencoderKL", "AutoencoderKLHunyuanVideo"}),
-    Direction.ENCODE: frozenset({"AutoencoderKL"}),
+    Direction.DECODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
+    Direction.ENCODE: structure.CLASSES,
 }
-EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder], ...] = (
+EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder] | type[ExactCausalDecoder], ...] = (
     ExactKLDecoder,
     ExactHunyuanVideoDecoder,
+    ExactCausalDecoder,
 )
 
 
@@ -54,14 +57,16 @@ def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
 
 
 def _own_decoder(vae: Any, family: Family) -> tuple[Decoder | None, str | None]:
-    reasons = [decoder.unsupported_reason(vae) for decoder in EXACT_DECODERS]
-    for decoder, reason in zip(EXACT_DECODERS, reasons, strict=True):
+    reasons = {decoder: decoder.unsupported_reason(vae) for decoder in EXACT_DECODERS}
+    for decoder, reason in reasons.items():
         if reason is None:
             return decoder(vae), None
-    if type(vae).__name__ not in NETWORKS:
-        return None, reasons[-1] if isinstance(vae, AutoencoderKLHunyuanVideo) else reasons[0]
-    reason = StreamingDecoder.unsupported_reason(vae)
-    return (None, reason) if reason else (StreamingDecoder(vae, family), None)
+    if type(vae).__name__ in NETWORKS:
+        reason = StreamingDecoder.unsupported_reason(vae)
+        return (None, reason) if reason else (StreamingDecoder(vae, family), None)
+    if type(vae).__name__ in CAUSAL_CLASSES:
+        return None, reasons[ExactCausalDecoder]
+    return None, reasons[ExactHunyuanVideoDecoder if isinstance(vae, AutoencoderKLHunyuanVideo) else ExactKLDecoder]
 
 
 __all__ = ["EXACT_CLASSES", "build_coder"]

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.downsampling import Downsample2D
@@ -17,6 +16,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+
+CLASSES = frozenset({"AutoencoderKL", "AutoencoderKLFlux2"})
+"""Classes whose decode is `decoder(post_quant_conv(z))`, and whose encode is `quant_conv(encoder(x))`."""
 
 ENDS = {"conv_in", "mid_block", "conv_norm_out", "conv_act", "conv_out"}
 
@@ -32,8 +34,8 @@ def encoder_reason(vae: nn.Module) -> str | None:
 
 
 def _decoder_reasons(vae: Any) -> Iterator[str]:
-    if type(vae) is not AutoencoderKL:
-        yield f"{type(vae).__name__} is not an AutoencoderKL."
+    if type(vae).__name__ not in CLASSES:
+        yield f"{type(vae).__name__} is not one of {', '.join(sorted(CLASSES))}."
         return
     yield from _ends_reasons("decoder", vae.decoder, Decoder, vae.post_quant_conv, "up_blocks")
     if type(vae.decoder) is Decoder:
@@ -42,8 +44,8 @@ def _decoder_reasons(vae: Any) -> Iterator[str]:
 
 
 def _encoder_reasons(vae: Any) -> Iterator[str]:
-    if type(vae) is not AutoencoderKL:
-        yield f"{type(vae).__name__} is not an AutoencoderKL."
+    if type(vae).__name__ not in CLASSES:
+        yield f"{type(vae).__name__} is not one of {', '.join(sorted(CLASSES))}."
         return
     yield from _ends_reasons("encoder", vae.encoder, Encoder, vae.quant_conv, "down_blocks")
     if type(vae.encoder) is Encoder:

@@ -19,10 +19,8 @@ from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, checking, go_on
 from ..layouts import Output
 from .grouped import CogVideoX, Magvit, Mochi
-from .hunyuan_video_15 import HunyuanVideo15
 from .ltx import LTX
 from .slabs import Part, cuts, split
-from .wan import Wan
 
 __all__ = ["NETWORKS", "StreamingDecoder"]
 
@@ -65,10 +63,6 @@ class StreamedNetwork(Protocol):
 
 
 NETWORKS: dict[str, Callable[[Any], StreamedNetwork]] = {
-    "AutoencoderKLWan": Wan,
-    "AutoencoderKLQwenImage": Wan,
-    "AutoencoderKLQwenImage21": Wan,
-    "AutoencoderKLHunyuanVideo15": HunyuanVideo15,
     "AutoencoderKLLTXVideo": LTX,
     "AutoencoderKLLTX2Video": LTX,
     "AutoencoderKLCogVideoX": CogVideoX,

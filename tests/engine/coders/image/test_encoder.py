@@ -217,7 +217,7 @@ def test_another_class_is_not_supported() -> None:
     tiny = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
                            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
     made, reason = build_coder(tiny, FAMILIES["tiny"], Direction.ENCODE, "auto", "none")
-    assert (made.name, reason) == ("diffusers", "AutoencoderTiny is not an AutoencoderKL.")
+    assert (made.name, reason) == ("diffusers", "AutoencoderTiny is not one of AutoencoderKL, AutoencoderKLFlux2.")
 
 
 @pytest.mark.parametrize(

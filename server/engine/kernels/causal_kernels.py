@@ -1,0 +1,63 @@
+"""Causal convolutions, per-pixel norms and interleaving, in plain torch. Frames are `[n, H, W, C]`, contiguous."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import Kernels
+
+TAPS = 3
+SMALLEST_NORM = 1e-12  # as F.normalize
+
+
+class CausalKernels:
+    """The operations of a causal coder. kernels: the 2-D operations of the same device."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def pack(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
+        """Return a weight as `conv` wants it: the taps side by side, [O, 3 I, 3, 3]."""
+        return self.kernels.pack(torch.cat(list(weight.unbind(2)), 1))
+
+    def conv(
+        self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
+    ) -> Tensor:  # [n + 2, r + 2, W + 2 - 2 columns, I] -> [n, r, W, O]
+        """Convolve each frame with the two before it.
+
+        The window contains a row above and one below. columns: how many columns of zeros are added left and right.
+        """
+        frames = len(window) - TAPS + 1
+        return self.kernels.conv(side_by_side(window, frames, TAPS), weight, bias, columns)
+
+    def conv_first(
+        self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
+    ) -> Tensor:  # [1, r + 2, W + 2 - 2 columns, I] -> [1, r, W, O]
+        """Convolve the first frame of a video, which has none before it. columns: as for `conv`."""
+        return self.kernels.conv(window, weight, bias, columns)
+
+    def norm_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:  # [n, r, W, C] twice
+        """Write silu(x / ||x|| * weight + bias) to `out`, computed in float32."""
+        y = self._normalized(x, weight, bias)
+        out.copy_(F.silu(y, inplace=True))
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, r, W, C]
+        """Return x / ||x|| * weight + bias, computed in float32."""
+        return self._normalized(x, weight, bias).to(x.dtype)
+
+    def _normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.float() if x.dtype != torch.float32 else x.clone()  # [n, r, W, C]
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(SMALLEST_NORM)  # [n, r, W, 1]
+        y.mul_(length.reciprocal_()).mul_(weight)
+        return y if bias is None else y.add_(bias)
+
+
+def side_by_side(window: Tensor, frames: int, taps: int) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
+    """Return every frame with those before it, oldest first, as channels."""
+    channels = window.shape[-1]
+    y = window.new_empty(frames, *window.shape[1:3], taps * channels)  # [n, r, W, taps C]
+    for tap in range(taps):
+        y[..., tap * channels : (tap + 1) * channels] = window[tap : tap + frames]
+    return y
