@@ -325,8 +325,9 @@ def psnr(sample: Tensor, reference: Tensor | None) -> float:
 def folded_flops(network: DecoderWeights, side: int) -> float:
     """Return the floating-point operations of a decode: those of the convolutions and of the attention.
 
-    A multiply-add counts as two operations. The convolution after an upsample counts as four 2x2 phases. side: of the
-        latents, in latent pixels.
+    A multiply-add counts as two operations. The convolution after an upsample counts as four 2x2 phases.
+
+    side: height and width of the latents, in latent pixels.
     """
     pixels, channels = side * side, network.conv_in.out_channels
     total = 2.0 * pixels * channels * 9 * 4

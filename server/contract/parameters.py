@@ -160,7 +160,7 @@ class Parameters:
     def dtype(self, known: tuple[str, ...] = LATENT_DTYPES, of: str = "latents", key: str = "dtype") -> str:
         """Return a dtype, which must have been sent, without the prefix `torch.`.
 
-        known: the possible dtypes. of: what has this dtype, for the error. key: the parameter.
+        known: the possible dtypes. of: the name of the data, for the error. key: the name of the parameter.
         """
         text = self.text(key)
         if text is None:

@@ -13,7 +13,7 @@ from .reference import Kernels
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     """Return the fastest kernels: oneDNN on a CPU, Triton on a CUDA GPU if it is installed, plain torch otherwise.
 
-    dtype: of the weights and activations.
+    dtype: the dtype of weights and activations.
     """
     if device.type == "cpu":
         return CpuKernels(dtype)

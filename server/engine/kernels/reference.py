@@ -19,7 +19,7 @@ class Kernels:
     """Kernels in plain torch. Subclasses return the same values within rounding."""
 
     def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
-        """Return the weight of a convolution in the layout that `conv` expects. stride: of the convolution."""
+        """Return the weight of a convolution in the layout that `conv` expects. stride: its stride."""
         return weight.contiguous(memory_format=torch.channels_last)
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, columns: int = 1, stride: int = 1) -> Tensor:

@@ -3,7 +3,7 @@
 A 3x3 convolution needs one row of its input above and one below each band. All bands of an activation therefore pass
 one layer before any of them enters the next, which GroupNorm requires anyway: it needs the statistics of the whole
 activation. A pass stores the input of its layer, freed band by band as it is read, and the output: two activations at
-most. Between an upsample and its convolution, nothing is stored: both are one operation.
+most. An upsample and its convolution are one operation, so that the upsampled activation is never stored.
 
 If that needs too much memory (`Plan.recomputes`), the layers at the full size store only their output. The activation
 inside a layer is computed once for its statistics, and again when it is read.

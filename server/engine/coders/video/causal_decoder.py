@@ -48,7 +48,7 @@ class ExactCausalDecoder:
         self.weights = STRUCTURES[type(vae).__name__].take_decoder(vae, self.kernels)
 
     def free_caches(self) -> None:
-        """Do nothing: nothing is cached between calls."""
+        """Do nothing, because this decoder caches nothing between calls."""
 
     def plan(self, height: int, width: int, budget_bytes: int) -> Plan:
         """Plan a decode of latents of this size. budget_bytes: the memory limit of everything but the output."""

@@ -53,7 +53,7 @@ class ExactHunyuanVideoDecoder:
         self.network = _take(vae, self.kernels)
 
     def free_caches(self) -> None:
-        """Do nothing: nothing is cached between calls."""
+        """Do nothing, because this decoder caches nothing between calls."""
 
     @torch.inference_mode()
     def decode(

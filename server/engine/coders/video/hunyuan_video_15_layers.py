@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ...kernels.causal_kernels import CausalKernels
 from ..image.layers import empty
 from .causal_layers import Attention, Block, CausalConv, CausalDecoder, Resnet, Step, Unfold
 from .causal_structure import class_reasons, conv_reasons, norm_reasons, silu_reasons, weights_reasons
-from .wan_layers import fold_attention, take_norm, take_pointwise
+from .wan_layers import fold_attention, take_mid_block, take_norm, take_pointwise
 
 NAME = "AutoencoderKLHunyuanVideo15"
 PREFIX = "HunyuanVideo15"
@@ -89,12 +90,8 @@ def take_decoder(vae: Any, kernels: CausalKernels) -> CausalDecoder:
 
 
 def _take_blocks(decoder: Any, kernels: CausalKernels) -> Iterator[Block]:
-    first, *rest = decoder.mid_block.resnets
-    yield Block((_take_resnet(first, kernels),))
-    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
-        if attention is not None:
-            yield Block((_take_attention(attention),))
-        yield Block((_take_resnet(resnet, kernels),))
+    for step in take_mid_block(decoder.mid_block, partial(_take_resnet, kernels=kernels), _take_attention):
+        yield Block((step,))
     for block in decoder.up_blocks:
         steps: list[Step] = [_take_resnet(resnet, kernels) for resnet in block.resnets]
         steps += [_take_unfold(upsampler, kernels) for upsampler in block.upsamplers or ()]

@@ -81,8 +81,8 @@ def rows_of_one(module: nn.Module) -> int | None:
 def cuts(parts: Sequence[Part], height: int, slab: Span) -> list[slice]:
     """Return which rows to keep so that exactly the slab remains at the end.
 
-    height: of the input. slab: a span of its rows. The first slice applies to the input, each following one to the
-    output of the next part.
+    height: the number of rows of the input. slab: a span of these rows. The first slice applies to the input, each
+        following one to the output of the next part.
     """
     margins = [0]
     for part in reversed(parts):

@@ -5,7 +5,8 @@ The classes have the same layers under different names. Qwen-Image 2.1 decodes o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -125,12 +126,8 @@ def take_decoder(vae: Any, kernels: CausalKernels) -> CausalDecoder:
 
 
 def _take_blocks(decoder: Any, kernels: CausalKernels) -> Iterator[Block]:
-    first, *rest = decoder.mid_block.resnets
-    yield Block((_take_resnet(first, kernels),))
-    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
-        if attention is not None:
-            yield Block((_take_attention(attention),))
-        yield Block((_take_resnet(resnet, kernels),))
+    for step in take_mid_block(decoder.mid_block, partial(_take_resnet, kernels=kernels), _take_attention):
+        yield Block((step,))
     for block in decoder.up_blocks:
         steps: list[Step] = [_take_resnet(resnet, kernels) for resnet in block.resnets]
         steps += [_take_upsample(upsampler, kernels) for upsampler in _upsamplers(block)]
@@ -139,6 +136,18 @@ def _take_blocks(decoder: Any, kernels: CausalKernels) -> Iterator[Block]:
             tuple(steps),
             None if shortcut is None else Duplicate(shortcut.repeats, shortcut.factor_t, shortcut.out_channels),
         )
+
+
+def take_mid_block(
+    block: Any, take_resnet: Callable[[Any], Resnet], take_attention: Callable[[Any], Attention]
+) -> Iterator[Resnet | Attention]:
+    """Yield the layers of a mid block in the order in which they run."""
+    first, *rest = block.resnets
+    yield take_resnet(first)
+    for attention, resnet in zip(block.attentions, rest, strict=True):
+        if attention is not None:
+            yield take_attention(attention)
+        yield take_resnet(resnet)
 
 
 def take_norm(norm: Any) -> PixelNorm:
