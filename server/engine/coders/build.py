@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import AutoencoderKLHunyuanVideo
-
 from ...families import Family
 from ...model_info import Direction
 from .image import structure
@@ -18,18 +16,13 @@ from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
-from .video.hunyuan_decoder import ExactHunyuanVideoDecoder
 from .video.streaming import NETWORKS, StreamingDecoder
 
 EXACT_CLASSES = {
-    Direction.DECODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
+    Direction.DECODE: structure.CLASSES | CAUSAL_CLASSES,
     Direction.ENCODE: structure.CLASSES,
 }
-EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder] | type[ExactCausalDecoder], ...] = (
-    ExactKLDecoder,
-    ExactHunyuanVideoDecoder,
-    ExactCausalDecoder,
-)
+EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactCausalDecoder], ...] = (ExactKLDecoder, ExactCausalDecoder)
 
 
 def build_coder(
@@ -64,9 +57,7 @@ def _own_decoder(vae: Any, family: Family) -> tuple[Decoder | None, str | None]:
     if type(vae).__name__ in NETWORKS:
         reason = StreamingDecoder.unsupported_reason(vae)
         return (None, reason) if reason else (StreamingDecoder(vae, family), None)
-    if type(vae).__name__ in CAUSAL_CLASSES:
-        return None, reasons[ExactCausalDecoder]
-    return None, reasons[ExactHunyuanVideoDecoder if isinstance(vae, AutoencoderKLHunyuanVideo) else ExactKLDecoder]
+    return None, reasons[ExactCausalDecoder if type(vae).__name__ in CAUSAL_CLASSES else ExactKLDecoder]
 
 
 __all__ = ["EXACT_CLASSES", "build_coder"]

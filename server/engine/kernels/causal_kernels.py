@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .moments import Affine
 from .reference import Kernels
 
 TAPS = 3
@@ -33,15 +34,37 @@ class CausalKernels:
         return self.kernels.conv(side_by_side(window, frames, TAPS), weight, bias, columns)
 
     def conv_first(
-        self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
+        self, window: Tensor, weight: Tensor, bias: Tensor, columns: int, terms: int = 1
     ) -> Tensor:  # [1, r + 2, W + 2 - 2 columns, I] -> [1, r, W, O]
-        """Convolve the first frame of a video, which has none before it. columns: as for `conv`."""
-        return self.kernels.conv(window, weight, bias, columns)
+        """Convolve the first frame of a video, which has none before it.
+
+        columns: as for `conv`. terms: the weight is the sum of this many weights, which are side by side.
+        """
+        return self.kernels.conv(torch.cat([window] * terms, -1) if terms > 1 else window, weight, bias, columns)
 
     def norm_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:  # [n, r, W, C] twice
         """Write silu(x / ||x|| * weight + bias) to `out`, computed in float32."""
         y = self._normalized(x, weight, bias)
         out.copy_(F.silu(y, inplace=True))
+
+    def affine_silu(self, x: Tensor, affine: Affine, out: Tensor) -> None:  # [r, W, C] twice
+        """Write silu(scale * x + shift) to `out`. affine: of one image."""
+        if out.is_contiguous():
+            self.kernels.normalize(x[None], affine, out[None], silu=True)
+        else:
+            y = torch.empty_like(x)  # [r, W, C]
+            self.kernels.normalize(x[None], affine, y[None], silu=True)
+            out.copy_(y)
+
+    def scaled_silu(
+        self, x: Tensor, affine: Affine, scale: Tensor, shift: Tensor, out: Tensor
+    ) -> None:  # [r, W, C], [r, w, C] twice, [r, W, C]
+        """Write silu((affine of x) * scale + shift) to `out`, each value of scale and shift for W / w columns."""
+        rows, width, channels = scale.shape
+        factor = affine.scale * scale.float()  # [r, w, C]
+        summand = affine.shift * scale.float() + shift.float()  # [r, w, C]
+        y = torch.addcmul(summand[:, :, None], x.float().view(rows, width, -1, channels), factor[:, :, None])
+        out.copy_(F.silu(y, inplace=True).flatten(1, 2))
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, r, W, C]
         """Return x / ||x|| * weight + bias, computed in float32."""

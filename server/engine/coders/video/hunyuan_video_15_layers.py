@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from ...kernels.causal_kernels import CausalKernels
-from ..image.layers import empty
-from .causal_layers import Attention, Block, CausalConv, CausalDecoder, Resnet, Step, Unfold
+from .causal_layers import Attention, Before, Block, CausalConv, CausalDecoder, Resnet, Step, Unfold
 from .causal_structure import class_reasons, conv_reasons, norm_reasons, silu_reasons, weights_reasons
+from .causal_weights import take_causal_conv
 from .wan_layers import fold_attention, take_mid_block, take_norm, take_pointwise
 
 NAME = "AutoencoderKLHunyuanVideo15"
@@ -100,10 +100,7 @@ def _take_blocks(decoder: Any, kernels: CausalKernels) -> Iterator[Block]:
 
 def take_conv(conv: Any, kernels: CausalKernels) -> CausalConv:
     """Take a 3x3x3 convolution that pads by repeating the edges, so that all taps see a video's first frame."""
-    weight, bias = conv.conv.weight.detach(), conv.conv.bias.detach()  # [O, I, 3, 3, 3], [O]
-    empty(conv.conv)
-    first = kernels.kernels.pack(weight.float().sum(2).to(weight.dtype))  # [O, I, 3, 3]
-    return CausalConv(kernels.pack(weight), first, bias, len(bias), replicates=True)
+    return take_causal_conv(conv.conv, kernels, Before.FIRST_FRAME, replicates=True)
 
 
 def _take_resnet(resnet: Any, kernels: CausalKernels) -> Resnet:

@@ -1,4 +1,4 @@
-"""The exact HunyuanVideo decoder against diffusers' untiled one: every chunk length, every shape."""
+"""The exact decoder of HunyuanVideo against diffusers' untiled one: every budget, every shape."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.engine.coders.layouts import postprocess
-from server.engine.coders.video import hunyuan_decoder as hunyuan_video
-from server.engine.coders.video.hunyuan_decoder import ExactHunyuanVideoDecoder
+from server.engine.coders.video.causal_decoder import ExactCausalDecoder
 from server.values import Layout
 from tests.engine.coders.image.networks import psnr
+from tests.engine.live import peak_beside_output
 
 
 def build(dtype: torch.dtype = torch.float32, **changes: object) -> AutoencoderKLHunyuanVideo:
@@ -33,6 +33,7 @@ def build(dtype: torch.dtype = torch.float32, **changes: object) -> AutoencoderK
 
 
 VAE = build()
+OURS = ExactCausalDecoder(copy.deepcopy(VAE))
 
 
 def latents_for(batch: int, frames: int, height: int, width: int) -> Tensor:
@@ -45,11 +46,8 @@ def stock(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
         return vae.decode(latents.to(vae.dtype), return_dict=False)[0]  # [B, C, F, H, W]
 
 
-def exact(vae: AutoencoderKLHunyuanVideo, chunk_bytes: int | None = None) -> ExactHunyuanVideoDecoder:
-    decoder = ExactHunyuanVideoDecoder(copy.deepcopy(vae))
-    if chunk_bytes is not None:
-        decoder._chunk_bytes = lambda frames, pixels, budget_bytes: chunk_bytes
-    return decoder
+def exact(vae: AutoencoderKLHunyuanVideo) -> ExactCausalDecoder:
+    return ExactCausalDecoder(copy.deepcopy(vae))
 
 
 SHAPES = [(1, 1, 4, 4), (1, 2, 4, 6), (1, 5, 3, 5), (2, 3, 4, 4), (1, 6, 1, 7), (1, 4, 9, 1)]
@@ -58,23 +56,23 @@ SHAPES = [(1, 1, 4, 4), (1, 2, 4, 6), (1, 5, 3, 5), (2, 3, 4, 4), (1, 6, 1, 7), 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_equals_diffusers_untiled_decode(shape: tuple[int, int, int, int]) -> None:
     latents = latents_for(*shape)
-    sample = exact(VAE).decode(latents, Layout.SAMPLE).tensor
+    sample = OURS.decode(latents, Layout.SAMPLE).tensor
     torch.testing.assert_close(sample, stock(VAE, latents), atol=1e-4, rtol=0)
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(1, 1 << 18))
-def test_any_chunk_length_gives_the_same_clip(frames: int, height: int, width: int, chunk_bytes: int) -> None:
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 5), st.integers(1, 1 << 23))
+def test_any_budget_gives_the_same_video(frames: int, height: int, width: int, budget: int) -> None:
     latents = latents_for(1, frames, height, width)
-    sample = exact(VAE, chunk_bytes).decode(latents, Layout.SAMPLE).tensor
-    torch.testing.assert_close(sample, exact(VAE, 1 << 30).decode(latents, Layout.SAMPLE).tensor, atol=1e-4, rtol=0)
+    sample = OURS.decode(latents, Layout.SAMPLE, budget_bytes=budget).tensor
+    torch.testing.assert_close(sample, OURS.decode(latents, Layout.SAMPLE).tensor, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layout", [Layout.UNIT, Layout.PIXELS])
 def test_layouts_are_the_postprocessed_sample(layout: Layout) -> None:
     latents = latents_for(1, 3, 4, 5)
     expected = postprocess(stock(VAE, latents), layout)
-    found = exact(VAE, 1).decode(latents, layout).tensor
+    found = OURS.decode(latents, layout, budget_bytes=1).tensor
     assert found.dtype is expected.dtype
     torch.testing.assert_close(found.float(), expected.float(), atol=1 if layout is Layout.PIXELS else 1e-4, rtol=0)
 
@@ -97,20 +95,27 @@ def test_without_attention_and_with_other_widths() -> None:
     torch.testing.assert_close(exact(vae).decode(latents, Layout.SAMPLE).tensor, stock(vae, latents), atol=1e-4, rtol=0)
 
 
-def test_a_budget_shortens_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = ExactHunyuanVideoDecoder(copy.deepcopy(VAE))
-    assert decoder._chunk_bytes(17, 256 * 256, budget_bytes=1) == 1
-    assert decoder._chunk_bytes(17, 256 * 256, budget_bytes=None) == hunyuan_video.CPU_CHUNK_BYTES
+def test_less_memory_costs_time() -> None:
+    """Whole activations are stored where they fit; else statistics are collected by computing them again."""
+    ample, scarce = OURS.plan(9, 64, 64, 1 << 40), OURS.plan(9, 64, 64, 100 << 20)
+    assert all(leg.slab_rows is None for leg in ample.legs)
+    assert len(scarce.legs) < len(ample.legs)
+    assert scarce.peak_bytes <= 100 << 20 < ample.peak_bytes
+
+
+@pytest.mark.parametrize("share", [0.6, 0.35])
+def test_a_plan_keeps_its_budget(share: float) -> None:
+    latents = latents_for(1, 9, 32, 32)
+    whole = peak_beside_output(lambda: OURS.decode(latents, Layout.PIXELS).tensor)
+    budget = int(share * whole)
+    assert peak_beside_output(lambda: OURS.decode(latents, Layout.PIXELS, budget_bytes=budget).tensor) <= budget
 
 
 def test_an_unknown_structure_is_a_reason() -> None:
-    assert ExactHunyuanVideoDecoder.unsupported_reason(VAE) is None
-    assert "is not an AutoencoderKLHunyuanVideo" in str(
-        ExactHunyuanVideoDecoder.unsupported_reason(torch.nn.Identity())
-    )
+    assert ExactCausalDecoder.unsupported_reason(VAE) is None
     changed = build()
     changed.decoder.up_blocks[0].resnets[0].nonlinearity = torch.nn.GELU()
-    assert "up_blocks.0.resnets.0.nonlinearity is a GELU" in str(ExactHunyuanVideoDecoder.unsupported_reason(changed))
+    assert "up_blocks.0.resnets.0.nonlinearity is a GELU" in str(ExactCausalDecoder.unsupported_reason(changed))
     changed = build()
     changed.decoder.conv_in.pad_mode = "constant"
-    assert "conv_in is not a plain causal convolution" in str(ExactHunyuanVideoDecoder.unsupported_reason(changed))
+    assert "conv_in is not a plain causal convolution" in str(ExactCausalDecoder.unsupported_reason(changed))
