@@ -19,16 +19,20 @@ from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
 from .video.hunyuan_decoder import ExactHunyuanVideoDecoder
+from .video.ltx_decoder import LTX_CLASSES, ExactLTXDecoder
 from .video.streaming import NETWORKS, StreamingDecoder
 
 EXACT_CLASSES = {
-    Direction.DECODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
+    Direction.DECODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES | LTX_CLASSES,
     Direction.ENCODE: structure.CLASSES,
 }
-EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder] | type[ExactCausalDecoder], ...] = (
+EXACT_DECODERS: tuple[
+    type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder] | type[ExactCausalDecoder] | type[ExactLTXDecoder], ...
+] = (
     ExactKLDecoder,
     ExactHunyuanVideoDecoder,
     ExactCausalDecoder,
+    ExactLTXDecoder,
 )
 
 
@@ -66,6 +70,8 @@ def _own_decoder(vae: Any, family: Family) -> tuple[Decoder | None, str | None]:
         return (None, reason) if reason else (StreamingDecoder(vae, family), None)
     if type(vae).__name__ in CAUSAL_CLASSES:
         return None, reasons[ExactCausalDecoder]
+    if type(vae).__name__ in LTX_CLASSES:
+        return None, reasons[ExactLTXDecoder]
     return None, reasons[ExactHunyuanVideoDecoder if isinstance(vae, AutoencoderKLHunyuanVideo) else ExactKLDecoder]
 
 

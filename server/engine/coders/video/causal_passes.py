@@ -30,6 +30,9 @@ from .causal_layers import (
     Upsample,
 )
 
+ZERO, REPEATED, REFLECTED = range(3)
+"""What lies around an image: zeros, its first and last rows and columns, or those next to them, as in a mirror."""
+
 Fill = Callable[[int, int, Tensor], None]
 """Writes rows [top, bottom) of a layer's input, for all frames of the chunk, into a tensor `[n, rows, W, C]`."""
 
@@ -149,7 +152,7 @@ def conv(
         if before is not None:
             window[: TAPS - 1, rows, columns] = before[:, above:below]
         kept[:, top:bottom] = _last_two(window[:, 1:-1, columns], layer.replicates)
-        _fill_edges(window, layer.replicates, is_top=top == 0, is_bottom=bottom == height)
+        fill_edges(window, REPEATED if layer.replicates else ZERO, is_top=top == 0, is_bottom=bottom == height)
         band = (
             run.kernels.conv_first(window, layer.first, layer.bias, 1 - edge)
             if before is None
@@ -170,14 +173,17 @@ def _last_two(window: Tensor, replicates: bool) -> Tensor:
     return torch.cat([window if replicates else torch.zeros_like(window), window])
 
 
-def _fill_edges(window: Tensor, replicates: bool, *, is_top: bool, is_bottom: bool) -> None:
-    """Write the rows and columns around the image into a window. replicates: they repeat the image's edge."""
-    if replicates:
-        window[:, :, 0], window[:, :, -1] = window[:, :, 1], window[:, :, -2]
+def fill_edges(window: Tensor, edge: int, *, is_top: bool, is_bottom: bool) -> None:  # [n, r + 2, W (+ 2), C]
+    """Write the rows and columns around the image into a window; columns of zeros are the convolution's own.
+
+    edge: what lies around the image: ZERO, REPEATED or REFLECTED.
+    """
+    if edge != ZERO:
+        window[:, :, 0], window[:, :, -1] = window[:, :, edge], window[:, :, -1 - edge]
     if is_top:
-        window[:, 0] = window[:, 1] if replicates else 0
+        window[:, 0] = window[:, edge] if edge != ZERO else 0
     if is_bottom:
-        window[:, -1] = window[:, -2] if replicates else 0
+        window[:, -1] = window[:, -1 - edge] if edge != ZERO else 0
 
 
 def resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']

@@ -19,7 +19,6 @@ from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, checking, go_on
 from ..layouts import Output
 from .grouped import CogVideoX, Magvit, Mochi
-from .ltx import LTX
 from .slabs import Part, cuts, split
 
 __all__ = ["NETWORKS", "StreamingDecoder"]
@@ -63,8 +62,6 @@ class StreamedNetwork(Protocol):
 
 
 NETWORKS: dict[str, Callable[[Any], StreamedNetwork]] = {
-    "AutoencoderKLLTXVideo": LTX,
-    "AutoencoderKLLTX2Video": LTX,
     "AutoencoderKLCogVideoX": CogVideoX,
     "AutoencoderKLMagvit": Magvit,
     "AutoencoderKLMochi": Mochi,
