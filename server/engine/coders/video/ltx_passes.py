@@ -21,6 +21,8 @@ from .ltx_layers import Enlarge, FramesConv, FramesDecoder, FramesResnet, Last, 
 Chunks = Iterator[tuple[Tensor, bool]]
 """Chunks `[n, H, W, C]` of a video, from its first frame on, and whether each is the last one. n may be 0."""
 
+MOST_FRAMES = 32  # of a step at a time, however small they are; more are not faster
+
 
 def decode_frames(decoder: FramesDecoder, run: Run, chunk_bytes: int, latents: Tensor) -> Iterator[Tensor]:
     """Decode a video, or some rows of it: `[F, h, w, C]` -> chunks `[n, H, W, 3]`, which together have all frames.
@@ -36,7 +38,7 @@ def decode_frames(decoder: FramesDecoder, run: Run, chunk_bytes: int, latents: T
 
 def most_frames(step: Step, pixels: int, itemsize: int, chunk_bytes: int) -> int:
     """Return how many frames of this many pixels a step takes at a time."""
-    return max(1, chunk_bytes // (pixels * step.widest * itemsize))
+    return min(MOST_FRAMES, max(1, chunk_bytes // (pixels * step.widest * itemsize)))
 
 
 def _through(step: Step, run: Run, past: Past, chunks: Chunks, chunk_bytes: int) -> Chunks:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...kernels.causal_kernels import TAPS
-from .causal_plan import SMALLEST_BAND_BYTES, SMALLEST_SLAB, WORKING_BANDS
+from .causal_plan import SMALLEST_BAND_BYTES, SMALLEST_SLAB
 from .ltx_layers import Enlarge, FramesConv, FramesDecoder, FramesResnet, Last
 from .ltx_passes import most_frames
+
+# The bands that a step holds: the window, the same three times side by side, the normalized rows in float32 (two), and
+# its output, which has up to eight times the channels where it is unfolded.
+WORKING_BANDS = 14
 
 
 @dataclass(frozen=True)
