@@ -196,9 +196,9 @@ def test_frames_leave_in_order_and_once(name: str, budget: int | None, monkeypat
 @pytest.mark.parametrize("name", RELEASES)
 def test_memory_does_not_grow_with_the_video(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ltx_decoder, "CPU_CHUNK_BYTES", 20_000)
+    decoder, extra = made(name)[1], arguments(name)
     short, long = (
-        peak_beside_output(lambda n=n: made(name)[1].decode(latents_of(n), Layout.PIXELS, **arguments(name)).tensor)
-        for n in (17, 51)
+        peak_beside_output(lambda n=n: decoder.decode(latents_of(n), Layout.PIXELS, **extra).tensor) for n in (17, 51)
     )
     assert long < 1.15 * short
 
