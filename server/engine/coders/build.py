@@ -1,7 +1,6 @@
 """Which coder runs a VAE: this server's own where the structure is known, diffusers' own everywhere else.
 
-`exact` coders have their own layers. The `streaming` decoder runs diffusers' layers on one piece of the video after the
-other. Both return what diffusers' plain decode or encode returns.
+`exact` coders have their own layers and return what diffusers' plain decode or encode returns.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
-from .video.streaming import NETWORKS, StreamingDecoder
+from .video.ltx_decoder import LTX_CLASSES, ExactLTXDecoder
 
 EXACT_CLASSES = {
-    Direction.DECODE: structure.CLASSES | CAUSAL_CLASSES,
+    Direction.DECODE: structure.CLASSES | CAUSAL_CLASSES | LTX_CLASSES,
     Direction.ENCODE: structure.CLASSES,
 }
-EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactCausalDecoder], ...] = (ExactKLDecoder, ExactCausalDecoder)
+ExactDecoder = ExactKLDecoder | ExactCausalDecoder | ExactLTXDecoder
 
 
 def build_coder(
@@ -40,7 +39,7 @@ def build_coder(
         return stock(vae, family), "models.yaml asks for diffusers' tiles"
     if choice != "auto":
         return stock(vae, family), f"models.yaml asks for diffusers' own {direction}r"
-    coder, reason = _own_encoder(vae) if direction is Direction.ENCODE else _own_decoder(vae, family)
+    coder, reason = _own_encoder(vae) if direction is Direction.ENCODE else _own_decoder(vae)
     return (coder, None) if coder else (stock(vae, family), reason)
 
 
@@ -49,15 +48,13 @@ def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
     return (None, reason) if reason else (ExactKLEncoder(vae), None)
 
 
-def _own_decoder(vae: Any, family: Family) -> tuple[Decoder | None, str | None]:
-    reasons = {decoder: decoder.unsupported_reason(vae) for decoder in EXACT_DECODERS}
-    for decoder, reason in reasons.items():
-        if reason is None:
-            return decoder(vae), None
-    if type(vae).__name__ in NETWORKS:
-        reason = StreamingDecoder.unsupported_reason(vae)
-        return (None, reason) if reason else (StreamingDecoder(vae, family), None)
-    return None, reasons[ExactCausalDecoder if type(vae).__name__ in CAUSAL_CLASSES else ExactKLDecoder]
+def _own_decoder(vae: Any) -> tuple[Decoder | None, str | None]:
+    name = type(vae).__name__
+    decoder: type[ExactDecoder] = (
+        ExactCausalDecoder if name in CAUSAL_CLASSES else ExactLTXDecoder if name in LTX_CLASSES else ExactKLDecoder
+    )
+    reason = decoder.unsupported_reason(vae)
+    return (None, reason) if reason else (decoder(vae), None)
 
 
 __all__ = ["EXACT_CLASSES", "build_coder"]

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .moments import Affine
-from .reference import Kernels
+from .reference import TAPS, Kernels, side_by_side
 
-TAPS = 3
+__all__ = ["TAPS", "CausalKernels", "side_by_side"]
+
 SMALLEST_NORM = 1e-12  # as F.normalize
 
 
@@ -20,8 +21,8 @@ class CausalKernels:
         self.kernels = kernels
 
     def pack(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
-        """Return a weight as `conv` wants it: the taps side by side, [O, 3 I, 3, 3]."""
-        return self.kernels.pack(torch.cat(list(weight.unbind(2)), 1))
+        """Return a weight as `conv` wants it."""
+        return self.kernels.pack_frames(weight)
 
     def conv(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
@@ -30,8 +31,7 @@ class CausalKernels:
 
         The window contains a row above and one below. columns: how many columns of zeros are added left and right.
         """
-        frames = len(window) - TAPS + 1
-        return self.kernels.conv(side_by_side(window, frames, TAPS), weight, bias, columns)
+        return self.kernels.conv_frames(window, weight, bias, columns)
 
     def conv_first(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int, terms: int = 1
@@ -70,17 +70,23 @@ class CausalKernels:
         """Return x / ||x|| * weight + bias, computed in float32."""
         return self._normalized(x, weight, bias).to(x.dtype)
 
+    def rms_norm_silu(
+        self, x: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, out: Tensor
+    ) -> None:  # [n, r, W, C], [C] twice, [n, r, W, C]
+        """Write silu(x / sqrt(mean(x²) + eps) * scale + shift) to `out`, computed in float32."""
+        y = x.float()  # [n, r, W, C]; x itself if it is float32
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)  # [n, r, W, 1]
+        factor = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        z = out if out.dtype == torch.float32 else y  # [n, r, W, C]
+        torch.mul(y, factor, out=z)
+        if scale is not None and shift is not None:
+            torch.addcmul(shift, z, scale, out=z)
+        F.silu(z, inplace=True)
+        if z is not out:
+            out.copy_(z)
+
     def _normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = x.float() if x.dtype != torch.float32 else x.clone()  # [n, r, W, C]
         length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(SMALLEST_NORM)  # [n, r, W, 1]
         y.mul_(length.reciprocal_()).mul_(weight)
         return y if bias is None else y.add_(bias)
-
-
-def side_by_side(window: Tensor, frames: int, taps: int) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
-    """Return every frame with those before it, oldest first, as channels."""
-    channels = window.shape[-1]
-    y = window.new_empty(frames, *window.shape[1:3], taps * channels)  # [n, r, W, taps C]
-    for tap in range(taps):
-        y[..., tap * channels : (tap + 1) * channels] = window[tap : tap + frames]
-    return y

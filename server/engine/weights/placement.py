@@ -44,7 +44,9 @@ class Precision:
     allows_tf32: bool = False
 
 
-UPCAST = Precision(torch.float32, "The model is loaded again in float32, because its result in half precision was not finite.")
+UPCAST = Precision(
+    torch.float32, "The model is loaded again in float32, because its result in half precision was not finite."
+)
 
 
 def choose_precision(wanted: str, info: ModelInfo, device: torch.device, *, is_exact: bool) -> Precision:

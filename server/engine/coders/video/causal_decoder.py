@@ -19,7 +19,7 @@ from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
 from . import cogvideox_layers, hunyuan_video_15_layers, hunyuan_video_layers, magvit_layers, mochi_layers, wan_layers
-from .causal_passes import Past, Run, advance
+from .causal_passes import Run, VideoPast, advance
 from .causal_plan import Leg, Network, Plan, Planner, Size
 from .causal_stages import State, norm_input, span_norm
 from .causal_statistics import Place, Statistics
@@ -195,7 +195,7 @@ class VideoDecode:
         """Run the stages of a leg on the whole video. consumes: the activations stored before it are not kept."""
         stages = self.network.stages[leg.start : leg.stop]
         for slab in self._slabs(leg):
-            past, frame = Past(self.statistics, self.pieces[0].place), 0
+            past, frame = VideoPast(self.statistics, self.pieces[0].place), 0
             for piece in self._entering(leg, slab, consumes=consumes):
                 place, state = piece
                 past.place = replace(place, latents=slab.cut(place.latents, 1))

@@ -36,21 +36,18 @@ from .causal_layers import (
 from .causal_stages import Begin, End, Enter, Leave, Stage, State, Whole
 from .causal_statistics import Place, Statistics
 
+ZERO, REPEATED, REFLECTED = range(3)
+"""What lies around an image: zeros, its first and last rows and columns, or those next to them, as in a mirror."""
+
 Fill = Callable[[int, int, Tensor], None]
 """Writes rows [top, bottom) of a layer's input, for all frames of the chunk, into a tensor `[n, rows, W, C]`."""
 
 
 @dataclass
 class Past:
-    """What is known of a video while its chunks are decoded one after another.
+    """What the layers remember of earlier chunks: for each causal layer, the last two frames of its input."""
 
-    statistics: those of its norms. place: where the present chunk is.
-    frames: what the layers remember of earlier chunks. For each causal layer, the last two frames of its input.
-    """
-
-    statistics: Statistics
-    place: Place
-    frames: dict[int, Tensor] = field(default_factory=dict)  # by layer, [2, H, W, C]
+    frames: dict[int, Tensor] = field(default_factory=dict, kw_only=True)  # by layer, [2, H, W, C]
 
     def of(self, layer: object) -> Tensor | None:
         """Return the last two frames that a layer saw; None before the first chunk."""
@@ -59,6 +56,17 @@ class Past:
     def keep(self, layer: object, frames: Tensor) -> None:
         """Remember the last two frames of a layer's input."""
         self.frames[id(layer)] = frames
+
+
+@dataclass
+class VideoPast(Past):
+    """What is known of a video while its chunks are decoded one after another.
+
+    statistics: those of its norms. place: where the present chunk is.
+    """
+
+    statistics: Statistics
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -78,27 +86,24 @@ class Run:
             yield top, min(top + rows, height)
 
 
-def advance(stage: Stage, run: Run, past: Past, state: State) -> State:
+def advance(stage: Stage, run: Run, past: VideoPast, state: State) -> State:
     """Run one stage of a decoder on the next frames. The tensors of `state` are overwritten."""
     x, hidden = state
     match stage:
         case Begin():
             return State(begin(stage, run, past, x))
-        case Enter(resnet):
-            hidden = conv(resnet.conv1, run, past, x, normalized(resnet.norm1, run, past, x))
-            shortcut = resnet.shortcut
-            return State(x if shortcut is None else F.linear(x, shortcut.weight, shortcut.bias), hidden)
-        case Leave(resnet):
+        case Enter(block):
+            return enter_resnet(block, run, past, x)
+        case Leave(block):
             assert hidden is not None
-            fill = normalized(resnet.norm2, run, past, hidden)
-            return State(conv(resnet.conv2, run, past, hidden, fill, total=x))
+            return State(leave_resnet(block, run, past, x, hidden))
         case Whole(block):
             return State(whole_block(block, run, past, x))
         case End():
             return State(end(stage, run, past, x))
 
 
-def begin(stage: Begin, run: Run, past: Past, latents: Tensor) -> Tensor:  # [n, h, w, Z] -> [n, h, w, C]
+def begin(stage: Begin, run: Run, past: VideoPast, latents: Tensor) -> Tensor:  # [n, h, w, Z] -> [n, h, w, C]
     """Run the first layer."""
     if isinstance(stage.conv, Linear):
         return F.linear(latents, stage.conv.weight, stage.conv.bias)
@@ -108,14 +113,34 @@ def begin(stage: Begin, run: Run, past: Past, latents: Tensor) -> Tensor:  # [n,
     return x
 
 
-def whole_block(block: Block, run: Run, past: Past, x: Tensor) -> Tensor:
+def resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
+    """Run a residual block. x is overwritten."""
+    x, hidden = enter_resnet(block, run, past, x)
+    assert hidden is not None
+    return leave_resnet(block, run, past, x, hidden)
+
+
+def enter_resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> State:  # [n, H, W, C]
+    """Run the first half of a residual block."""
+    hidden = conv(block.conv1, run, past, x, normalized(block.norm1, run, past, x))  # [n, H, W, C']
+    shortcut = block.shortcut
+    return State(x if shortcut is None else F.linear(x, shortcut.weight, shortcut.bias), hidden)
+
+
+def leave_resnet(
+    block: Resnet, run: Run, past: Past, x: Tensor, hidden: Tensor
+) -> Tensor:  # [n, H, W, C'] twice -> [n, H, W, C']
+    """Run the second half of a residual block. x is overwritten."""
+    return conv(block.conv2, run, past, hidden, normalized(block.norm2, run, past, hidden), total=x)
+
+
+def whole_block(block: Block, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     """Run the layers of a block, and add its shortcut."""
     entered = x.clone() if block.shortcut is not None else None  # resnets add to x in place
     for step in block.steps:
         match step:
             case Resnet():
-                state = advance(Leave(step), run, past, advance(Enter(step), run, past, State(x)))
-                x = state.x
+                x = resnet(step, run, past, x)
             case Attention():
                 x = attention(step, run, past, x)
             case Upsample():
@@ -131,7 +156,7 @@ def whole_block(block: Block, run: Run, past: Past, x: Tensor) -> Tensor:
     return x
 
 
-def end(stage: End, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, 3]
+def end(stage: End, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, 3]
     """Run the last norm and the last layer."""
     if isinstance(stage.conv, Linear):
         sample = F.linear(F.silu(x), stage.conv.weight, stage.conv.bias)
@@ -159,6 +184,7 @@ def normalized(norm: Norm, run: Run, past: Past, x: Tensor) -> Fill:
             run.kernels.norm_silu(x[:, top:bottom], norm.weight, norm.bias, out)
 
         return fill
+    assert isinstance(past, VideoPast)
     affines = past.statistics.affines(norm, past.place, x)
     gain = None if norm.scale is None or norm.shift is None else Gain.of(norm.scale, norm.shift, past.place, x)
 
@@ -254,7 +280,7 @@ def windows(
         elif not is_first:
             window[:history, rows, columns] = window[history, rows, columns] if repeats else 0
         kept[:, top:bottom] = _last(window[:, 1:-1, columns], history, repeats)
-        _fill_edges(window, layer.replicates, is_top=top == 0, is_bottom=bottom == height)
+        fill_edges(window, REPEATED if layer.replicates else ZERO, is_top=top == 0, is_bottom=bottom == height)
         yield top, bottom, window, is_first
     past.keep(layer, kept)
 
@@ -272,14 +298,17 @@ def _last(window: Tensor, history: int, repeats: bool) -> Tensor:
     return torch.cat([before] * (history - len(window)) + [window])
 
 
-def _fill_edges(window: Tensor, replicates: bool, *, is_top: bool, is_bottom: bool) -> None:
-    """Write the rows and columns around the image into a window. replicates: they repeat the image's edge."""
-    if replicates:
-        window[:, :, 0], window[:, :, -1] = window[:, :, 1], window[:, :, -2]
+def fill_edges(window: Tensor, edge: int, *, is_top: bool, is_bottom: bool) -> None:  # [n, r + 2, W (+ 2), C]
+    """Write the rows and columns around the image into a window; columns of zeros are the convolution's own.
+
+    edge: what lies around the image: ZERO, REPEATED or REFLECTED.
+    """
+    if edge != ZERO:
+        window[:, :, 0], window[:, :, -1] = window[:, :, edge], window[:, :, -1 - edge]
     if is_top:
-        window[:, 0] = window[:, 1] if replicates else 0
+        window[:, 0] = window[:, edge] if edge != ZERO else 0
     if is_bottom:
-        window[:, -1] = window[:, -2] if replicates else 0
+        window[:, -1] = window[:, -1 - edge] if edge != ZERO else 0
 
 
 def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, h, w, C]
@@ -306,6 +335,7 @@ def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], T
     if isinstance(norm, PixelNorm):
         weight, bias = norm.weight, norm.bias
         return lambda frame: run.kernels.norm(x[frame].flatten(0, 1)[None, None], weight, bias)[0]
+    assert isinstance(past, VideoPast)
     affines = past.statistics.affines(norm, past.place, x)
 
     def tokens(frame: int) -> Tensor:
@@ -316,7 +346,7 @@ def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], T
     return tokens
 
 
-def upsample(step: Upsample, run: Run, past: Past, x: Tensor) -> Tensor:
+def upsample(step: Upsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     """Double the frames (except the first one of a video), the rows and the columns."""
     if step.time is not None:
         x = double_frames(step.time, past, x)
@@ -339,7 +369,7 @@ def upsample(step: Upsample, run: Run, past: Past, x: Tensor) -> Tensor:
     return out.repeat_interleave(2, 0)[int(past.place.is_single) :]
 
 
-def causal_upsample(step: CausalUpsample, run: Run, past: Past, x: Tensor) -> Tensor:
+def causal_upsample(step: CausalUpsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     """Double rows and columns, and the frames before or after the convolution, as the layer says."""
     n, height, width, _ = x.shape
     is_first = past.of(step) is None
@@ -379,7 +409,7 @@ def doubled(x: Tensor, way: Doubling) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, 
     return pairs.flatten(0, 1)
 
 
-def double_frames(time: Linear, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
+def double_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
     """Compute two frames from each frame and the two before it. The first frame of a video stays single."""
     if past.place.is_single:
         past.keep(time, x.new_zeros(2, *x.shape[1:]))  # the first frame is no past of the others
@@ -394,7 +424,7 @@ def double_frames(time: Linear, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C
     return pairs.reshape(2 * n, height, width, channels)
 
 
-def unfold(step: Unfold, run: Run, past: Past, x: Tensor) -> Tensor:
+def unfold(step: Unfold, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     """Double rows and columns, and the frames except the first one of a video."""
     times = 1 if past.place.is_single else step.times
     unfolded = conv(step.conv, run, past, x, plain(x))  # [n, H, W, T 2 2 C']

@@ -12,6 +12,7 @@ import torch
 
 from server.engine.coders.build import build_coder
 from server.engine.coders.stock import StockDecoder
+from server.errors import WrongShape
 from server.families import family_of_class
 from server.model_info import Direction
 from server.values import Layout
@@ -42,15 +43,12 @@ WAN_22 = {
     "latents_mean": [0.0] * 48,
     "latents_std": [1.0] * 48,
 }
-LTX_2 = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Wan 2.1": ("AutoencoderKLWan", {}),
     "Wan 2.2 5B": ("AutoencoderKLWan", WAN_22),
     "Qwen-Image": ("AutoencoderKLQwenImage", {}),
     "HunyuanVideo": ("AutoencoderKLHunyuanVideo", {}),
     "HunyuanVideo 1.5": ("AutoencoderKLHunyuanVideo15", {}),
-    "LTX-Video": ("AutoencoderKLLTXVideo", {}),
-    "LTX-2": ("AutoencoderKLLTX2Video", LTX_2),
     "CogVideoX": ("AutoencoderKLCogVideoX", {}),
     "Mochi": ("AutoencoderKLMochi", {}),
     "EasyAnimate": ("AutoencoderKLMagvit", {}),
@@ -61,6 +59,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", VIDEOS)
 def test_a_video_of_any_shape_equals_a_plain_decode(name: str, shape: tuple[int, int, int]) -> None:
     latents = latents_for(name, *shape, batch=2 if shape[0] == 3 else 1)
+    if (
+        name == "ltx2" and min(shape[1:]) == 1
+    ):  # it mirrors the frames at their edges, and diffusers cannot do it either
+        with pytest.raises(WrongShape, match="latents of at least 2x2"):
+            ours(name).decode(latents, Layout.SAMPLE)
+        return
     found = ours(name).decode(latents, Layout.SAMPLE, **arguments(name)).tensor
     assert_same(found, stock_decode(name, latents))
 
