@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ....model_info import EXACT
 from ....values import Layout
-from ...kernels.causal_kernels import CausalKernels
-from ...kernels.choice import kernels_for
+from ...kernels.choice import causal_kernels_for
 from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
@@ -60,7 +59,7 @@ class ExactCausalDecoder:
 
     def __init__(self, vae: Any) -> None:
         weight = next(vae.decoder.parameters())
-        self.kernels = CausalKernels(kernels_for(weight.device, weight.dtype))
+        self.kernels = causal_kernels_for(weight.device, weight.dtype)
         self.weights = STRUCTURES[type(vae).__name__].take_decoder(vae, self.kernels)
         self.network = Network(self.weights)
 
