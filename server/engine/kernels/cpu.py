@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .moments import Affine, Moments
-from .reference import TAPS, Kernels
+from .reference import Kernels
 from .trial import seconds
 
 _ONES = [1, 1]  # the dilation, and the stride of `add_conv_`
 _PADDING = [0, 1]  # rows, columns: the input has its halo rows already
 # Weights are packed for bands of this size. oneDNN packs most weights in the same way for every size, or packs them
-# again at each call, which takes about 40 µs. With 96 channels, however, packing again takes 3 ms for a small image.
-# Such weights are found by timing a convolution of the small size below, and are not packed.
-_BAND_FRAMES, _BAND_ROWS, _BAND_COLUMNS = 6, 18, 256
-_SMALL_ROWS, _SMALL_COLUMNS = 10, 8
-# A packed weight is dropped if it makes the small convolution more than this many times slower.
-SLOW_REORDER = 5
+# again at each call, which takes about 40 µs. Some weights, however, take 3 to 300 ms: those with 96 channels, and with
+# other numbers that are no power of two. They are found by timing convolutions of the widths below, and are not packed.
+_BAND_ROWS, _BAND_COLUMNS = 18, 256
+_TRIED_ROWS, _TRIED_COLUMNS = 10, (8, 104)
+# A packed weight is dropped if it makes one of these convolutions more than this many times slower.
+SLOW_REORDER = 4
 
 
 def preferred_cpu_dtype() -> torch.dtype:
@@ -67,26 +67,21 @@ class CpuKernels(Kernels):
         strides = [stride, stride]
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, strides, _ONES, 1, shape)
         plain = super().pack(weight)
-        x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
-        slow, fast = (seconds(partial(self.conv, x, form, None, stride=stride)) for form in (packed, plain))
-        return plain if slow > SLOW_REORDER * fast else packed
-
-    def pack_frames(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
-        """Return the weight as `conv_frames` expects it, packed as `pack` does."""
-        if not (self.in_3d and self.prepacks):
-            return super().pack_frames(weight)
-        shape, ones = [1, weight.shape[1], _BAND_FRAMES, _BAND_ROWS, _BAND_COLUMNS], [1, 1, 1]
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0, 1], ones, ones, 1, shape)
-        plain = super().pack_frames(weight)
-        x = torch.zeros(TAPS, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [3, n, W, I]
-        bias = x.new_zeros(weight.shape[0])  # [O]
-        slow, fast = (seconds(partial(self.conv_frames, x, form, bias, 1)) for form in (packed, plain))
-        return plain if slow > SLOW_REORDER * fast else packed
+        for columns in _TRIED_COLUMNS:
+            x = torch.zeros(1, _TRIED_ROWS, columns, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
+            slow, fast = (seconds(partial(self.conv, x, form, None, stride=stride)) for form in (packed, plain))
+            if slow > SLOW_REORDER * fast:
+                return plain
+        return packed
 
     def conv_frames(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
     ) -> Tensor:  # [n + 2, r + 2, W + 2 - 2 columns, I] -> [n, r, W, O]
-        """Convolve as `Kernels.conv_frames` says, with oneDNN. torch's own 3-D convolution is slow for low bands."""
+        """Convolve as `Kernels.conv_frames` says, with oneDNN: torch's own 3-D convolution is slow for low bands.
+
+        In 3-D the weight is not packed. Packing would save 3 to 10 % of the time, but a weight with 96 or 384 channels
+        that was packed for another width takes 20 to 300 ms to be packed again, at each call.
+        """
         if not (self.in_3d and self.prepacks):
             return super().conv_frames(window, weight, bias, columns)
         ones = [1, 1, 1]
