@@ -18,12 +18,13 @@ from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
+from .video.causal_encoder import ExactCausalEncoder
 from .video.hunyuan_decoder import ExactHunyuanVideoDecoder
 from .video.streaming import NETWORKS, StreamingDecoder
 
 EXACT_CLASSES = {
     Direction.DECODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
-    Direction.ENCODE: structure.CLASSES,
+    Direction.ENCODE: structure.CLASSES | CAUSAL_CLASSES,
 }
 EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder] | type[ExactCausalDecoder], ...] = (
     ExactKLDecoder,
@@ -52,8 +53,11 @@ def build_coder(
 
 
 def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
-    reason = ExactKLEncoder.unsupported_reason(vae)
-    return (None, reason) if reason else (ExactKLEncoder(vae), None)
+    encoder: type[ExactKLEncoder] | type[ExactCausalEncoder] = ExactKLEncoder
+    if type(vae).__name__ in CAUSAL_CLASSES:
+        encoder = ExactCausalEncoder
+    reason = encoder.unsupported_reason(vae)
+    return (None, reason) if reason else (encoder(vae), None)
 
 
 def _own_decoder(vae: Any, family: Family) -> tuple[Decoder | None, str | None]:

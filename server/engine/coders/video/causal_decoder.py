@@ -16,7 +16,7 @@ from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
 from . import hunyuan_video_15_layers, wan_layers
 from .causal_passes import Past, Run, decode_head, decode_tail
-from .causal_plan import Plan, fit, halo_rows
+from .causal_plan import Plan, fit, halo_rows, held_bytes
 
 CPU_BAND_BYTES = 4 << 20
 GPU_BAND_BYTES = 1 << 30
@@ -53,7 +53,7 @@ class ExactCausalDecoder:
     def plan(self, height: int, width: int, budget_bytes: int) -> Plan:
         """Plan a decode of latents of this size. budget_bytes: the memory limit of everything but the output."""
         band_bytes = CPU_BAND_BYTES if self.weights.device.type == "cpu" else GPU_BAND_BYTES
-        return fit(self.weights, height, width, budget_bytes, band_bytes)
+        return fit(held_bytes(self.weights, height, width), height, budget_bytes, band_bytes)
 
     @torch.inference_mode()
     def decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...kernels.causal_kernels import TAPS
@@ -78,17 +79,27 @@ class Plan:
     band_bytes: int
 
 
-def fit(decoder: CausalDecoder, height: int, width: int, budget_bytes: int, band_bytes: int) -> Plan:
-    """Return the plan for latents of this size: whole frames, if the memory allows it, else slabs of rows.
+def held_bytes(decoder: CausalDecoder, height: int, width: int) -> Callable[[int], int]:
+    """Return a function from the rows of a slab to the bytes that its tail holds, without the bands of rows.
 
-    band_bytes: the wanted size of a band. If even the smallest plan exceeds the budget, it is returned nevertheless,
-    because the run may still fit and no plan needs less.
+    height, width: the size of the latents. A slab of `height` rows means whole frames.
+    """
+    halo = halo_rows(decoder)
+
+    def held(rows: int) -> int:
+        return tail_bytes(decoder, min(height, rows + 2 * halo), width)
+
+    return held
+
+
+def fit(held: Callable[[int], int], height: int, budget_bytes: int, band_bytes: int) -> Plan:
+    """Return the plan for frames of this height: whole frames, if the memory allows it, else slabs of rows.
+
+    held: the bytes that slabs of some rows need, without the bands. band_bytes: the wanted size of a band. If even the
+    smallest plan exceeds the budget, it is returned nevertheless, because the run may still fit and no plan needs less.
     """
     smallest = min(band_bytes, SMALLEST_BAND_BYTES)
-    for_tail = budget_bytes - WORKING_BANDS * smallest
-    rows = height
-    if tail_bytes(decoder, height, width) > for_tail:
-        row_bytes = tail_bytes(decoder, 1, width)
-        rows = min(height, max(SMALLEST_SLAB, for_tail // row_bytes - 2 * halo_rows(decoder)))
-    held = tail_bytes(decoder, min(height, rows + 2 * halo_rows(decoder)), width)
-    return Plan(rows, max(smallest, min(band_bytes, (budget_bytes - held) // WORKING_BANDS)))
+    available = budget_bytes - WORKING_BANDS * smallest
+    lowest = min(height, SMALLEST_SLAB)
+    rows = next((rows for rows in range(height, lowest, -1) if held(rows) <= available), lowest)
+    return Plan(rows, max(smallest, min(band_bytes, (budget_bytes - held(rows)) // WORKING_BANDS)))
