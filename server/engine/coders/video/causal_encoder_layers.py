@@ -75,7 +75,7 @@ class CausalEncoder:
 
     patch: side of the pixel blocks that become the first convolution's channels; 1 if these are the sample's own.
     chunk_frames: how many frames are encoded together, after the first one. A last chunk that is not full is dropped.
-    averages_output: neighbouring channels before the last norm whose mean is added to an output channel; 0 for none.
+    averages_output: means of neighbouring channels before the last norm are added to the output.
     """
 
     patch: int
@@ -84,7 +84,7 @@ class CausalEncoder:
     blocks: tuple[EncoderBlock, ...]
     norm_out: PixelNorm
     conv_out: CausalConv
-    averages_output: int
+    averages_output: bool
     quant: Linear | None
     chunk_frames: int
     dtype: torch.dtype

@@ -34,7 +34,8 @@ class Account:
     """The values that the layers hold while they run, one after the other, on a chunk of frames.
 
     frames, pixels, channels: the size of the activation between two layers. past: the values that the causal layers
-    remember. working: the most values that are held beside them. kept: the values of a shortcut until it is added.
+    remember. working: the most values that are held beside them. kept: the values that are
+    held until the end of a block.
     """
 
     frames: int
@@ -56,7 +57,11 @@ class Account:
                 times = min(self.frames, block.shortcut.times)
                 self.kept = self.size // (self.channels * times * block.shortcut.side**2) * block.shortcut.out_channels
                 self._hold(self.size + 2 * block.shortcut.times * self.pixels * self.channels)
-            for step in block.steps:
+            entered, first = self.size, block.steps[0]
+            self._step(first)
+            if not isinstance(first, Resnet | Attention) or (isinstance(first, Resnet) and first.shortcut):
+                self.kept += entered  # the caller of the block holds its input, unless it is overwritten
+            for step in block.steps[1:]:
                 self._step(step)
             self.kept = 0
 
@@ -108,11 +113,12 @@ def held_bytes(encoder: CausalEncoder, latent_frames: int, height: int, width: i
     on at once. The output of lower slabs is stored for all frames of the video.
     """
     halo, ratio = halo_rows(encoder), encoder.front_ratio() // encoder.patch
+    frames = 1 if latent_frames == 1 else encoder.chunk_frames
 
     def held(rows: int) -> int:
         is_whole = rows >= height
         computed = height if is_whole else min(height, rows + 2 * halo)
-        front = Account(encoder.chunk_frames, computed * width * ratio**2, encoder.in_channels)
+        front = Account(frames, computed * width * ratio**2, encoder.in_channels)
         pixels = front.size
         front.conv(encoder.conv_in.out_channels)
         front.run(encoder.front)

@@ -41,7 +41,7 @@ def encode_back(encoder: CausalEncoder, run: Run, past: Past, x: Tensor) -> Tens
         x = advance(block, run, past, x)
     parameters = conv(encoder.conv_out, run, past, x, normalized(encoder.norm_out, run, x))  # [n, h, w, 2 C']
     if encoder.averages_output:
-        parameters += x.unflatten(-1, (-1, encoder.averages_output)).mean(-1)
+        parameters += grouped_mean(x, parameters.shape[-1])
     if encoder.quant is None:
         return parameters
     return F.linear(parameters, encoder.quant.weight, encoder.quant.bias)
@@ -97,7 +97,7 @@ def fold(step: Fold, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C]
     for index, frames in enumerate(torch.split(x, times)):  # [T, H, W, C]
         run.check()
         shortcut = folded_channels(frames, times)[0]  # [H / 2, W / 2, T 2 2 C]
-        out[index] += shortcut.unflatten(-1, (step.out_channels, -1)).mean(-1)
+        out[index] += grouped_mean(shortcut, step.out_channels)
     return out
 
 
@@ -119,8 +119,13 @@ def averaged(shortcut: Average, run: Run, x: Tensor) -> Tensor:  # [n T, S H, S 
         missing = times - len(frames)  # before the first frame of a video
         frames = torch.cat([frames.new_zeros(missing, height, width, channels), frames]) if missing else frames
         parts = frames.view(times, h, side, w, side, channels).permute(1, 3, 5, 0, 2, 4)  # [H, W, C, T, S, S]
-        out[index] = parts.reshape(h, w, shortcut.out_channels, -1).mean(-1)
+        out[index] = grouped_mean(parts.reshape(h, w, -1), shortcut.out_channels)
     return out
+
+
+def grouped_mean(x: Tensor, groups: int) -> Tensor:  # [..., C] -> [..., groups]
+    """Return the mean of each group of neighbouring channels."""
+    return x.reshape(*x.shape[:-1], groups, -1).mean(-1)
 
 
 def patches(pixels: Tensor, patch: int) -> Tensor:  # [n, p H, p W, C] -> [n, H, W, C p p]

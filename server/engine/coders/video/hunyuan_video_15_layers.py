@@ -129,7 +129,7 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
         blocks=blocks,
         norm_out=take_norm(encoder.norm_out),
         conv_out=take_conv(encoder.conv_out, kernels),
-        averages_output=encoder.group_size,
+        averages_output=True,
         quant=None,
         chunk_frames=math.prod(times_of(step) for block in blocks for step in block.steps),
         dtype=dtype,

@@ -204,7 +204,7 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
         blocks=tuple(_take_encoder_blocks(encoder, kernels)),
         norm_out=take_norm(encoder.norm_out),
         conv_out=take_conv(encoder.conv_out, kernels),
-        averages_output=0,
+        averages_output=False,
         quant=take_pointwise(vae.quant_conv),
         chunk_frames=CHUNK_FRAMES,
         dtype=dtype,
