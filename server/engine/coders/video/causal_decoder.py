@@ -32,6 +32,7 @@ class ExactCausalDecoder:
     """Takes over the weights of a VAE's decoder; `vae.decode` no longer works afterwards."""
 
     name = EXACT
+    heeds_budget = True
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:

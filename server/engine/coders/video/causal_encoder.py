@@ -26,6 +26,7 @@ class ExactCausalEncoder:
     """Takes over the weights of a VAE's encoder; `vae.encode` no longer works afterwards."""
 
     name = EXACT
+    heeds_budget = True
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:

@@ -39,6 +39,7 @@ class ExactHunyuanVideoDecoder:
     """
 
     name = EXACT
+    heeds_budget = True
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:

@@ -95,6 +95,11 @@ class StreamingDecoder:
         self.family = family
         self.spec = family.describe(vae.config)
 
+    @property
+    def heeds_budget(self) -> bool:
+        """Return whether the frames can be decoded in slabs of rows."""
+        return bool(self.network.parts)
+
     def free_caches(self) -> None:
         """Do nothing: the modules keep no caches between calls."""
 
