@@ -20,11 +20,12 @@ from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
 from .video.causal_encoder import ExactCausalEncoder
 from .video.hunyuan_decoder import ExactHunyuanVideoDecoder
+from .video.hunyuan_encoder import ExactHunyuanVideoEncoder
 from .video.streaming import NETWORKS, StreamingDecoder
 
 EXACT_CLASSES = {
     Direction.DECODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
-    Direction.ENCODE: structure.CLASSES | CAUSAL_CLASSES,
+    Direction.ENCODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
 }
 EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder] | type[ExactCausalDecoder], ...] = (
     ExactKLDecoder,
@@ -53,9 +54,11 @@ def build_coder(
 
 
 def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
-    encoder: type[ExactKLEncoder] | type[ExactCausalEncoder] = ExactKLEncoder
+    encoder: type[ExactKLEncoder] | type[ExactCausalEncoder] | type[ExactHunyuanVideoEncoder] = ExactKLEncoder
     if type(vae).__name__ in CAUSAL_CLASSES:
         encoder = ExactCausalEncoder
+    elif isinstance(vae, AutoencoderKLHunyuanVideo):
+        encoder = ExactHunyuanVideoEncoder
     reason = encoder.unsupported_reason(vae)
     return (None, reason) if reason else (encoder(vae), None)
 

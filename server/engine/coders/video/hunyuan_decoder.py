@@ -95,26 +95,31 @@ class ExactHunyuanVideoDecoder:
 
     def _chunk_bytes(self, frames: int, pixels: int, budget_bytes: int | None) -> int:
         """Return the size of a chunk, chosen to fit the budget beside two whole activations of the largest stage."""
-        wanted = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
-        budget = free_bytes(self.device) if budget_bytes is None else budget_bytes
-        stored: int = 2 * frames * pixels * self.network.norm_out.weight.numel() * self.dtype.itemsize
-        return max(1, min(wanted, (budget - stored) // WORKING_CHUNKS))
+        stored: int = frames * pixels * self.network.norm_out.weight.numel() * self.dtype.itemsize
+        return chunk_bytes_within(stored, self.device, budget_bytes)
+
+
+def chunk_bytes_within(activation_bytes: int, device: torch.device, budget_bytes: int | None) -> int:
+    """Return the size of a chunk, chosen to fit the budget beside two whole activations of the largest stage."""
+    wanted = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    budget = free_bytes(device) if budget_bytes is None else budget_bytes
+    return max(1, min(wanted, (budget - 2 * activation_bytes) // WORKING_CHUNKS))
 
 
 def _take(vae: Any, kernels: Kernels) -> passes.VideoWeights:
     decoder = vae.decoder
     return passes.VideoWeights(
         post_quant=take_linear(vae.post_quant_conv),
-        conv_in=_take_conv(decoder.conv_in, kernels),
+        conv_in=take_conv(decoder.conv_in, kernels),
         steps=tuple(_take_steps(decoder, kernels)),
         norm_out=take_norm(decoder.conv_norm_out),
-        conv_out=_take_conv(decoder.conv_out, kernels),
+        conv_out=take_conv(decoder.conv_out, kernels),
     )
 
 
 def _take_steps(decoder: Any, kernels: Kernels) -> Iterator[passes.Step]:
     def resnet(block: Any) -> passes.Step:
-        return _take_resnet(block, kernels)
+        return take_resnet(block, kernels)
 
     def upsample(upsampler: Any) -> passes.Step:
         return _take_upsample(upsampler, kernels)
@@ -122,19 +127,22 @@ def _take_steps(decoder: Any, kernels: Kernels) -> Iterator[passes.Step]:
     return take_steps(decoder, resnet, upsample)
 
 
-def _take_resnet(block: Any, kernels: Kernels) -> Resnet:
+def take_resnet(block: Any, kernels: Kernels) -> Resnet:
+    """Take the weights out of a residual block."""
     shortcut: Linear | None = None if block.conv_shortcut is None else take_linear(block.conv_shortcut.conv)
-    conv1, conv2 = _take_conv(block.conv1, kernels), _take_conv(block.conv2, kernels)
+    conv1, conv2 = take_conv(block.conv1, kernels), take_conv(block.conv2, kernels)
     return Resnet(take_norm(block.norm1), conv1, take_norm(block.norm2), conv2, shortcut)
 
 
-def _take_conv(causal: Any, kernels: Kernels) -> Conv:
-    weight, bias = _weights(causal)  # [O, I, 3, 3, 3], [O]
-    return Conv(kernels.pack(side_by_side(weight)), bias, len(bias))
+def take_conv(causal: Any, kernels: Kernels) -> Conv:
+    """Take a causal convolution, for the channels of three frames side by side."""
+    stride: int = causal.conv.stride[-1]
+    weight, bias = take_causal_weights(causal)  # [O, I, 3, 3, 3], [O]
+    return Conv(kernels.pack(side_by_side(weight), stride), bias, len(bias))
 
 
 def _take_upsample(upsampler: Any, kernels: Kernels) -> passes.Upsample:
-    weight, bias = _weights(upsampler.conv)  # [O, I, 3, 3, 3], [O]
+    weight, bias = take_causal_weights(upsampler.conv)  # [O, I, 3, 3, 3], [O]
     grows_in_time = upsampler.upsample_factor[0] == 2
     in_time = fold_time(weight.float()) if grows_in_time else [weight.float()]  # each [O, I, 2 or 3, 3, 3]
     phases = torch.cat([fold_upsample(side_by_side(phase)) for phase in in_time])  # [T 4 O, ..., 2, 2]
@@ -158,7 +166,8 @@ def fold_time(weight: Tensor) -> list[Tensor]:  # [O, I, 3, 3, 3] -> two of [O, 
     return [torch.stack([first + middle, last], 2), torch.stack([first, middle + last], 2)]  # [O, I, 2, 3, 3]
 
 
-def _weights(causal: Any) -> tuple[Tensor, Tensor]:
+def take_causal_weights(causal: Any) -> tuple[Tensor, Tensor]:
+    """Take the weight and the bias of a causal convolution."""
     weight, bias = causal.conv.weight.detach(), causal.conv.bias.detach()  # [O, I, 3, 3, 3], [O]
     empty(causal.conv)
     return weight, bias
@@ -168,13 +177,15 @@ def _reasons(vae: Any) -> Iterator[str]:
     if type(vae) is not AutoencoderKLHunyuanVideo:
         yield f"{type(vae).__name__} is not an AutoencoderKLHunyuanVideo."
         return
-    decoder = vae.decoder
+    own = {stock.HunyuanVideoDecoder3D, stock.HunyuanVideoUpBlock3D, stock.HunyuanVideoUpsampleCausal3D}
+    yield from part_reasons("decoder", vae.decoder, own)
+
+
+def part_reasons(part: str, network: nn.Module, own: set[type[nn.Module]]) -> Iterator[str]:
+    """Check the decoder or the encoder. part: its name. own: the classes that only this part has."""
     known = {
-        stock.HunyuanVideoDecoder3D,
         stock.HunyuanVideoMidBlock3D,
-        stock.HunyuanVideoUpBlock3D,
         stock.HunyuanVideoResnetBlockCausal3D,
-        stock.HunyuanVideoUpsampleCausal3D,
         stock.HunyuanVideoCausalConv3d,
         StockAttention,
         nn.ModuleList,
@@ -183,31 +194,40 @@ def _reasons(vae: Any) -> Iterator[str]:
         nn.SiLU,
         nn.Linear,
         nn.Dropout,
+        *own,
     }
-    for name, module in decoder.named_modules():
+    halving = {
+        f"{name}.conv"
+        for name, module in network.named_modules()
+        if type(module) is stock.HunyuanVideoDownsampleCausal3D
+    }
+    for name, module in network.named_modules():
         if type(module) not in known:
-            yield f"decoder.{name} is a {type(module).__name__}."
+            yield f"{part}.{name} is a {type(module).__name__}."
         elif isinstance(module, StockAttention):
-            yield from attention_reasons(f"decoder.{name}", module)
+            yield from attention_reasons(f"{part}.{name}", module)
         elif isinstance(module, nn.GroupNorm):
-            yield from norm_reasons(f"decoder.{name}", module)
-        elif isinstance(module, stock.HunyuanVideoCausalConv3d) and not _is_plain_conv(module):
-            yield f"decoder.{name} is not a plain causal convolution."
+            yield from norm_reasons(f"{part}.{name}", module)
+        elif isinstance(module, stock.HunyuanVideoCausalConv3d) and not _is_plain_conv(module, name in halving):
+            yield f"{part}.{name} is not a plain causal convolution."
         elif isinstance(module, stock.HunyuanVideoUpsampleCausal3D) and not _is_known_upsample(module):
-            yield f"decoder.{name} upsamples by {module.upsample_factor}."
-    if len({(parameter.dtype, parameter.device) for parameter in decoder.parameters()}) != 1:
-        yield "Its decoder's weights are in more than one dtype or on more than one device."
+            yield f"{part}.{name} upsamples by {module.upsample_factor}."
+    if len({(parameter.dtype, parameter.device) for parameter in network.parameters()}) != 1:
+        yield f"Its {part}'s weights are in more than one dtype or on more than one device."
 
 
-def _is_plain_conv(causal: Any) -> bool:
+def _is_plain_conv(causal: Any, is_halving: bool) -> bool:
+    """Return whether a causal convolution is known. is_halving: it halves rows and columns, and may halve frames."""
     conv = causal.conv
     size: int = conv.kernel_size[0]
+    strides = ((1, 2, 2), (2, 2, 2)) if is_halving else ((1, 1, 1),)
     return (
         causal.pad_mode == "replicate"
         and size in (1, 3)
         and conv.kernel_size == (size,) * 3
         and causal.time_causal_padding == (size // 2,) * 4 + (size - 1, 0)
-        and conv.stride == conv.dilation == (1, 1, 1)
+        and conv.stride in strides
+        and conv.dilation == (1, 1, 1)
         and conv.padding == (0, 0, 0)
         and conv.groups == 1
         and conv.bias is not None

@@ -52,6 +52,30 @@ class VideoWeights:
     conv_out: Conv
 
 
+@dataclass(frozen=True)
+class Downsample:
+    """A causal convolution of stride 2, over an image whose edges are repeated around it.
+
+    shrinks_in_time: it also skips every second frame.
+    """
+
+    conv: Conv
+    shrinks_in_time: bool
+
+
+EncoderStep = Resnet | Attention | Downsample
+
+
+@dataclass(frozen=True)
+class VideoEncoderWeights:
+    """The weights of the encoder, in the order in which they are used."""
+
+    conv_in: Conv
+    steps: tuple[EncoderStep, ...]
+    norm_out: GroupNorm
+    conv_out: Conv  # the quant_conv that follows is folded into it
+
+
 class Chunks:
     """An activation as chunks of frames `[n, H, W, C]`, with the statistics of each frame for the next norm."""
 
@@ -84,15 +108,19 @@ class History:
         self.length = length
         self.frames: Tensor | None = None  # [length, H, W, C]
 
-    def side_by_side(self, chunk: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H + 2, W + 2, (length + 1) C]
-        """Return the channels of each frame and of the `length` frames before it, padded by repeating the edges."""
+    def side_by_side(self, chunk: Tensor, start: int = 0, step: int = 1) -> Tensor:  # [n, H, W, C]
+        """Return the channels of frames and of the `length` frames before each, padded by repeating the edges.
+
+        start, step: which frames of the chunk are returned, `[n', H + 2, W + 2, (length + 1) C]`.
+        """
         n, height, width, channels = chunk.shape
         before = chunk[:1].expand(self.length, -1, -1, -1) if self.frames is None else self.frames
         frames = torch.cat([before, chunk])  # [length + n, H, W, C]
         self.frames = frames[n:].clone() if n > self.length else frames[n:]
-        y = chunk.new_empty(n, height + 2, width + 2, (self.length + 1) * channels)  # [n, H + 2, W + 2, ...]
+        taken = len(range(start, n, step))
+        y = chunk.new_empty(taken, height + 2, width + 2, (self.length + 1) * channels)  # [n', H + 2, W + 2, ...]
         for back in range(self.length + 1):
-            y[:, 1:-1, 1:-1, back * channels : (back + 1) * channels] = frames[back : back + n]
+            y[:, 1:-1, 1:-1, back * channels : (back + 1) * channels] = frames[back + start : back + n : step]
         y[:, 1:-1, 0], y[:, 1:-1, -1] = y[:, 1:-1, 1], y[:, 1:-1, -2]
         y[:, 0], y[:, -1] = y[:, 1], y[:, -2]
         return y
@@ -126,17 +154,47 @@ def decode(
     last(network, kernels, x, write, check)
 
 
+def encode(
+    network: VideoEncoderWeights,
+    kernels: Kernels,
+    chunk_bytes: int,
+    query_bytes: int,
+    pixels: Tensor,
+    write: WriteFrames,
+    check: Check,
+) -> None:
+    """Encode the pixels `[C, F, H, W]` of one video. The other arguments are those of `decode`.
+
+    write: receives the frames of the posterior's parameters `[n, h, w, 2 C]`, from the first to the last.
+    """
+    x = conv_in(network.conv_in, kernels, chunk_bytes, pixels.permute(1, 2, 3, 0).contiguous(), check)
+    for step in network.steps:
+        match step:
+            case Resnet():
+                x = resnet(step, kernels, x, check)
+            case Attention():
+                x = attention(step, kernels, query_bytes, x, check)
+            case Downsample():
+                x = downsample(step, kernels, x, check)
+    last(network, kernels, x, write, check)
+
+
 def first(
     network: VideoWeights, kernels: Kernels, chunk_bytes: int, latents: Tensor, check: Check
 ) -> Chunks:  # [C, F, h, w]
     """Apply the first two convolutions to whole latents."""
     frames = latents.permute(1, 2, 3, 0).contiguous()  # [F, h, w, C]
     frames = F.linear(frames, network.post_quant.weight, network.post_quant.bias)  # [F, h, w, C]
+    return conv_in(network.conv_in, kernels, chunk_bytes, frames, check)
+
+
+def conv_in(weights: Conv, kernels: Kernels, chunk_bytes: int, frames: Tensor, check: Check) -> Chunks:  # [F, H, W, C]
+    """Apply the first 3x3x3 convolution, in chunks whose output has at most `chunk_bytes`."""
     output, history = Chunks(kernels), History(2)
-    frame_bytes = frames[0, ..., 0].numel() * network.conv_in.out_channels * frames.element_size()
+    frame_bytes = frames[0, ..., 0].numel() * weights.out_channels * frames.element_size()
     for chunk in torch.split(frames, max(1, chunk_bytes // frame_bytes)):
         check()
-        output.append(conv(kernels, network.conv_in, history.side_by_side(chunk)))  # [n, h, w, C']
+        output.append(conv(kernels, weights, history.side_by_side(chunk)))  # [n, H, W, C']
     return output
 
 
@@ -214,6 +272,18 @@ def upsample(block: Upsample, kernels: Kernels, chunk_bytes: int, x: Chunks, che
     return output
 
 
+def downsample(block: Downsample, kernels: Kernels, x: Chunks, check: Check) -> Chunks:
+    """Halve rows and columns, and frames: frame t of the output is computed from frames 2t - 2, 2t - 1 and 2t."""
+    output, history, seen, step = Chunks(kernels), History(2), 0, 2 if block.shrinks_in_time else 1
+    for chunk in x.take():  # [n, H, W, C]
+        check()
+        y = history.side_by_side(chunk, -seen % step, step)  # [n', H + 2, W + 2, 3 C]
+        seen += len(chunk)
+        if len(y):
+            output.append(kernels.conv(y, block.conv.weight, block.conv.bias, columns=0, stride=2))
+    return output
+
+
 def interleave(phases: Tensor, times: int, is_first: bool) -> Tensor:  # [n, H + 1, W + 1, T 2 2 C]
     """Return the upsampled frames `[T n, 2 H, 2 W, C]`, one frame less for the first chunk if T is 2.
 
@@ -232,7 +302,9 @@ def interleave(phases: Tensor, times: int, is_first: bool) -> Tensor:  # [n, H +
     return frames[times - 1 :] if is_first else frames
 
 
-def last(network: VideoWeights, kernels: Kernels, x: Chunks, write: WriteFrames, check: Check) -> None:
+def last(
+    network: VideoWeights | VideoEncoderWeights, kernels: Kernels, x: Chunks, write: WriteFrames, check: Check
+) -> None:
     """Apply the last norm, SiLU and convolution, and write the result chunk by chunk."""
     affine, history, frame = kernels.affine(network.norm_out, x.moments), History(2), 0
     for chunk in x.take():  # [n, H, W, C]
