@@ -78,7 +78,7 @@ class Case(NamedTuple):
     latents: tuple[int, ...]
 
 
-LTX_2 = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+LTX_2 = {"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 CASES = {
     "Wan 2.1": Case("AutoencoderKLWan", {}, (16, 3, 24, 4)),
     "Wan 2.2 5B": Case("AutoencoderKLWan", WAN_22, (48, 3, 12, 4)),

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from benchmarks.decode import MEGA, Variant, device_name, matrix_rate, peak_of, psnr, timed
-from server.engine.coders.video.hunyuan_decoder import ExactHunyuanVideoDecoder
+from server.engine.coders.video.causal_decoder import ExactCausalDecoder
 from server.values import Layout
 
 
@@ -60,7 +60,7 @@ def main() -> None:
 
     vae = full_size_vae().to(device)
     half = copy.deepcopy(vae).to(torch.bfloat16)
-    decoder = ExactHunyuanVideoDecoder(copy.deepcopy(half))
+    decoder = ExactCausalDecoder(copy.deepcopy(half))
     variants: dict[str, Variant] = {
         "diffusers fp32, untiled": stock(vae, False),
         "diffusers fp32 (its default)": stock(vae, True),

@@ -120,6 +120,7 @@ class LoadedInfo:
 
     decoder, encoder: name of the implementation that runs each direction; None while that direction is not loaded.
     note: the reason why diffusers' own implementation runs, if it does.
+    dtype_note: the reason why this dtype was chosen.
     """
 
     device: str
@@ -127,6 +128,7 @@ class LoadedInfo:
     decoder: str | None = None
     encoder: str | None = None
     note: str | None = None
+    dtype_note: str = ""
 
     def runs(self, direction: Direction) -> bool:
         """Return whether the weights of this direction are loaded."""

@@ -18,6 +18,7 @@ C = TypeVar("C", bound=Coder, covariant=True)
 class LoadedModel(Generic[C]):
     """A Decoder or an Encoder, ready to run, with the family and spec that prepare its requests.
 
+    allows_tf32: a GPU may round the factors of float32 convolutions to TensorFloat-32.
     budget_bytes: memory limit for the activations of a run; None means the memory that is free when the run begins.
     """
 
@@ -29,3 +30,4 @@ class LoadedModel(Generic[C]):
     weight_bytes: int
     info: LoadedInfo
     budget_bytes: int | None = None
+    allows_tf32: bool = False

@@ -70,7 +70,7 @@ class LoadedModels:
     """
 
     def __init__(self, settings: Settings) -> None:
-        # TensorFloat-32 keeps only ten bits of the mantissa, but a user who chooses float32 expects its full precision.
+        # Runs whose `Precision` allows TensorFloat-32 turn it on while they compute.
         torch.backends.cudnn.allow_tf32 = False
         self._settings = settings
         self._turn = Turn()
@@ -84,8 +84,8 @@ class LoadedModels:
         is_local_only: do not use the network.
         """
         located = self._locate(name, is_local_only=is_local_only)
-        dtype = self._dtype(located, Direction.DECODE)
-        return replace(located.info, weights=weigh(located.source, dtype))
+        precision = self._precision(located, Direction.DECODE)
+        return replace(located.info, weights=weigh(located.source, precision.dtype))
 
     def loaded(self, name: str) -> LoadedInfo | None:
         """Return what is known of a model with a direction on the device; None if neither direction is loaded."""
@@ -252,7 +252,8 @@ class LoadedModels:
         info, device, direction = located.info, located.device, key.direction
         entry, options = self._settings.models[key.name], self._settings.options
         family = FAMILIES[info.latents.family]
-        dtype = torch.float32 if key.is_upcast else self._dtype(located, direction)
+        precision = placement.UPCAST if key.is_upcast else self._precision(located, direction)
+        dtype = precision.dtype
         vae = loading.load_vae(info, located.source, dtype, direction)
         spec = family.refine(info.latents, vae)
         weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
@@ -261,7 +262,7 @@ class LoadedModels:
         with self._turn, on(device):
             placement.move(vae, device)
             coder, note = build_coder(vae, family, direction, entry.decoder, entry.tiling)
-            loaded = LoadedInfo(str(device), NAMES[dtype], note=note)
+            loaded = LoadedInfo(str(device), NAMES[dtype], note=note, dtype_note=precision.reason)
             if direction is Direction.ENCODE:
                 loaded = replace(loaded, encoder=coder.name)
             else:
@@ -272,6 +273,7 @@ class LoadedModels:
                 spec=spec,
                 device=device,
                 dtype=dtype,
+                allows_tf32=precision.allows_tf32,
                 weight_bytes=weight_bytes,
                 info=loaded,
                 budget_bytes=budget_mb << 20 if budget_mb else None,
@@ -289,11 +291,11 @@ class LoadedModels:
         except ValueError as error:
             raise ModelUnavailable(name, f"{name}: {error}") from None
 
-    def _dtype(self, located: Located, direction: Direction) -> torch.dtype:
+    def _precision(self, located: Located, direction: Direction) -> placement.Precision:
         entry = self._settings.models[located.info.name]
         is_exact = entry.decodes_exactly and located.info.class_name in EXACT_CLASSES[direction]
         wanted = entry.dtype or self._settings.options.dtype
-        return placement.choose_dtype(wanted, located.info, located.device, is_exact=is_exact)
+        return placement.choose_precision(wanted, located.info, located.device, is_exact=is_exact)
 
 
 def on(device: torch.device) -> Any:

@@ -14,7 +14,9 @@ class Wan(Video):
     name = "wan"
     class_names = ("AutoencoderKLWan",)
     channels_key = "z_dim"
-    gpu_dtype = "float32"  # as in the documentation of its pipelines
+    # The documentation of its pipelines loads float32 weights, which torch multiplies in TensorFloat-32. bfloat16 is
+    # twice as fast, and is what the pipelines of Qwen-Image use for the same layers.
+    gpu_dtype = "bfloat16"
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Read the ratios from the config, or calculate them from the downsampling steps."""

@@ -170,10 +170,10 @@ def qwen_image_21() -> Any:
     return brightened(vae, vae.decoder.conv_out)
 
 
-def magvit() -> Any:
+def magvit(**config: Any) -> Any:
     """EasyAnimate's: 8 times smaller, 4 times shorter, a scaling factor."""
     small = {"block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 2, "spatial_group_norm": False}
-    return seeded(AutoencoderKLMagvit, **small)
+    return seeded(AutoencoderKLMagvit, **small | config)
 
 
 def allegro() -> Any:

@@ -19,7 +19,7 @@ import requests
 from server.config import Settings
 from server.engine.coders.image.decoder import ExactKLDecoder
 from server.engine.coders.stock import StockDecoder
-from server.engine.coders.video.hunyuan_decoder import ExactHunyuanVideoDecoder
+from server.engine.coders.video.causal_decoder import ExactCausalDecoder
 from server.engine.local import LocalEngine
 from server.engine.weights import loading
 from server.model_info import CoderId, ModelInfo
@@ -43,7 +43,7 @@ def post(
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The decoders that ran; the server is a thread of this process."""
     ran: list[str] = []
-    for decoder in (ExactKLDecoder, ExactHunyuanVideoDecoder, StockDecoder):
+    for decoder in (ExactKLDecoder, ExactCausalDecoder, StockDecoder):
 
         def counted(self: Any, *arguments: Any, original: Any = decoder.decode, **options: Any) -> Any:
             ran.append(self.name)

@@ -1,14 +1,11 @@
 """Which coder runs a VAE: this server's own where the structure is known, diffusers' own everywhere else.
 
-`exact` coders have their own layers. The `streaming` decoder runs diffusers' layers on one piece of the video after the
-other. Both return what diffusers' plain decode or encode returns.
+`exact` coders have their own layers and return what diffusers' plain decode or encode returns.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-from diffusers import AutoencoderKLHunyuanVideo
 
 from ...families import Family
 from ...model_info import Direction
@@ -18,20 +15,14 @@ from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
-from .video.causal_encoder import ExactCausalEncoder
-from .video.hunyuan_decoder import ExactHunyuanVideoDecoder
-from .video.hunyuan_encoder import ExactHunyuanVideoEncoder
-from .video.streaming import NETWORKS, StreamingDecoder
+from .video.causal_encoder import ENCODED_CLASSES, ExactCausalEncoder
+from .video.ltx_decoder import LTX_CLASSES, ExactLTXDecoder
 
 EXACT_CLASSES = {
-    Direction.DECODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
-    Direction.ENCODE: structure.CLASSES | {"AutoencoderKLHunyuanVideo"} | CAUSAL_CLASSES,
+    Direction.DECODE: structure.CLASSES | CAUSAL_CLASSES | LTX_CLASSES,
+    Direction.ENCODE: structure.CLASSES | ENCODED_CLASSES,
 }
-EXACT_DECODERS: tuple[type[ExactKLDecoder] | type[ExactHunyuanVideoDecoder] | type[ExactCausalDecoder], ...] = (
-    ExactKLDecoder,
-    ExactHunyuanVideoDecoder,
-    ExactCausalDecoder,
-)
+ExactDecoder = ExactKLDecoder | ExactCausalDecoder | ExactLTXDecoder
 
 
 def build_coder(
@@ -49,31 +40,25 @@ def build_coder(
         return stock(vae, family), "models.yaml asks for diffusers' tiles"
     if choice != "auto":
         return stock(vae, family), f"models.yaml asks for diffusers' own {direction}r"
-    coder, reason = _own_encoder(vae) if direction is Direction.ENCODE else _own_decoder(vae, family)
+    coder, reason = _own_encoder(vae) if direction is Direction.ENCODE else _own_decoder(vae)
     return (coder, None) if coder else (stock(vae, family), reason)
 
 
 def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
-    encoder: type[ExactKLEncoder] | type[ExactCausalEncoder] | type[ExactHunyuanVideoEncoder] = ExactKLEncoder
-    if type(vae).__name__ in CAUSAL_CLASSES:
-        encoder = ExactCausalEncoder
-    elif isinstance(vae, AutoencoderKLHunyuanVideo):
-        encoder = ExactHunyuanVideoEncoder
+    encoder: type[ExactKLEncoder | ExactCausalEncoder] = (
+        ExactCausalEncoder if type(vae).__name__ in CAUSAL_CLASSES else ExactKLEncoder
+    )
     reason = encoder.unsupported_reason(vae)
     return (None, reason) if reason else (encoder(vae), None)
 
 
-def _own_decoder(vae: Any, family: Family) -> tuple[Decoder | None, str | None]:
-    reasons = {decoder: decoder.unsupported_reason(vae) for decoder in EXACT_DECODERS}
-    for decoder, reason in reasons.items():
-        if reason is None:
-            return decoder(vae), None
-    if type(vae).__name__ in NETWORKS:
-        reason = StreamingDecoder.unsupported_reason(vae)
-        return (None, reason) if reason else (StreamingDecoder(vae, family), None)
-    if type(vae).__name__ in CAUSAL_CLASSES:
-        return None, reasons[ExactCausalDecoder]
-    return None, reasons[ExactHunyuanVideoDecoder if isinstance(vae, AutoencoderKLHunyuanVideo) else ExactKLDecoder]
+def _own_decoder(vae: Any) -> tuple[Decoder | None, str | None]:
+    name = type(vae).__name__
+    decoder: type[ExactDecoder] = (
+        ExactCausalDecoder if name in CAUSAL_CLASSES else ExactLTXDecoder if name in LTX_CLASSES else ExactKLDecoder
+    )
+    reason = decoder.unsupported_reason(vae)
+    return (None, reason) if reason else (decoder(vae), None)
 
 
 __all__ = ["EXACT_CLASSES", "build_coder"]

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import Kernels
+from .moments import Affine
+from .reference import TAPS, Kernels, side_by_side
 
-TAPS = 3
+__all__ = ["TAPS", "CausalKernels", "side_by_side"]
+
 SMALLEST_NORM = 1e-12  # as F.normalize
 
 
@@ -19,8 +21,8 @@ class CausalKernels:
         self.kernels = kernels
 
     def pack(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
-        """Return a weight as `conv` wants it: the taps side by side, [O, 3 I, 3, 3]."""
-        return self.kernels.pack(torch.cat(list(weight.unbind(2)), 1))
+        """Return a weight as `conv` wants it."""
+        return self.kernels.pack_frames(weight)
 
     def conv(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
@@ -29,35 +31,62 @@ class CausalKernels:
 
         The window contains a row above and one below. columns: how many columns of zeros are added left and right.
         """
-        frames = len(window) - TAPS + 1
-        return self.kernels.conv(side_by_side(window, frames, TAPS), weight, bias, columns)
+        return self.kernels.conv_frames(window, weight, bias, columns)
 
     def conv_first(
-        self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
+        self, window: Tensor, weight: Tensor, bias: Tensor, columns: int, terms: int = 1
     ) -> Tensor:  # [1, r + 2, W + 2 - 2 columns, I] -> [1, r, W, O]
-        """Convolve the first frame of a video, which has none before it. columns: as for `conv`."""
-        return self.kernels.conv(window, weight, bias, columns)
+        """Convolve the first frame of a video, which has none before it.
+
+        columns: as for `conv`. terms: the weight is the sum of this many weights, which are side by side.
+        """
+        return self.kernels.conv(torch.cat([window] * terms, -1) if terms > 1 else window, weight, bias, columns)
 
     def norm_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:  # [n, r, W, C] twice
         """Write silu(x / ||x|| * weight + bias) to `out`, computed in float32."""
         y = self._normalized(x, weight, bias)
         out.copy_(F.silu(y, inplace=True))
 
+    def affine_silu(self, x: Tensor, affine: Affine, out: Tensor) -> None:  # [r, W, C] twice
+        """Write silu(scale * x + shift) to `out`. affine: of one image."""
+        if out.is_contiguous():
+            self.kernels.normalize(x[None], affine, out[None], silu=True)
+        else:
+            y = torch.empty_like(x)  # [r, W, C]
+            self.kernels.normalize(x[None], affine, y[None], silu=True)
+            out.copy_(y)
+
+    def scaled_silu(
+        self, x: Tensor, affine: Affine, scale: Tensor, shift: Tensor, out: Tensor
+    ) -> None:  # [r, W, C], [r, w, C] twice, [r, W, C]
+        """Write silu((affine of x) * scale + shift) to `out`, each value of scale and shift for W / w columns."""
+        rows, width, channels = scale.shape
+        factor = affine.scale * scale.float()  # [r, w, C]
+        summand = affine.shift * scale.float() + shift.float()  # [r, w, C]
+        y = torch.addcmul(summand[:, :, None], x.float().view(rows, width, -1, channels), factor[:, :, None])
+        out.copy_(F.silu(y, inplace=True).flatten(1, 2))
+
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, r, W, C]
         """Return x / ||x|| * weight + bias, computed in float32."""
         return self._normalized(x, weight, bias).to(x.dtype)
+
+    def rms_norm_silu(
+        self, x: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, out: Tensor
+    ) -> None:  # [n, r, W, C], [C] twice, [n, r, W, C]
+        """Write silu(x / sqrt(mean(x²) + eps) * scale + shift) to `out`, computed in float32."""
+        y = x.float()  # [n, r, W, C]; x itself if it is float32
+        length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)  # [n, r, W, 1]
+        factor = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        z = out if out.dtype == torch.float32 else y  # [n, r, W, C]
+        torch.mul(y, factor, out=z)
+        if scale is not None and shift is not None:
+            torch.addcmul(shift, z, scale, out=z)
+        F.silu(z, inplace=True)
+        if z is not out:
+            out.copy_(z)
 
     def _normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = x.float() if x.dtype != torch.float32 else x.clone()  # [n, r, W, C]
         length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(SMALLEST_NORM)  # [n, r, W, 1]
         y.mul_(length.reciprocal_()).mul_(weight)
         return y if bias is None else y.add_(bias)
-
-
-def side_by_side(window: Tensor, frames: int, taps: int) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
-    """Return every frame with those before it, oldest first, as channels."""
-    channels = window.shape[-1]
-    y = window.new_empty(frames, *window.shape[1:3], taps * channels)  # [n, r, W, taps C]
-    for tap in range(taps):
-        y[..., tap * channels : (tap + 1) * channels] = window[tap : tap + frames]
-    return y

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .moments import Affine, GroupNorm, Moments
 
+TAPS = 3  # the frames that a convolution over time reads
+
 
 class Kernels:
     """Kernels in plain torch. Subclasses return the same values within rounding."""
@@ -29,6 +31,16 @@ class Kernels:
         """
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, (0, columns))  # [B, O, n, W]
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
+
+    def pack_frames(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
+        """Return a weight as `conv_frames` expects it: here the taps side by side, [O, 3 I, 3, 3]."""
+        return self.pack(torch.cat(list(weight.unbind(2)), 1))
+
+    def conv_frames(
+        self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
+    ) -> Tensor:  # [n + 2, r + 2, W + 2 - 2 columns, I] -> [n, r, W, O]
+        """Convolve each three frames that follow one another. columns: as for `conv`."""
+        return self.conv(side_by_side(window, len(window) - TAPS + 1, TAPS), weight, bias, columns)
 
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
         """Add conv(x `[B, n + 2, W, I]`) + bias to total `[B, n, W, O]` in place.
@@ -73,3 +85,12 @@ class Kernels:
         """Return softmax(q kᵀ / √C) v for a chunk of t queries and all N keys and values."""
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(1, 2))  # [B, t, N]
         return torch.softmax(scores, -1) @ value  # [B, t, C]
+
+
+def side_by_side(window: Tensor, frames: int, taps: int) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
+    """Return every frame with those before it, oldest first, as channels."""
+    channels = window.shape[-1]
+    y = window.new_empty(frames, *window.shape[1:3], taps * channels)  # [n, r, W, taps C]
+    for tap in range(taps):
+        y[..., tap * channels : (tap + 1) * channels] = window[tap : tap + frames]
+    return y

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ...families import FAMILIES
 from ...model_info import ModelInfo
 from ..kernels.cpu import preferred_cpu_dtype
+from ..tensors import DTYPES
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -27,31 +30,68 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def choose_dtype(wanted: str, info: ModelInfo, device: torch.device, *, is_exact: bool) -> torch.dtype:
-    """Return the dtype to compute in.
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of a model's weights and activations.
+
+    allows_tf32: a GPU may round the factors of float32 convolutions to TensorFloat-32, which keeps ten bits of the
+        mantissa, as torch does by default. A user who chooses float32 expects its full precision.
+    reason: why it was chosen, one sentence for `GET /models`.
+    """
+
+    dtype: torch.dtype
+    reason: str
+    allows_tf32: bool = False
+
+
+UPCAST = Precision(
+    torch.float32, "The model is loaded again in float32, because its result in half precision was not finite."
+)
+
+
+def choose_precision(wanted: str, info: ModelInfo, device: torch.device, *, is_exact: bool) -> Precision:
+    """Return the precision to compute in.
 
     wanted: `auto`, `float16`, `bfloat16` or `float32`.
     is_exact: the VAE can run on an exact coder.
 
     `auto` on a CPU means bfloat16 if the VAE can run on an exact coder and the CPU multiplies bfloat16 in hardware,
     else float32. `auto` on a GPU means the dtype of the family; where that is bfloat16 but the device cannot compute in
-    it, float32.
+    it, float32. It never means float32 without TensorFloat-32, which would be slower than the user's own pipeline.
 
     If config.json has `force_upcast`, float16 would overflow: `auto` then means bfloat16 instead of float16, and an
     explicit float16 becomes float32, as in `StableDiffusionXLPipeline`.
     """
     must_upcast = info.latents.force_upcast
     if wanted == "float16" and must_upcast:
-        return torch.float32
+        return Precision(torch.float32, "config.json has force_upcast: float16, which was asked for, would overflow.")
     if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
+        return Precision(DTYPES[wanted], "It was asked for in models.yaml or with --dtype.")
     if device.type == "cpu":
-        return preferred_cpu_dtype() if is_exact else torch.float32
-    usual = FAMILIES[info.latents.family].gpu_dtype
-    if usual == "float32" or (usual == "float16" and not must_upcast):
-        return torch.float32 if usual == "float32" else torch.float16
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+        return _on_cpu(is_exact)
+    return _on_gpu(FAMILIES[info.latents.family].gpu_dtype, must_upcast, device)
+
+
+def _on_cpu(is_exact: bool) -> Precision:
+    if not is_exact:
+        return Precision(torch.float32, "dtype auto: on a CPU, diffusers' own layers run in float32.")
+    if preferred_cpu_dtype() is torch.float32:
+        return Precision(torch.float32, "dtype auto: this CPU does not multiply bfloat16 in hardware.")
+    return Precision(torch.bfloat16, "dtype auto: this CPU multiplies bfloat16 in hardware.")
+
+
+def _on_gpu(usual: str, must_upcast: bool | None, device: torch.device) -> Precision:
+    """Return the usual dtype of a family, or what the device and the checkpoint allow."""
+    if usual == "float32":
+        reason = "dtype auto: this family's pipelines decode in float32, with TensorFloat-32 where the GPU has it."
+        return Precision(torch.float32, reason, allows_tf32=True)
+    if usual == "float16" and not must_upcast:
+        return Precision(torch.float16, "dtype auto: the usual dtype of this family on a GPU.")
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+        why = "config.json has force_upcast" if usual == "float16" else "the usual dtype of this family on a GPU"
+        return Precision(torch.bfloat16, f"dtype auto: {why}.")
+    reason = "dtype auto: this device does not multiply bfloat16 in hardware."
+    return Precision(torch.float32, reason, allows_tf32=True)
 
 
 def move(vae: torch.nn.Module, device: torch.device) -> None:

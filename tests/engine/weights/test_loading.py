@@ -24,7 +24,7 @@ from server.engine.models import LoadedModels
 from server.engine.weights import hub, loading
 from server.engine.weights.config_json import OTHER_PARTS, read_info, whole_config
 from server.engine.weights.hub import Source
-from server.engine.weights.placement import choose_dtype
+from server.engine.weights.placement import choose_precision
 from server.errors import ModelUnavailable
 from server.families import FAMILIES
 from server.model_info import Direction
@@ -325,7 +325,7 @@ def test_what_a_config_leaves_out_is_diffusers_default() -> None:
 )
 def test_the_dtype_on_a_cpu(copy: Path, wanted: str, is_exact: bool, force_upcast: bool, expected: torch.dtype) -> None:
     change(copy, force_upcast=force_upcast)
-    assert choose_dtype(wanted, read_info(source(copy)), CPU, is_exact=is_exact) is expected
+    assert choose_precision(wanted, read_info(source(copy)), CPU, is_exact=is_exact).dtype is expected
 
 
 @pytest.mark.parametrize("name", ["sd", "hunyuan"])

@@ -1,18 +1,18 @@
-"""The layers of a causal video encoder whose norms are per pixel, as plain data. `causal_layers.py` has the others."""
+"""The layers that only encoders of causal video VAEs have, as plain data. `causal_layers.py` has the others."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ..image.layers import Linear
-from .causal_layers import Attention, CausalConv, PixelNorm, Resnet
+from .causal_layers import Attention, CausalConv, Norm, Resnet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Downsample:
     """Halves rows and columns (`space`), then the frames except the first one of a video (`time`).
 
@@ -21,10 +21,23 @@ class Downsample:
         None where the frames stay.
     """
 
-    space: Tensor  # packed [C, C, 3, 3]
-    bias: Tensor  # [C]
+    space: Tensor  # packed [O, I, 3, 3]
+    bias: Tensor  # [O]
     out_channels: int
     time: Linear | None
+
+
+@dataclass(frozen=True, eq=False)
+class CausalDownsample:
+    """A causal 3x3x3 convolution of stride 2 in space, and of stride `times`, which is 1 or 2, in time.
+
+    Rows and columns around each frame repeat its edges, and the frames before a video repeat its first one.
+    """
+
+    weight: Tensor  # packed [O, 3 I, 3, 3]: a frame and the two before it side by side, the oldest first
+    bias: Tensor  # [O]
+    times: int
+    out_channels: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,8 @@ class Average:
     out_channels: int
 
 
-EncoderStep = Resnet | Attention | Downsample | Fold
+Shrinking = Downsample | CausalDownsample | Fold
+EncoderStep = Resnet | Attention | Shrinking
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,9 @@ class EncoderBlock:
     steps: tuple[EncoderStep, ...]
     shortcut: Average | None = None
 
-    def halves(self) -> int:
-        """Return how often the block halves rows and columns."""
-        return sum(isinstance(step, Downsample | Fold) for step in self.steps)
+    def apart(self) -> tuple[EncoderBlock, ...]:
+        """Return a block for each layer, without the shortcut."""
+        return tuple(EncoderBlock((step,)) for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -74,36 +88,22 @@ class CausalEncoder:
     """The weights of an encoder, in the order in which they are used.
 
     patch: side of the pixel blocks that become the first convolution's channels; 1 if these are the sample's own.
-    chunk_frames: how many frames are encoded together, after the first one. A last chunk that is not full is dropped.
     averages_output: means of neighbouring channels before the last norm are added to the output.
+    ignored_chunk: diffusers encodes so many frames together, after the first one, and ignores frames at the end that
+        fill no chunk. None if it ignores none.
     """
 
     patch: int
     conv_in: CausalConv
     in_channels: int
     blocks: tuple[EncoderBlock, ...]
-    norm_out: PixelNorm
+    norm_out: Norm
     conv_out: CausalConv
     averages_output: bool
     quant: Linear | None
-    chunk_frames: int
     dtype: torch.dtype
     device: torch.device
-
-    @property
-    def front(self) -> tuple[EncoderBlock, ...]:
-        """The blocks before the first attention, which look no further than a few rows."""
-        return self.blocks[: self._front_length]
-
-    @property
-    def back(self) -> tuple[EncoderBlock, ...]:
-        """The blocks that must see whole frames: from the first attention on."""
-        return self.blocks[self._front_length :]
-
-    @property
-    def _front_length(self) -> int:
-        attends = (any(isinstance(step, Attention) for step in block.steps) for block in self.blocks)
-        return next((index for index, found in enumerate(attends) if found), len(self.blocks))
+    ignored_chunk: int | None = None
 
     @property
     def channels(self) -> int:
@@ -111,30 +111,33 @@ class CausalEncoder:
         return self.conv_out.out_channels if self.quant is None else len(self.quant.weight)
 
     @property
-    def sees_past(self) -> bool:
-        """Whether an attention keeps keys and values of all frames."""
-        steps = (step for block in self.blocks for step in block.steps)
-        return any(isinstance(step, Attention) and step.sees_past for step in steps)
-
-    def front_ratio(self) -> int:
-        """Return the pixels per pixel of the front's output along one side."""
-        return self.patch * int(2 ** sum(block.halves() for block in self.front))
+    def steps(self) -> tuple[EncoderStep, ...]:
+        """The layers of all blocks."""
+        return tuple(step for block in self.blocks for step in block.steps)
 
     def spatial_ratio(self) -> int:
         """Return the pixels per latent along one side."""
-        return self.front_ratio() * int(2 ** sum(block.halves() for block in self.back))
+        return self.patch * int(2 ** sum(isinstance(step, Shrinking) for step in self.steps))
 
     def temporal_ratio(self) -> int:
         """Return the frames per latent frame, except for the first one, which stays one frame."""
-        return math.prod(times_of(step) for block in self.blocks for step in block.steps)
+        return prod(time_shrinkage(step) for step in self.steps)
+
+    def frames(self, frames: int) -> int:
+        """Return how many frames of a video of this length are encoded."""
+        return frames if self.ignored_chunk is None else frames - (frames - 1) % self.ignored_chunk
+
+    def latent_frames(self, frames: int) -> int:
+        """Return the latent frames of a video of this length."""
+        return 1 + (self.frames(frames) - 1) // self.temporal_ratio()
 
 
-def times_of(step: EncoderStep) -> int:
-    """Return how many frames become one in a step."""
+def time_shrinkage(step: EncoderStep) -> int:
+    """Return how many frames become one in a layer, after the first frame of a video."""
     match step:
         case Downsample():
             return 1 if step.time is None else 2
-        case Fold():
+        case CausalDownsample() | Fold():
             return step.times
         case _:
             return 1

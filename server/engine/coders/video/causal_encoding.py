@@ -1,12 +1,10 @@
-"""A causal encoder, layer by layer, on one chunk of frames. Nothing here is approximate.
+"""The layers of causal encoders that halve the size, on one chunk of frames. Nothing here is approximate.
 
-The convolutions, residual blocks and attentions are those of the decoder, in `causal_passes.py`. The layers that halve
-the size are here. The first frame of a video is a chunk of its own: no layer halves it in time.
+The convolutions, residual blocks and attentions are in `causal_passes.py`. The first frame of a video is a chunk of its
+own: no layer halves it in time. All other chunks have a multiple of the frames that become one.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,41 +12,13 @@ from torch import Tensor
 
 from ...kernels.causal_kernels import TAPS
 from ..image.layers import Linear
-from .causal_encoder_layers import Average, CausalEncoder, Downsample, EncoderBlock, Fold
+from .causal_encoder_layers import Average, CausalDownsample, Downsample, EncoderBlock, Fold
 from .causal_layers import Attention, Resnet
-from .causal_passes import Past, Run, attention, conv, normalized, plain, resnet
+from .causal_passes import Run, VideoPast, attention, conv, grouped_mean, plain, resnet
 
 
-def encode_front(encoder: CausalEncoder, run: Run, past: Past, x: Tensor) -> Tensor:
-    """Run the layers that look no further than a few rows on the next frames: `[n, H, W, C]` -> `[n', h, w, C']`.
-
-    x: the pixels, or some rows of them, as `patches` returns them. The first call must have the first frame only.
-    """
-    # Bands are measured by a layer's input, which is much smaller here than its output.
-    smaller = replace(run, band_bytes=max(1, run.band_bytes * encoder.in_channels // encoder.conv_in.out_channels))
-    x = conv(encoder.conv_in, smaller, past, x, plain(x))  # [n, H, W, C]
-    for block in encoder.front:
-        x = advance(block, run, past, x)
-    return x
-
-
-def encode_back(encoder: CausalEncoder, run: Run, past: Past, x: Tensor) -> Tensor:
-    """Run the other layers on whole frames of the output of `encode_front`: `[n, h, w, C]` -> `[n, h, w, 2 C']`.
-
-    x is overwritten.
-    """
-    for block in encoder.back:
-        x = advance(block, run, past, x)
-    parameters = conv(encoder.conv_out, run, past, x, normalized(encoder.norm_out, run, x))  # [n, h, w, 2 C']
-    if encoder.averages_output:
-        parameters += grouped_mean(x, parameters.shape[-1])
-    if encoder.quant is None:
-        return parameters
-    return F.linear(parameters, encoder.quant.weight, encoder.quant.bias)
-
-
-def advance(block: EncoderBlock, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', h, w, C']
-    """Run the layers of a block, and add its shortcut. x is overwritten."""
+def encoder_block(block: EncoderBlock, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C]
+    """Run the layers of a block, and add its shortcut: `[n', h, w, C']`. x is overwritten."""
     shortcut = None if block.shortcut is None else averaged(block.shortcut, run, x)  # [n', h, w, C']
     for step in block.steps:
         match step:
@@ -58,12 +28,14 @@ def advance(block: EncoderBlock, run: Run, past: Past, x: Tensor) -> Tensor:  # 
                 x = attention(step, run, past, x)
             case Downsample():
                 x = downsample(step, run, past, x)
+            case CausalDownsample():
+                x = causal_downsample(step, run, past, x)
             case Fold():
                 x = fold(step, run, past, x)
     return x if shortcut is None else x.add_(shortcut)
 
 
-def downsample(step: Downsample, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H / 2, W / 2, C]
+def downsample(step: Downsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H/2, W/2, C']
     """Halve the rows, the columns and the frames."""
     n, height, width, channels = x.shape
     out = x.new_empty(n, height // 2, width // 2, step.out_channels)
@@ -77,27 +49,68 @@ def downsample(step: Downsample, run: Run, past: Past, x: Tensor) -> Tensor:  # 
     return out if step.time is None else halve_frames(step.time, past, out)
 
 
-def halve_frames(time: Linear, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n / 2, H, W, C]
+def halve_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n / 2, H, W, C]
     """Compute one frame from each pair of frames and the frame before it. The first frame of a video stays as it is."""
     before = past.of(time)  # [1, H, W, C]
     past.keep(time, x[-1:].clone())
-    if before is None:
+    if past.place.is_single:
         return x
-    window = torch.cat([before, x])  # [n + 1, H, W, C]
-    triples = torch.cat([window[tap : tap + len(x) - 1 : 2] for tap in range(TAPS)], -1)  # [n / 2, H, W, 3 C]
-    return F.linear(triples, time.weight, time.bias)
+    assert before is not None
+    n, height, width, channels = x.shape
+    triples = x.new_empty(n // 2, height, width, TAPS, channels)  # [n / 2, H, W, 3, C]
+    triples[0, :, :, 0] = before[0]
+    triples[1:, :, :, 0] = x[1:-1:2]
+    triples[:, :, :, 1] = x[::2]
+    triples[:, :, :, 2] = x[1::2]
+    return F.linear(triples.flatten(3), time.weight, time.bias)
 
 
-def fold(step: Fold, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H / 2, W / 2, C']
+def causal_downsample(
+    step: CausalDownsample, run: Run, past: VideoPast, x: Tensor
+) -> Tensor:  # [n, H, W, C] -> [n / T, H / 2, W / 2, C']
+    """Run a causal convolution of stride 2, and of stride T = `times` in time."""
+    n, height, width, channels = x.shape
+    before = past.of(step)  # [3 - T, H, W, C]
+    if before is None:
+        before = x.expand(TAPS - 1, -1, -1, -1)  # the first frame of a video comes as a chunk of its own
+    frames = 1 + (len(before) + n - TAPS) // step.times
+    out = x.new_empty(frames, height // 2, width // 2, step.out_channels)
+    for top, bottom in run.bands(len(before) + n, height // 2, 2 * width * channels, x.element_size()):
+        window = downsampling_window(before, x, top, bottom)
+        ends = [len(window) - TAPS + 1 + tap for tap in range(TAPS)]
+        taps = torch.cat([window[tap : end : step.times] for tap, end in enumerate(ends)], -1)  # [n / T, ..., 3 C]
+        out[:, top:bottom] = run.kernels.kernels.conv(taps, step.weight, step.bias, columns=0, stride=2)
+    kept = TAPS - step.times
+    past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before, x])[-kept:])
+    return out
+
+
+def downsampling_window(
+    before: Tensor, x: Tensor, top: int, bottom: int
+) -> Tensor:  # [k, H, W, C], [n, H, W, C] -> [k + n, 2 (bottom - top) + 1, W + 1, C]
+    """Return the rows of all frames that output rows [top, bottom) read, the row above and the column to the left."""
+    k, width = len(before), x.shape[2]
+    window = x.new_empty(k + len(x), 2 * (bottom - top) + 1, width + 1, x.shape[3])
+    above, edge = max(2 * top - 1, 0), int(top == 0)
+    window[:k, edge:, 1:] = before[:, above : 2 * bottom]
+    window[k:, edge:, 1:] = x[:, above : 2 * bottom]
+    if top == 0:
+        window[:, 0] = window[:, 1]
+    window[:, :, 0] = window[:, :, 1]
+    return window
+
+
+def fold(step: Fold, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H / 2, W / 2, C']
     """Halve the rows, the columns and, except for the first frame of a video, the frames."""
-    times = 1 if past.of(step.conv) is None else step.times
+    times = 1 if past.place.is_single else step.times
     out = folded_channels(conv(step.conv, run, past, x, plain(x)), times)  # [n', H / 2, W / 2, C' or C' / 2]
     if times < step.times:
         out = torch.cat([out] * step.times, -1)  # [1, H / 2, W / 2, C']
+    _, height, width, channels = x.shape
     for index, frames in enumerate(torch.split(x, times)):  # [T, H, W, C]
-        run.check()
-        shortcut = folded_channels(frames, times)[0]  # [H / 2, W / 2, T 2 2 C]
-        out[index] += grouped_mean(shortcut, step.out_channels)
+        for top, bottom in run.bands(times, height // 2, 2 * width * channels, x.element_size()):
+            shortcut = folded_channels(frames[:, 2 * top : 2 * bottom], times)[0]  # [r, W / 2, T 2 2 C]
+            out[index, top:bottom] += grouped_mean(shortcut, step.out_channels)
     return out
 
 
@@ -112,26 +125,13 @@ def averaged(shortcut: Average, run: Run, x: Tensor) -> Tensor:  # [n T, S H, S 
     """Return the shortcut around a block for the block's input."""
     times, side = shortcut.times, shortcut.side
     _, height, width, channels = x.shape
-    h, w = height // side, width // side
-    out = x.new_empty(-(-len(x) // times), h, w, shortcut.out_channels)
+    out = x.new_empty(-(-len(x) // times), height // side, width // side, shortcut.out_channels)
     for index, frames in enumerate(torch.split(x, times)):  # [T, S H, S W, C]
-        run.check()
-        missing = times - len(frames)  # before the first frame of a video
-        frames = torch.cat([frames.new_zeros(missing, height, width, channels), frames]) if missing else frames
-        parts = frames.view(times, h, side, w, side, channels).permute(1, 3, 5, 0, 2, 4)  # [H, W, C, T, S, S]
-        out[index] = grouped_mean(parts.reshape(h, w, -1), shortcut.out_channels)
+        for top, bottom in run.bands(times, height // side, side * width * channels, x.element_size()):
+            rows = frames[:, side * top : side * bottom]  # [T, S r, S W, C]
+            missing = times - len(rows)  # before the first frame of a video
+            rows = torch.cat([rows.new_zeros(missing, *rows.shape[1:]), rows]) if missing else rows
+            parts = rows.reshape(times, bottom - top, side, width // side, side, channels)
+            parts = parts.permute(1, 3, 5, 0, 2, 4).flatten(2)  # [r, W, C T S S]
+            out[index, top:bottom] = grouped_mean(parts, shortcut.out_channels)
     return out
-
-
-def grouped_mean(x: Tensor, groups: int) -> Tensor:  # [..., C] -> [..., groups]
-    """Return the mean of each group of neighbouring channels."""
-    return x.reshape(*x.shape[:-1], groups, -1).mean(-1)
-
-
-def patches(pixels: Tensor, patch: int) -> Tensor:  # [n, p H, p W, C] -> [n, H, W, C p p]
-    """Fold blocks of pixels into channels in the order (c, column, row): undo `unpatch`."""
-    if patch == 1:
-        return pixels
-    n, height, width, channels = pixels.shape
-    parts = pixels.view(n, height // patch, patch, width // patch, patch, channels)  # [n, H, p, W, q, C]
-    return parts.permute(0, 1, 3, 5, 4, 2).reshape(n, height // patch, width // patch, channels * patch**2)

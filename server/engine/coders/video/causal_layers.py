@@ -1,17 +1,19 @@
-"""The layers of a causal video VAE whose norms are per pixel, as plain data.
+"""The layers of causal video VAEs, as plain data.
 
 A causal convolution computes frame t from frames t - 2, t - 1 and t. Frames before the video are zero, or copies of the
-first frame. A norm that only looks at one pixel needs no statistics of the whole video, so that a video can be decoded
-one chunk of frames after another.
+first frame. A norm looks at one pixel, or at the statistics of a frame, of a chunk of frames or of the whole video.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from ...kernels.moments import GroupNorm
 from ..image.layers import Linear
 
 
@@ -23,28 +25,65 @@ class PixelNorm:
     bias: Tensor | None = None  # [C], float32
 
 
-@dataclass(frozen=True)
+class Span(enum.Enum):
+    """The frames that share the statistics of a GroupNorm. CHUNK: those that diffusers decodes together."""
+
+    FRAME = enum.auto()
+    CHUNK = enum.auto()
+    VIDEO = enum.auto()
+
+
+@dataclass(frozen=True, eq=False)
+class SpanNorm:
+    """A GroupNorm whose statistics are those of all frames of a span.
+
+    scale, shift: linear maps of the latents `[Z]` to channels `[C]`. The norm's output is multiplied by the first and
+    then added to the second, each enlarged to the size of the activation by repeating its values. None for neither.
+    """
+
+    norm: GroupNorm
+    span: Span
+    scale: Linear | None = None
+    shift: Linear | None = None
+
+
+Norm = PixelNorm | SpanNorm
+
+
+class Before(enum.Enum):
+    """What a causal convolution reads in place of the frames before a video."""
+
+    ZEROS = enum.auto()
+    FIRST_FRAME = enum.auto()
+
+
+@dataclass(frozen=True, eq=False)
 class CausalConv:
     """A 3x3x3 convolution over a frame and the two before it.
 
     weight: packed by `CausalKernels.pack`. first: the packed 3x3 weight for the first frame of a video, which sees only
     itself: the last tap where frames before the video are zero, the sum of all taps where they repeat the first frame.
+    That sum comes as `first_terms` weights side by side, which are added.
+    before: the frames before the video. replicates: rows and columns around each frame repeat its edges; they are zero
+    if not.
     """
 
     weight: Tensor
     first: Tensor
     bias: Tensor  # [O]
     out_channels: int
-    replicates: bool = False  # whether rows, columns and frames around the video repeat its edges; they are zero if not
+    before: Before = Before.ZEROS
+    replicates: bool = False
+    first_terms: int = 1
 
 
 @dataclass(frozen=True)
 class Resnet:
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with x through `shortcut` where the channels change."""
 
-    norm1: PixelNorm
+    norm1: Norm
     conv1: CausalConv
-    norm2: PixelNorm
+    norm2: Norm
     conv2: CausalConv
     shortcut: Linear | None
 
@@ -56,7 +95,7 @@ class Attention:
     sees_past: a position attends to all positions of its own frame and of earlier ones; if not, only to its own frame.
     """
 
-    norm: PixelNorm
+    norm: Norm
     query: Linear
     key: Linear
     value: Linear
@@ -84,12 +123,44 @@ class Upsample:
     time: the convolution over three frames, 1x1 in space, as a linear map [2 C, 3 C] of frames side by side; None where
         the frames stay.
     space: nearest upsampling and the 3x3 convolution after it, folded into one 2x2 convolution to four phases.
+    repeats: at the end every frame is repeated, except the first one of a video with an odd number of latent frames.
     """
 
     time: Linear | None
     space: Tensor  # packed [4 O, I, 2, 2]
     bias: Tensor  # [O]
     out_channels: int
+    repeats: bool = False
+
+
+class Doubling(enum.Enum):
+    """How the frames of a chunk are doubled: each frame is repeated, or frames are interpolated in between."""
+
+    NEAREST = enum.auto()
+    LINEAR = enum.auto()
+
+
+@dataclass(frozen=True, eq=False)
+class CausalUpsample:
+    """Nearest upsampling and the causal 3x3x3 convolution after it, folded into one convolution to phases.
+
+    weight: packed [T 4 O, k I, 2, 2]; its inputs are a frame and the k - 1 before it, side by side, and its outputs the
+        phases (frame s of T, row p of 2, column q of 2). T is 2 where the upsampling doubles the frames, too, except
+        the first one of a video.
+    first: packed [4 O, n I, 2, 2]: the weight for the first frame of a video, before which the first frame is repeated,
+        as the sum of n = `first_terms` weights.
+    after: how the frames of all chunks but the first are doubled afterwards; None if they stay.
+    """
+
+    weight: Tensor
+    first: Tensor
+    bias: Tensor  # [T 4 O]
+    taps: int
+    times: int
+    out_channels: int
+    replicates: bool  # as for `CausalConv`
+    after: Doubling | None = None
+    first_terms: int = 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +177,19 @@ class Unfold:
     out_channels: int
 
 
-Step = Resnet | Attention | Upsample | Unfold
+@dataclass(frozen=True)
+class Expand:
+    """Makes `times` frames of each frame, the first one included, and doubles rows and columns.
+
+    It is a linear map of each pixel to channels (s, p, q, o), which are unfolded.
+    """
+
+    linear: Linear
+    times: int
+    out_channels: int
+
+
+Step = Resnet | Attention | Upsample | CausalUpsample | Unfold | Expand
 
 
 @dataclass(frozen=True)
@@ -116,53 +199,90 @@ class Block:
     steps: tuple[Step, ...]
     shortcut: Duplicate | None = None
 
+    def apart(self) -> tuple[Block, ...]:
+        """Return a block for each layer, without the shortcut."""
+        return tuple(Block((step,)) for step in self.steps)
+
 
 @dataclass(frozen=True)
 class CausalDecoder:
     """The weights of a decoder, in the order in which they are used.
 
-    patch: side of the pixel blocks that the last convolution's channels contain; 1 if they are the sample's own.
+    norm_out: None if only SiLU comes before the last layer.
+    patch: side of the pixel blocks that the last layer's channels contain; 1 if they are the sample's own.
     clamps: the sample is clamped to [-1, 1].
+    repeats_input: how often each latent channel is repeated to be added to conv_in's output; 0 for never.
+    chunk: latent frames that are decoded together. What is left over is decoded with the first ones.
+    dropped: frames at the start of the sample that are not part of the video.
     """
 
     post_quant: Linear | None
-    conv_in: CausalConv
+    conv_in: CausalConv | Linear
     blocks: tuple[Block, ...]
-    norm_out: PixelNorm
-    conv_out: CausalConv
-    patch: int
-    clamps: bool
-    repeats_input: int  # how often each latent channel is repeated to be added to conv_in's output; 0 for never
+    norm_out: Norm | None
+    conv_out: CausalConv | Linear
     dtype: torch.dtype
     device: torch.device
+    patch: int = 1
+    clamps: bool = False
+    repeats_input: int = 0
+    chunk: int = 1
+    dropped: int = 0
 
     @property
-    def head_channels(self) -> int:
-        """The channels after the head. Its layers do not change those of the first convolution."""
-        return self.conv_in.out_channels
+    def steps(self) -> tuple[Step, ...]:
+        """The layers of all blocks."""
+        return tuple(step for block in self.blocks for step in block.steps)
 
     @property
-    def head(self) -> tuple[Block, ...]:
-        """The blocks that must see whole frames: up to the last attention."""
-        return self.blocks[: self._head_length]
-
-    @property
-    def tail(self) -> tuple[Block, ...]:
-        """The blocks after the last attention, which look no further than a few rows."""
-        return self.blocks[self._head_length :]
-
-    @property
-    def _head_length(self) -> int:
-        attends = [any(isinstance(step, Attention) for step in block.steps) for block in self.blocks]
-        return max((index + 1 for index, found in enumerate(attends) if found), default=0)
+    def channels(self) -> int:
+        """The channels of the sample."""
+        return out_channels(self.conv_out) // self.patch**2
 
     def spatial_ratio(self) -> int:
         """Return the pixels per latent along one side."""
-        grows = (isinstance(step, Upsample | Unfold) for block in self.blocks for step in block.steps)
-        return self.patch * int(2 ** sum(grows))
+        return self.patch * prod(space_growth(step) for step in self.steps)
 
     def temporal_ratio(self) -> int:
-        """Return the frames per latent frame, except for the first one, which becomes one frame."""
-        steps = [step for block in self.blocks for step in block.steps]
-        doubled = sum(isinstance(step, Upsample) and step.time is not None for step in steps)
-        return int(2 ** (doubled + sum(isinstance(step, Unfold) and step.times == 2 for step in steps)))
+        """Return the frames per latent frame, except for the first one."""
+        return prod(time_growth(step) for step in self.steps)
+
+    def chunk_lengths(self, latent_frames: int) -> list[int]:
+        """Return how many latent frames are decoded together, chunk by chunk."""
+        first = min(latent_frames, self.chunk + latent_frames % self.chunk)
+        return [first, *[self.chunk] * ((latent_frames - first) // self.chunk)]
+
+    def starts_single(self, latent_frames: int) -> bool:
+        """Return whether the first latent frame of a video of this length becomes a single frame."""
+        if any(isinstance(step, Expand) for step in self.steps):
+            return False
+        return self.chunk == 1 or latent_frames % 2 == 1
+
+    def frames(self, latent_frames: int) -> int:
+        """Return the frames of a video of this length."""
+        ratio = self.temporal_ratio()
+        first = 1 if self.starts_single(latent_frames) else ratio
+        return first + (latent_frames - 1) * ratio - self.dropped
+
+
+def out_channels(layer: CausalConv | Linear) -> int:
+    """Return how many channels the first or last layer of a decoder makes."""
+    return layer.out_channels if isinstance(layer, CausalConv) else len(layer.weight)
+
+
+def space_growth(step: Step) -> int:
+    """Return how many rows a layer makes of one."""
+    return 1 if isinstance(step, Resnet | Attention) else 2
+
+
+def time_growth(step: Step) -> int:
+    """Return how many frames a layer makes of one that is not the first of a video."""
+    match step:
+        case Upsample():
+            return 2 if step.time is not None or step.repeats else 1
+        case CausalUpsample():
+            return step.times * (1 if step.after is None else 2)
+        case Unfold() | Expand():
+            return step.times
+        case _:
+            return 1

@@ -1,4 +1,6 @@
-"""A causal decoder, layer by layer, on one chunk of frames. Nothing here is approximate.
+"""The layers of causal coders on one chunk of frames: those of both directions, and those of decoders only.
+
+Nothing here is approximate. `causal_encoding.py` has the layers of encoders only.
 
 Every layer works on bands of rows that stay in the processor's caches. A 3x3 convolution needs one row of its input
 above and one below a band; these rows are normalized again for the neighbouring band. A causal convolution also needs
@@ -9,7 +11,7 @@ band at the edge. Columns of zeros around it are the convolution's own padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +22,24 @@ from ..image.layers import Linear
 from ..interface import Check
 from .causal_layers import (
     Attention,
+    Before,
     Block,
     CausalConv,
-    CausalDecoder,
+    CausalUpsample,
+    Doubling,
     Duplicate,
+    Expand,
+    Norm,
     PixelNorm,
     Resnet,
     Unfold,
     Upsample,
 )
+from .causal_stages import Begin, End, State
+from .causal_statistics import Place, Statistics
+
+ZERO, REPEATED, REFLECTED = range(3)
+"""What lies around an image: zeros, its first and last rows and columns, or those next to them, as in a mirror."""
 
 Fill = Callable[[int, int, Tensor], None]
 """Writes rows [top, bottom) of a layer's input, for all frames of the chunk, into a tensor `[n, rows, W, C]`."""
@@ -38,7 +49,7 @@ Fill = Callable[[int, int, Tensor], None]
 class Past:
     """What the layers remember of earlier chunks: for each causal layer, the last two frames of its input."""
 
-    frames: dict[int, Tensor] = field(default_factory=dict)  # by layer, [2, H, W, C]
+    frames: dict[int, Tensor] = field(default_factory=dict, kw_only=True)  # by layer, [2, H, W, C]
 
     def of(self, layer: object) -> Tensor | None:
         """Return the last two frames that a layer saw; None before the first chunk."""
@@ -49,9 +60,20 @@ class Past:
         self.frames[id(layer)] = frames
 
 
+@dataclass
+class VideoPast(Past):
+    """What is known of a video while its chunks are computed one after another.
+
+    statistics: those of its norms. place: where the present chunk is.
+    """
+
+    statistics: Statistics
+    place: Place
+
+
 @dataclass(frozen=True)
 class Run:
-    """One decode: its kernels, the size of a band, and the check between bands."""
+    """One decode or encode: its kernels, the size of a band, and the check between bands."""
 
     kernels: CausalKernels
     band_bytes: int
@@ -66,37 +88,42 @@ class Run:
             yield top, min(top + rows, height)
 
 
-def decode_head(decoder: CausalDecoder, run: Run, past: Past, latents: Tensor) -> Tensor:
-    """Run the layers that must see whole frames on the next latent frames, `[n, h, w, C]` -> `[n, h, w, C']`.
-
-    The first call must have the first latent frame only.
-    """
-    is_first = past.of(decoder.conv_in) is None
-    x = latents if decoder.post_quant is None else F.linear(latents, decoder.post_quant.weight, decoder.post_quant.bias)
-    z = x
-    x = conv(decoder.conv_in, run, past, z, plain(z))  # [n, h, w, C]
-    if decoder.repeats_input:
-        x += z.repeat_interleave(decoder.repeats_input, -1)
-    for block in decoder.head:
-        x = advance(block, run, past, x, is_first)
-    return x
+def begin(stage: Begin, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, p H, p W, Z] -> [n, H, W, C]
+    """Run the first layer on latents or pixels."""
+    x = patches(x, stage.patch)  # [n, H, W, Z p p]
+    if isinstance(stage.conv, Linear):
+        return F.linear(x, stage.conv.weight, stage.conv.bias)
+    # Bands are measured by a layer's input, which is much smaller here than its output.
+    smaller = replace(run, band_bytes=max(1, run.band_bytes * x.shape[-1] // stage.conv.out_channels))
+    y = conv(stage.conv, smaller, past, x, plain(x))
+    if stage.repeats_input:
+        y += x.repeat_interleave(stage.repeats_input, -1)
+    return y
 
 
-def decode_tail(decoder: CausalDecoder, run: Run, past: Past, x: Tensor) -> Tensor:
-    """Run the other layers on the output of `decode_head`, or on some rows of it: `[n, h, w, C]` -> `[n', H, W, 3]`.
-
-    x is overwritten.
-    """
-    is_first = past.of(decoder.conv_out) is None
-    for block in decoder.tail:
-        x = advance(block, run, past, x, is_first)
-    sample = conv(decoder.conv_out, run, past, x, normalized(decoder.norm_out, run, x))
-    sample = unpatch(sample, decoder.patch)
-    return sample.clamp_(-1, 1) if decoder.clamps else sample
+def resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
+    """Run a residual block. x is overwritten."""
+    x, hidden = enter_resnet(block, run, past, x)
+    assert hidden is not None
+    return leave_resnet(block, run, past, x, hidden)
 
 
-def advance(block: Block, run: Run, past: Past, x: Tensor, is_first: bool) -> Tensor:
-    """Run the layers of a block, and add its shortcut."""
+def enter_resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> State:  # [n, H, W, C]
+    """Run the first half of a residual block."""
+    hidden = conv(block.conv1, run, past, x, normalized(block.norm1, run, past, x))  # [n, H, W, C']
+    shortcut = block.shortcut
+    return State(x if shortcut is None else F.linear(x, shortcut.weight, shortcut.bias), hidden)
+
+
+def leave_resnet(
+    block: Resnet, run: Run, past: Past, x: Tensor, hidden: Tensor
+) -> Tensor:  # [n, H, W, C'] twice -> [n, H, W, C']
+    """Run the second half of a residual block. x is overwritten."""
+    return conv(block.conv2, run, past, hidden, normalized(block.norm2, run, past, hidden), total=x)
+
+
+def whole_block(block: Block, run: Run, past: VideoPast, x: Tensor) -> Tensor:
+    """Run the layers of a decoder's block, and add its shortcut."""
     entered = x.clone() if block.shortcut is not None else None  # resnets add to x in place
     for step in block.steps:
         match step:
@@ -105,12 +132,31 @@ def advance(block: Block, run: Run, past: Past, x: Tensor, is_first: bool) -> Te
             case Attention():
                 x = attention(step, run, past, x)
             case Upsample():
-                x = upsample(step, run, past, x, is_first)
+                x = upsample(step, run, past, x)
+            case CausalUpsample():
+                x = causal_upsample(step, run, past, x)
             case Unfold():
-                x = unfold(step, run, past, x, is_first)
+                x = unfold(step, run, past, x)
+            case Expand():
+                x = unfolded_channels(F.linear(x, step.linear.weight, step.linear.bias), step.times)
     if block.shortcut is not None and entered is not None:
-        add_duplicates_(x, entered, block.shortcut, is_first)
+        add_duplicates_(x, entered, block.shortcut, past.place.is_single)
     return x
+
+
+def end(stage: End, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, p H, p W, C']
+    """Run the last norm and the last layer."""
+    if isinstance(stage.conv, Linear):
+        out = F.linear(F.silu(x), stage.conv.weight, stage.conv.bias)
+    else:
+        assert stage.norm is not None
+        out = conv(stage.conv, run, past, x, normalized(stage.norm, run, past, x))
+    if stage.averages:
+        out += grouped_mean(x, out.shape[-1])
+    if stage.quant is not None:
+        out = F.linear(out, stage.quant.weight, stage.quant.bias)
+    out = unpatch(out, stage.patch)
+    return out.clamp_(-1, 1) if stage.clamps else out
 
 
 def plain(x: Tensor) -> Fill:
@@ -122,76 +168,147 @@ def plain(x: Tensor) -> Fill:
     return fill
 
 
-def normalized(norm: PixelNorm, run: Run, x: Tensor) -> Fill:
+def normalized(norm: Norm, run: Run, past: Past, x: Tensor) -> Fill:
     """Return how silu(norm(x)) is written for a band."""
+    if isinstance(norm, PixelNorm):
 
-    def fill(top: int, bottom: int, out: Tensor) -> None:
-        run.kernels.norm_silu(x[:, top:bottom], norm.weight, norm.bias, out)
+        def fill(top: int, bottom: int, out: Tensor) -> None:
+            run.kernels.norm_silu(x[:, top:bottom], norm.weight, norm.bias, out)
 
-    return fill
+        return fill
+    assert isinstance(past, VideoPast)
+    affines = past.statistics.affines(norm, past.place, x)
+    gain = None if norm.scale is None or norm.shift is None else Gain.of(norm.scale, norm.shift, past.place, x)
+
+    def fill_frames(top: int, bottom: int, out: Tensor) -> None:
+        for frame, affine in enumerate(affines):
+            rows = x[frame, top:bottom]  # [r, W, C]
+            if gain is None:
+                run.kernels.affine_silu(rows, affine, out[frame])
+            else:
+                scale, shift = gain.rows(frame, top, bottom)
+                run.kernels.scaled_silu(rows, affine, scale, shift, out[frame])
+
+    return fill_frames
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The factors and summands that a chunk's latents give to a norm, at the size of the latents."""
+
+    scale: Tensor  # [F, h, w, C]
+    shift: Tensor  # [F, h, w, C]
+    frames: list[int]  # the latent frame of each frame
+    ratio: int  # rows and columns of the activation per latent
+
+    @classmethod
+    def of(cls, scale: Linear, shift: Linear, place: Place, x: Tensor) -> Gain:  # [n, H, W, C]
+        """Compute them for the input of a norm."""
+        latents, n = place.latents, len(x)  # [F, h, w, Z]
+        assert latents is not None
+        single = int(place.is_single)
+        times = (n - single) // max(1, len(latents) - single)
+        frames = [0] * single + [single + frame // times for frame in range(n - single)]
+        ratio = x.shape[1] // latents.shape[1]
+        return cls(
+            F.linear(latents, scale.weight, scale.bias), F.linear(latents, shift.weight, shift.bias), frames, ratio
+        )
+
+    def rows(self, frame: int, top: int, bottom: int) -> tuple[Tensor, Tensor]:  # [r, w, C] twice
+        """Return both for rows [top, bottom) of a frame, at the latents' width."""
+        latent_frame, first, after = self.frames[frame], top // self.ratio, -(-bottom // self.ratio)
+        rows = slice(top - first * self.ratio, bottom - first * self.ratio)
+        scale, shift = (
+            of[latent_frame, first:after].repeat_interleave(self.ratio, 0, output_size=self.ratio * (after - first))[
+                rows
+            ]
+            for of in (self.scale, self.shift)
+        )
+        return scale, shift
 
 
 def conv(
     layer: CausalConv, run: Run, past: Past, x: Tensor, fill: Fill, total: Tensor | None = None
 ) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
     """Run a causal convolution over the rows that `fill` writes. total: the output is added to it, in place."""
-    n, height, width, channels = x.shape
-    before, edge = past.of(layer), int(layer.replicates)
-    frames = n if before is None else n + TAPS - 1
-    columns = slice(edge, width + edge)
+    n, height, width = x.shape[:3]
     out = x.new_empty(n, height, width, layer.out_channels) if total is None else total
-    kept = x.new_empty(TAPS - 1, height, width, channels)  # [2, H, W, C]
-    for top, bottom in run.bands(frames, height, width * channels, x.element_size()):
-        above, below = max(top - 1, 0), min(bottom + 1, height)
-        window = x.new_empty(frames, bottom - top + 2, width + 2 * edge, channels)  # [n + 2, r + 2, W (+ 2), C]
-        rows = slice(above - top + 1, below - top + 1)
-        fill(above, below, window[frames - n :, rows, columns])
-        if before is not None:
-            window[: TAPS - 1, rows, columns] = before[:, above:below]
-        kept[:, top:bottom] = _last_two(window[:, 1:-1, columns], layer.replicates)
-        _fill_edges(window, layer.replicates, is_top=top == 0, is_bottom=bottom == height)
+    for top, bottom, window, is_first in windows(layer, run, past, x, fill):
+        columns = 0 if layer.replicates else 1
         band = (
-            run.kernels.conv_first(window, layer.first, layer.bias, 1 - edge)
-            if before is None
-            else run.kernels.conv(window, layer.weight, layer.bias, 1 - edge)
+            run.kernels.conv_first(window, layer.first, layer.bias, columns, layer.first_terms)
+            if is_first
+            else run.kernels.conv(window, layer.weight, layer.bias, columns)
         )  # [n, r, W, C']
         if total is None:
             out[:, top:bottom] = band
         else:
             out[:, top:bottom] += band
-    past.keep(layer, kept)
     return out
 
 
-def _last_two(window: Tensor, replicates: bool) -> Tensor:
-    """Return the last two frames; the frame before the first one of a video repeats it, or is zero."""
-    if len(window) > 1:
-        return window[-2:]
-    return torch.cat([window if replicates else torch.zeros_like(window), window])
+def windows(
+    layer: CausalConv | CausalUpsample, run: Run, past: Past, x: Tensor, fill: Fill
+) -> Iterator[tuple[int, int, Tensor, bool]]:  # [n, H, W, C]
+    """Yield bands [top, bottom) of a causal layer's input with all that its convolution reads.
+
+    Each comes as a window `[n + k - 1, r + 2, W, C]`: a row above and below, the frames before, and, if the layer
+    repeats edges, a column left and right. The last value tells that the window is the first frame of a video, without
+    those before it. Afterwards `past` has the last frames of the input.
+    """
+    n, height, width, channels = x.shape
+    before, edge, history = past.of(layer), int(layer.replicates), history_of(layer)
+    is_first = before is None and n == 1
+    frames = n if is_first else n + history
+    repeats = not isinstance(layer, CausalConv) or layer.before is Before.FIRST_FRAME
+    columns = slice(edge, width + edge)
+    kept = x.new_empty(history, height, width, channels)  # [k - 1, H, W, C]
+    for top, bottom in run.bands(frames, height, width * channels, x.element_size()):
+        above, below = max(top - 1, 0), min(bottom + 1, height)
+        window = x.new_empty(frames, bottom - top + 2, width + 2 * edge, channels)  # [n + k - 1, r + 2, W (+ 2), C]
+        rows = slice(above - top + 1, below - top + 1)
+        fill(above, below, window[frames - n :, rows, columns])
+        if before is not None:
+            window[:history, rows, columns] = before[:, above:below]
+        elif not is_first:
+            window[:history, rows, columns] = window[history, rows, columns] if repeats else 0
+        kept[:, top:bottom] = _last(window[:, 1:-1, columns], history, repeats)
+        fill_edges(window, REPEATED if layer.replicates else ZERO, is_top=top == 0, is_bottom=bottom == height)
+        yield top, bottom, window, is_first
+    past.keep(layer, kept)
 
 
-def _fill_edges(window: Tensor, replicates: bool, *, is_top: bool, is_bottom: bool) -> None:
-    """Write the rows and columns around the image into a window. replicates: they repeat the image's edge."""
-    if replicates:
-        window[:, :, 0], window[:, :, -1] = window[:, :, 1], window[:, :, -2]
+def history_of(layer: CausalConv | CausalUpsample) -> int:
+    """Return how many frames before a frame the layer reads."""
+    return (TAPS if isinstance(layer, CausalConv) else layer.taps) - 1
+
+
+def _last(window: Tensor, history: int, repeats: bool) -> Tensor:
+    """Return the last frames. Those before the first one of a video repeat it, or are zero."""
+    if len(window) > history:
+        return window[len(window) - history :]
+    before = window[:1] if repeats else torch.zeros_like(window[:1])
+    return torch.cat([before] * (history - len(window)) + [window])
+
+
+def fill_edges(window: Tensor, edge: int, *, is_top: bool, is_bottom: bool) -> None:  # [n, r + 2, W (+ 2), C]
+    """Write the rows and columns around the image into a window; columns of zeros are the convolution's own.
+
+    edge: what lies around the image: ZERO, REPEATED or REFLECTED.
+    """
+    if edge != ZERO:
+        window[:, :, 0], window[:, :, -1] = window[:, :, edge], window[:, :, -1 - edge]
     if is_top:
-        window[:, 0] = window[:, 1] if replicates else 0
+        window[:, 0] = window[:, edge] if edge != ZERO else 0
     if is_bottom:
-        window[:, -1] = window[:, -2] if replicates else 0
-
-
-def resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
-    """Run a residual block. x is overwritten."""
-    hidden = conv(block.conv1, run, past, x, normalized(block.norm1, run, x))
-    if block.shortcut is not None:
-        x = F.linear(x, block.shortcut.weight, block.shortcut.bias)  # [n, H, W, C']
-    return conv(block.conv2, run, past, hidden, normalized(block.norm2, run, hidden), total=x)
+        window[:, -1] = window[:, -1 - edge] if edge != ZERO else 0
 
 
 def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, h, w, C]
     """Attend within each frame, or to all frames so far. x is overwritten."""
-    for frame in x.flatten(1, 2):  # [h w, C]
-        tokens = run.kernels.norm(frame[None, None], block.norm.weight, block.norm.bias)[0]  # [1, h w, C]
+    tokens_of = token_norm(block.norm, run, past, x)
+    for index, frame in enumerate(x.flatten(1, 2)):  # [h w, C]
+        tokens = tokens_of(index)  # [1, h w, C]
         key = F.linear(tokens, block.key.weight, block.key.bias)  # [1, h w, C]
         value = F.linear(tokens, block.value.weight, block.value.bias)  # [1, h w, C]
         if block.sees_past:
@@ -206,10 +323,26 @@ def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [
     return x
 
 
-def upsample(step: Upsample, run: Run, past: Past, x: Tensor, is_first: bool) -> Tensor:
+def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], Tensor]:  # [n, h, w, C]
+    """Return how a frame of x is normalized to tokens `[1, h w, C]`."""
+    if isinstance(norm, PixelNorm):
+        weight, bias = norm.weight, norm.bias
+        return lambda frame: run.kernels.norm(x[frame].flatten(0, 1)[None, None], weight, bias)[0]
+    assert isinstance(past, VideoPast)
+    affines = past.statistics.affines(norm, past.place, x)
+
+    def tokens(frame: int) -> Tensor:
+        out = torch.empty_like(x[frame])  # [h, w, C]
+        run.kernels.kernels.normalize(x[frame][None], affines[frame], out[None], silu=False)
+        return out.flatten(0, 1)[None]
+
+    return tokens
+
+
+def upsample(step: Upsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     """Double the frames (except the first one of a video), the rows and the columns."""
     if step.time is not None:
-        x = double_frames(step.time, past, x, is_first)
+        x = double_frames(step.time, past, x)
     n, height, width, _ = x.shape
     out = x.new_empty(n, 2 * height, 2 * width, step.out_channels)
     widest = width * max(x.shape[-1], 4 * step.out_channels)
@@ -224,12 +357,54 @@ def upsample(step: Upsample, run: Run, past: Past, x: Tensor, is_first: bool) ->
         phases = run.kernels.kernels.conv(window, step.space, None)  # [n, r + 1, W + 1, 4 C']
         band, _ = run.kernels.kernels.interleave(phases, step.bias, 2 * (bottom - top))  # [n, 2 r, 2 W, C']
         out[:, 2 * top : 2 * bottom] = band
-    return out
+    if not step.repeats:
+        return out
+    return out.repeat_interleave(2, 0)[int(past.place.is_single) :]
 
 
-def double_frames(time: Linear, past: Past, x: Tensor, is_first: bool) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
+def causal_upsample(step: CausalUpsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
+    """Double rows and columns, and the frames before or after the convolution, as the layer says."""
+    n, height, width, _ = x.shape
+    is_first = past.of(step) is None
+    skipped = step.times - 1 if past.place.is_single else 0  # the first frame is not doubled
+    out = x.new_empty(n * step.times - skipped, 2 * height, 2 * width, step.out_channels)
+    for top, bottom, window, is_first_frame in windows(step, run, past, x, plain(x)):
+        columns = 0 if step.replicates else 1
+        if is_first_frame:
+            bias = step.bias[: 4 * step.out_channels]
+            phases = run.kernels.conv_first(window, step.first, bias, columns, step.first_terms)
+        else:
+            phases = run.kernels.kernels.conv(side_by_side(window, n, step.taps), step.weight, step.bias, columns)
+        band = interleaved(phases, 1 if is_first_frame else step.times)  # [n T, 2 r, 2 W, C]
+        out[:, 2 * top : 2 * bottom] = band if is_first_frame else band[skipped:]
+    return out if is_first or step.after is None else doubled(out, step.after)
+
+
+def interleaved(phases: Tensor, times: int) -> Tensor:  # [n, r + 1, W + 1, T 2 2 C] -> [n T, 2 r, 2 W, C]
+    """Return the upsampled frames: pixel (2 i + p, 2 j + q) of frame T k + s is phase (s, p, q) at (i + p, j + q)."""
+    n, rows, width = phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1
+    channels = phases.shape[3] // (4 * times)
+    out = phases.new_empty(n, times, rows, 2, width, 2, channels)  # [n, T, r, 2, W, 2, C]
+    for index, phase in enumerate(torch.split(phases, channels, dim=3)):  # [n, r + 1, W + 1, C]
+        (s, p), q = divmod(index // 2, 2), index % 2
+        out[:, s, :, p, :, q] = phase[:, p : rows + p, q : width + q]
+    return out.view(n * times, 2 * rows, 2 * width, channels)
+
+
+def doubled(x: Tensor, way: Doubling) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
+    """Double the frames of a chunk. LINEAR: as `F.interpolate` does, at a quarter before and after each frame."""
+    pairs = x.new_empty(len(x), 2, *x.shape[1:])  # [n, 2, H, W, C]
+    if way is Doubling.NEAREST:
+        pairs[:] = x[:, None]
+    else:
+        torch.lerp(x, torch.cat([x[:1], x[:-1]]), 0.25, out=pairs[:, 0])
+        torch.lerp(x, torch.cat([x[1:], x[-1:]]), 0.25, out=pairs[:, 1])
+    return pairs.flatten(0, 1)
+
+
+def double_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
     """Compute two frames from each frame and the two before it. The first frame of a video stays single."""
-    if is_first:
+    if past.place.is_single:
         past.keep(time, x.new_zeros(2, *x.shape[1:]))  # the first frame is no past of the others
         return x
     before = past.of(time)
@@ -242,9 +417,9 @@ def double_frames(time: Linear, past: Past, x: Tensor, is_first: bool) -> Tensor
     return pairs.reshape(2 * n, height, width, channels)
 
 
-def unfold(step: Unfold, run: Run, past: Past, x: Tensor, is_first: bool) -> Tensor:
+def unfold(step: Unfold, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     """Double rows and columns, and the frames except the first one of a video."""
-    times = 1 if is_first else step.times
+    times = 1 if past.place.is_single else step.times
     unfolded = conv(step.conv, run, past, x, plain(x))  # [n, H, W, T 2 2 C']
     out = unfolded_channels(unfolded, times)  # [n T, 2 H, 2 W, C'], or twice the channels
     del unfolded
@@ -262,16 +437,30 @@ def unfolded_channels(x: Tensor, times: int) -> Tensor:  # [n, H, W, T 2 2 C] ->
     return parts.reshape(n * times, 2 * height, 2 * width, channels // (4 * times))
 
 
-def add_duplicates_(x: Tensor, entered: Tensor, shortcut: Duplicate, is_first: bool) -> None:
+def add_duplicates_(x: Tensor, entered: Tensor, shortcut: Duplicate, is_single: bool) -> None:
     """Add the shortcut of a block to its output `[n', 2 H, 2 W, C']`. entered: the block's input `[n, H, W, C]`."""
     times, parts = shortcut.times, 4 * shortcut.times
-    skipped = times - 1 if is_first else 0
+    skipped = times - 1 if is_single else 0
     for part in range(parts):  # the channels of output frame s, row p and column q
         (s, p), q = divmod(part // 2, 2), part % 2
         if s < skipped:
             continue
         sources = (torch.arange(shortcut.out_channels, device=x.device) * parts + part) // shortcut.repeats  # [C']
         x[s - skipped :: times - skipped, p::2, q::2] += entered[..., sources]
+
+
+def grouped_mean(x: Tensor, groups: int) -> Tensor:  # [..., C] -> [..., groups]
+    """Return the mean of each group of neighbouring channels."""
+    return x.reshape(*x.shape[:-1], groups, -1).mean(-1)
+
+
+def patches(pixels: Tensor, patch: int) -> Tensor:  # [n, p H, p W, C] -> [n, H, W, C p p]
+    """Fold blocks of pixels into channels in the order (c, column, row): undo `unpatch`."""
+    if patch == 1:
+        return pixels
+    n, height, width, channels = pixels.shape
+    parts = pixels.view(n, height // patch, patch, width // patch, patch, channels)  # [n, H, p, W, q, C]
+    return parts.permute(0, 1, 3, 5, 4, 2).reshape(n, height // patch, width // patch, channels * patch**2)
 
 
 def unpatch(sample: Tensor, patch: int) -> Tensor:  # [n, H, W, C p p] -> [n, p H, p W, C]

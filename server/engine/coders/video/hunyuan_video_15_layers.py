@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from ...kernels.causal_kernels import CausalKernels
-from ..image.layers import empty
-from .causal_encoder_layers import CausalEncoder, EncoderBlock, EncoderStep, Fold, times_of
-from .causal_layers import Attention, Block, CausalConv, CausalDecoder, Resnet, Step, Unfold
+from .causal_encoder_layers import CausalEncoder, EncoderBlock, EncoderStep, Fold
+from .causal_layers import Attention, Before, Block, CausalConv, CausalDecoder, Resnet, Step, Unfold
 from .causal_structure import class_reasons, conv_reasons, norm_reasons, silu_reasons, weights_reasons
+from .causal_weights import take_causal_conv
 from .wan_layers import fold_attention, take_mid_block, take_norm, take_pointwise
 
 NAME = "AutoencoderKLHunyuanVideo15"
@@ -121,17 +120,15 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
     encoder = vae.encoder
     weight = encoder.conv_in.conv.weight
     dtype, device, in_channels = weight.dtype, weight.device, weight.shape[1]
-    blocks = tuple(_take_encoder_blocks(encoder, kernels))
     return CausalEncoder(
         patch=1,
         conv_in=take_conv(encoder.conv_in, kernels),
         in_channels=in_channels,
-        blocks=blocks,
+        blocks=tuple(_take_encoder_blocks(encoder, kernels)),
         norm_out=take_norm(encoder.norm_out),
         conv_out=take_conv(encoder.conv_out, kernels),
         averages_output=True,
         quant=None,
-        chunk_frames=math.prod(times_of(step) for block in blocks for step in block.steps),
         dtype=dtype,
         device=device,
     )
@@ -163,10 +160,7 @@ def _take_blocks(decoder: Any, kernels: CausalKernels) -> Iterator[Block]:
 
 def take_conv(conv: Any, kernels: CausalKernels) -> CausalConv:
     """Take a 3x3x3 convolution that pads by repeating the edges, so that all taps see a video's first frame."""
-    weight, bias = conv.conv.weight.detach(), conv.conv.bias.detach()  # [O, I, 3, 3, 3], [O]
-    empty(conv.conv)
-    first = kernels.kernels.pack(weight.float().sum(2).to(weight.dtype))  # [O, I, 3, 3]
-    return CausalConv(kernels.pack(weight), first, bias, len(bias), replicates=True)
+    return take_causal_conv(conv.conv, kernels, Before.FIRST_FRAME, replicates=True)
 
 
 def _take_resnet(resnet: Any, kernels: CausalKernels) -> Resnet:

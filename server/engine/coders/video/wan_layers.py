@@ -206,9 +206,9 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
         conv_out=take_conv(encoder.conv_out, kernels),
         averages_output=False,
         quant=take_pointwise(vae.quant_conv),
-        chunk_frames=CHUNK_FRAMES,
         dtype=dtype,
         device=device,
+        ignored_chunk=CHUNK_FRAMES,
     )
 
 
