@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .moments import Affine
-from .reference import TAPS, Kernels, side_by_side
+from .reference import TAPS, Kernels
 
-__all__ = ["TAPS", "CausalKernels", "side_by_side"]
+__all__ = ["TAPS", "CausalKernels"]
 
 SMALLEST_NORM = 1e-12  # as F.normalize
 
@@ -41,6 +41,25 @@ class CausalKernels:
         columns: as for `conv`. terms: the weight is the sum of this many weights, which are side by side.
         """
         return self.kernels.conv(torch.cat([window] * terms, -1) if terms > 1 else window, weight, bias, columns)
+
+    def side_by_side(
+        self, window: Tensor, frames: int, taps: int
+    ) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
+        """Return every frame with those before it, oldest first, as channels."""
+        return self.kernels.side_by_side(window, frames, taps)
+
+    def interleave(self, phases: Tensor, times: int) -> Tensor:  # [n, r + 1, W + 1, T 2 2 C] -> [n T, 2 r, 2 W, C]
+        """Return the upsampled frames.
+
+        Pixel (2 i + p, 2 j + q) of frame T k + s is phase (s, p, q) of frame k at (i + p, j + q).
+        """
+        n, rows, width = phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1
+        channels = phases.shape[3] // (4 * times)
+        out = phases.new_empty(n, times, rows, 2, width, 2, channels)  # [n, T, r, 2, W, 2, C]
+        for index, phase in enumerate(torch.split(phases, channels, dim=3)):  # [n, r + 1, W + 1, C]
+            (s, p), q = divmod(index // 2, 2), index % 2
+            out[:, s, :, p, :, q] = phase[:, p : rows + p, q : width + q]
+        return out.view(n * times, 2 * rows, 2 * width, channels)
 
     def norm_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:  # [n, r, W, C] twice
         """Write silu(x / ||x|| * weight + bias) to `out`, computed in float32."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from .moments import Affine, Moments
 from .reference import TAPS, Kernels
+from .trial import seconds
 
 _ONES = [1, 1]  # the dilation, and the stride of `add_conv_`
 _PADDING = [0, 1]  # rows, columns: the input has its halo rows already
@@ -21,8 +19,6 @@ _PADDING = [0, 1]  # rows, columns: the input has its halo rows already
 # Such weights are found by timing a convolution of the small size below, and are not packed.
 _BAND_FRAMES, _BAND_ROWS, _BAND_COLUMNS = 6, 18, 256
 _SMALL_ROWS, _SMALL_COLUMNS = 10, 8
-# The trial that chooses between a 3-D convolution and a 2-D one over frames side by side.
-_TRIAL_FRAMES, _TRIAL_COLUMNS, _TRIAL_CHANNELS, CLEARLY = 6, 416, 96, 0.95
 # A packed weight is dropped if it makes the small convolution more than this many times slower.
 SLOW_REORDER = 5
 
@@ -62,7 +58,6 @@ class CpuKernels(Kernels):
             and dtype in (torch.float32, preferred_cpu_dtype())
             and all(hasattr(torch.ops.mkldnn, operator) for operator in operators)
         )
-        self.is_fastest_in_3d = self.prepacks and is_faster_in_3d(dtype)
 
     def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
         """Return the weight as `conv` expects it, packed for oneDNN unless that makes small convolutions slow."""
@@ -73,26 +68,26 @@ class CpuKernels(Kernels):
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, strides, _ONES, 1, shape)
         plain = super().pack(weight)
         x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
-        slow, fast = (_seconds(lambda w=w: self.conv(x, w, None, stride=stride)) for w in (packed, plain))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        slow, fast = (seconds(partial(self.conv, x, form, None, stride=stride)) for form in (packed, plain))
         return plain if slow > SLOW_REORDER * fast else packed
 
     def pack_frames(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
         """Return the weight as `conv_frames` expects it, packed as `pack` does."""
-        if not self.is_fastest_in_3d:
+        if not (self.in_3d and self.prepacks):
             return super().pack_frames(weight)
         shape, ones = [1, weight.shape[1], _BAND_FRAMES, _BAND_ROWS, _BAND_COLUMNS], [1, 1, 1]
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [0, 0, 1], ones, ones, 1, shape)
-        plain = weight.contiguous(memory_format=torch.channels_last_3d)
+        plain = super().pack_frames(weight)
         x = torch.zeros(TAPS, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [3, n, W, I]
         bias = x.new_zeros(weight.shape[0])  # [O]
-        slow, fast = (_seconds(lambda w=w: self.conv_frames(x, w, bias, 1)) for w in (packed, plain))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        slow, fast = (seconds(partial(self.conv_frames, x, form, bias, 1)) for form in (packed, plain))
         return plain if slow > SLOW_REORDER * fast else packed
 
     def conv_frames(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
     ) -> Tensor:  # [n + 2, r + 2, W + 2 - 2 columns, I] -> [n, r, W, O]
-        """Convolve as `Kernels.conv_frames` says, with oneDNN."""
-        if not self.is_fastest_in_3d:
+        """Convolve as `Kernels.conv_frames` says, with oneDNN. torch's own 3-D convolution is slow for low bands."""
+        if not (self.in_3d and self.prepacks):
             return super().conv_frames(window, weight, bias, columns)
         ones = [1, 1, 1]
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
@@ -153,33 +148,3 @@ class CpuKernels(Kernels):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
         """Attend as `Kernels.attend` says, with torch's fused attention."""
         return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]
-
-
-@cache
-def is_faster_in_3d(dtype: torch.dtype) -> bool:
-    """Return whether this machine runs a 3-D convolution faster than a 2-D one over three frames side by side.
-
-    It is measured once per process and dtype, with both forms in turn, on a layer of usual size. In doubt the answer is
-    no: the 3-D form must be clearly faster.
-    """
-    kernels = CpuKernels.__new__(CpuKernels)
-    kernels.prepacks = True
-    weight = torch.zeros(_TRIAL_CHANNELS, _TRIAL_CHANNELS, TAPS, 3, 3, dtype=dtype)  # [O, I, 3, 3, 3]
-    window = torch.zeros(_TRIAL_FRAMES, _BAND_ROWS, _TRIAL_COLUMNS, _TRIAL_CHANNELS, dtype=dtype)  # [6, n, W, I]
-    bias = window.new_zeros(_TRIAL_CHANNELS)  # [O]
-    best = {True: math.inf, False: math.inf}
-    for in_3d in (True, False) * 2:
-        kernels.is_fastest_in_3d = in_3d
-        packed = kernels.pack_frames(weight)
-        best[in_3d] = min(best[in_3d], _seconds(partial(kernels.conv_frames, window, packed, bias, 1)))
-    return best[True] < CLEARLY * best[False]
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Return the time of a call, the best of three, in seconds."""
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)

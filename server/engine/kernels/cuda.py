@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels
+from . import triton_causal_kernels, triton_kernels
 from .moments import Affine, GroupNorm, Moments
 from .reference import Kernels
 
@@ -93,6 +93,19 @@ class TritonKernels(Kernels):
             BLOCK_C=block_c,
         )  # fmt: skip
         return out, moments
+
+    def side_by_side(
+        self, window: Tensor, frames: int, taps: int
+    ) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
+        """Return frames side by side as `Kernels.side_by_side` says, in one launch."""
+        rows, width, channels = window.shape[1:]
+        out = window.new_empty(frames, rows, width, taps * channels)  # [n, r, W, taps C]
+        pixels, block_c = rows * width, min(BLOCK_C, triton.next_power_of_2(channels))
+        grid = (triton.cdiv(pixels, BLOCK_P), triton.cdiv(channels, block_c), frames)
+        triton_causal_kernels.side_by_side_kernel[grid](
+            window, out, pixels, channels, window.stride(0), TAPS=taps, BLOCK_P=BLOCK_P, BLOCK_C=block_c
+        )
+        return out
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
         """Attend as `Kernels.attend` says. The softmax overwrites the scores."""

@@ -18,7 +18,13 @@ TAPS = 3  # the frames that a convolution over time reads
 
 
 class Kernels:
-    """Kernels in plain torch. Subclasses return the same values within rounding."""
+    """Kernels in plain torch. Subclasses return the same values within rounding.
+
+    in_3d: `conv_frames` is a 3-D convolution, not a 2-D one of frames side by side. It must not change once weights
+        were packed.
+    """
+
+    in_3d = False
 
     def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
         """Return the weight of a convolution in the layout that `conv` expects. stride: its stride."""
@@ -33,14 +39,29 @@ class Kernels:
         return y.permute(0, 2, 3, 1).contiguous()  # [B, n, W, O], already in this order
 
     def pack_frames(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
-        """Return a weight as `conv_frames` expects it: here the taps side by side, [O, 3 I, 3, 3]."""
+        """Return a weight as `conv_frames` expects it: in 3-D, or with the taps side by side, [O, 3 I, 3, 3]."""
+        if self.in_3d:
+            return weight.contiguous(memory_format=torch.channels_last_3d)
         return self.pack(torch.cat(list(weight.unbind(2)), 1))
 
     def conv_frames(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
     ) -> Tensor:  # [n + 2, r + 2, W + 2 - 2 columns, I] -> [n, r, W, O]
         """Convolve each three frames that follow one another. columns: as for `conv`."""
-        return self.conv(side_by_side(window, len(window) - TAPS + 1, TAPS), weight, bias, columns)
+        if not self.in_3d:
+            return self.conv(self.side_by_side(window, len(window) - TAPS + 1, TAPS), weight, bias, columns)
+        y = F.conv3d(window.permute(3, 0, 1, 2)[None], weight, bias, padding=(0, 0, columns))  # [1, O, n, r, W]
+        return y[0].permute(1, 2, 3, 0).contiguous()  # [n, r, W, O], already in this order
+
+    def side_by_side(
+        self, window: Tensor, frames: int, taps: int
+    ) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
+        """Return every frame with those before it, oldest first, as channels."""
+        channels = window.shape[-1]
+        y = window.new_empty(frames, *window.shape[1:3], taps * channels)  # [n, r, W, taps C]
+        for tap in range(taps):
+            y[..., tap * channels : (tap + 1) * channels] = window[tap : tap + frames]
+        return y
 
     def add_conv_(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor, unit: int) -> Moments:
         """Add conv(x `[B, n + 2, W, I]`) + bias to total `[B, n, W, O]` in place.
@@ -85,12 +106,3 @@ class Kernels:
         """Return softmax(q kᵀ / √C) v for a chunk of t queries and all N keys and values."""
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(1, 2))  # [B, t, N]
         return torch.softmax(scores, -1) @ value  # [B, t, C]
-
-
-def side_by_side(window: Tensor, frames: int, taps: int) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
-    """Return every frame with those before it, oldest first, as channels."""
-    channels = window.shape[-1]
-    y = window.new_empty(frames, *window.shape[1:3], taps * channels)  # [n, r, W, taps C]
-    for tap in range(taps):
-        y[..., tap * channels : (tap + 1) * channels] = window[tap : tap + frames]
-    return y

@@ -15,14 +15,13 @@ import triton.language as tl
 
 @triton.jit
 def norm_silu_kernel(
-    x_ptr, scale_ptr, shift_ptr, out_ptr, pixels, width, channels, x_stride, out_frame, out_row, scale_frame, eps,
+    x_ptr, scale_ptr, shift_ptr, out_ptr, pixels, width, channels, x_stride, out_frame, out_row, eps,
     NORM: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write out = silu(norm(x) * scale + shift). Grid: [P / BLOCK_P, n]; a program has all channels of its pixels.
 
     NORM: 0 for none; 1 for x / max(|x|, eps); 2 for x / sqrt(mean(x²) + eps). SHIFT, SILU: whether they are applied.
-    x_stride, out_frame: from one frame to the next. out_row: from one row of `out` to the next. scale_frame: from the
-    scale and shift of one frame to those of the next; 0 if all frames have the same.
+    x_stride, out_frame: from one frame to the next. out_row: from one row of `out` to the next.
     """
     p, f = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -33,9 +32,9 @@ def norm_silu_kernel(
         x = x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), eps)[:, None]
     if NORM == 2:
         x = x / tl.sqrt(tl.sum(x * x, 1) / channels + eps)[:, None]
-    y = x * tl.load(scale_ptr + f * scale_frame + c, mask=known, other=0.0).to(tl.float32)[None, :]  # [P', C']
+    y = x * tl.load(scale_ptr + c, mask=known, other=0.0).to(tl.float32)[None, :]  # [P', C']
     if SHIFT:
-        y += tl.load(shift_ptr + f * scale_frame + c, mask=known, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(shift_ptr + c, mask=known, other=0.0).to(tl.float32)[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))
     at = f * out_frame + (p // width) * out_row + (p % width) * channels  # [P']

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
+from server.engine.coders.build import build_coder
 from server.engine.coders.image.layers import DecoderWeights, EncoderWeights
 from server.engine.coders.image.plan import Plan
+from server.engine.coders.stock import StockDecoder
+from server.engine.coders.video import causal_decoder, ltx_decoder
+from server.engine.kernels.causal_kernels import CausalKernels
 from server.engine.kernels.moments import Affine, GroupNorm, Moments
 from server.engine.kernels.reference import Kernels
+from server.model_info import Direction
 from server.values import Layout
 from tests.engine.coders.image.networks import build, exact, exact_encoder, latents_for, pixels_for, stock, stock_encode
+from tests.engine.coders.video import test_video_decoders as videos
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 3, 5, 32), (2, 17, 9, 160), (1, 40, 70, 96)]  # [B, n, W, C]
@@ -123,3 +131,116 @@ def test_a_whole_encode_in_bands_equals_diffusers(kernels: Kernels, recomputes: 
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         got, _ = encoder.run(Plan(2, 4, 2000, 1 << 20, 1, recomputes), pixels)
         torch.testing.assert_close(got, stock_encode(vae, pixels), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def causal(kernels: Kernels) -> CausalKernels:
+    from server.engine.kernels.cuda_causal import TritonCausalKernels
+
+    return TritonCausalKernels(kernels)
+
+
+PLAIN_CAUSAL = CausalKernels(PLAIN)
+FRAMES = [(1, 3, 5, 32), (3, 4, 7, 96), (2, 9, 3, 160)]  # [n, r, W, C]
+
+
+def in_window(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A window of sevens with room around the frames, and the part of it that has their size."""
+    n, rows, width, channels = x.shape
+    window = torch.full((n + 2, rows + 2, width + 2, channels), 7.0, dtype=x.dtype, device=DEVICE)
+    return window, window[2:, 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", FRAMES, ids=str)
+def test_a_pixel_norm_is_written_into_a_window(
+    causal: CausalKernels, shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype
+) -> None:
+    x = randn(shape[0], shape[1] + 4, *shape[2:]).to(dtype)[:, 2:-2]  # rows of larger frames
+    weight, bias = randn(shape[3]), randn(shape[3]) if has_bias else None
+    (got, inside), (expected, inside_expected) = in_window(x), in_window(x)
+    causal.norm_silu(x, weight, bias, inside)
+    PLAIN_CAUSAL.norm_silu(x, weight, bias, inside_expected)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5 if dtype is torch.float32 else 1e-2)
+    torch.testing.assert_close(
+        causal.norm(x, weight, bias),
+        PLAIN_CAUSAL.norm(x, weight, bias),
+        atol=1e-5,
+        rtol=1e-5 if got.dtype == torch.float32 else 1e-2,
+    )
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("shape", FRAMES, ids=str)
+def test_a_root_mean_square_norm_is_written_into_a_window(
+    causal: CausalKernels, shape: tuple[int, ...], is_scaled: bool
+) -> None:
+    x = randn(*shape)
+    scale, shift = (randn(shape[3]), randn(shape[3]) + 1) if is_scaled else (None, None)
+    (got, inside), (expected, inside_expected) = in_window(x), in_window(x)
+    causal.rms_norm_silu(x, 1e-3, scale, shift, inside)
+    PLAIN_CAUSAL.rms_norm_silu(x, 1e-3, scale, shift, inside_expected)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pixel_of_zeros_stays_finite(causal: CausalKernels) -> None:
+    x = torch.zeros(1, 1, 2, 32, device=DEVICE)
+    assert torch.equal(causal.norm(x, randn(32), None), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("shape", FRAMES, ids=str)
+def test_a_group_norm_is_written_into_a_window(causal: CausalKernels, shape: tuple[int, ...]) -> None:
+    x, affine = randn(*shape), Affine(randn(1, shape[3]), randn(1, shape[3]) + 1)
+    (got, inside), (expected, inside_expected) = in_window(x), in_window(x)
+    for frame in range(shape[0]):
+        causal.affine_silu(x[frame], affine, inside[frame])
+        PLAIN_CAUSAL.affine_silu(x[frame], affine, inside_expected[frame])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4])
+def test_a_norm_is_scaled_by_its_latents(causal: CausalKernels, ratio: int) -> None:
+    rows, width, channels = 5, 3 * ratio, 48
+    x, affine = randn(rows, width, channels), Affine(randn(1, channels), randn(1, channels) + 1)
+    scale, shift = randn(rows, 3, channels), randn(rows, 3, channels) - 1
+    (got, inside), (expected, inside_expected) = in_window(x[None]), in_window(x[None])
+    causal.scaled_silu(x, affine, scale, shift, inside[0])
+    PLAIN_CAUSAL.scaled_silu(x, affine, scale, shift, inside_expected[0])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("taps", [2, 3])
+@pytest.mark.parametrize("shape", FRAMES, ids=str)
+def test_frames_are_put_side_by_side(causal: CausalKernels, shape: tuple[int, ...], taps: int) -> None:
+    window = randn(shape[0] + taps - 1, *shape[1:])
+    got = causal.side_by_side(window, shape[0], taps)
+    assert torch.equal(got, PLAIN.side_by_side(window, shape[0], taps))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("shape", FRAMES, ids=str)
+def test_phases_interleave_in_time_and_space(causal: CausalKernels, shape: tuple[int, ...], times: int) -> None:
+    n, rows, width, channels = shape
+    phases = randn(n, rows + 1, width + 1, times * 4 * channels)
+    assert torch.equal(causal.interleave(phases, times), PLAIN_CAUSAL.interleave(phases, times))
+
+
+@pytest.mark.parametrize("in_3d", [False, True])
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "easy-animate", "hunyuan-video-1.5", "ltx", "ltx-timestep"])
+def test_a_whole_video_equals_diffusers(
+    kernels: Kernels, causal: CausalKernels, name: str, in_3d: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both forms of the convolution over frames, which also run on a GPU without Triton."""
+    kernels.in_3d = in_3d
+    monkeypatch.setattr(causal_decoder, "causal_kernels_for", lambda *_: causal)
+    monkeypatch.setattr(ltx_decoder, "causal_kernels_for", lambda *_: causal)
+    vae, family = videos.made(name)
+    vae = copy.deepcopy(vae).to(DEVICE)
+    latents = videos.latents_for(name, 3).to(DEVICE)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = StockDecoder(vae, family).decode(latents, Layout.SAMPLE, **videos.arguments(name)).tensor
+        decoder, _ = build_coder(vae, family, Direction.DECODE, "auto", "none")
+        got = decoder.decode(latents, Layout.SAMPLE, **videos.arguments(name)).tensor
+    kernels.in_3d = False
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ....model_info import EXACT
 from ...kernels.causal_kernels import CausalKernels
-from ...kernels.choice import kernels_for
 from ..interface import Check
 from .causal_encoder_layers import CausalEncoder
 from .causal_layers import CausalDecoder
@@ -46,8 +43,3 @@ class CausalCoder:
         video = VideoRun(self.network, Run(self.kernels, plan.band_bytes, QUERY_BYTES, check), pieces, write)
         for leg in plan.legs:
             video.run_leg(leg)
-
-
-def kernels_of(weight: Tensor) -> CausalKernels:
-    """Return the kernels for weights like this one."""
-    return CausalKernels(kernels_for(weight.device, weight.dtype))

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....values import Layout
+from ...kernels.choice import causal_kernels_for
 from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
 from . import cogvideox_layers, hunyuan_video_15_layers, hunyuan_video_layers, magvit_layers, mochi_layers, wan_layers
-from .causal_coder import CausalCoder, kernels_of
+from .causal_coder import CausalCoder
 from .causal_layers import CausalDecoder
 from .causal_run import Piece, Write
 from .causal_stages import State
@@ -43,7 +44,8 @@ class ExactCausalDecoder(CausalCoder):
         return reason
 
     def __init__(self, vae: Any) -> None:
-        kernels = kernels_of(next(vae.decoder.parameters()))
+        weight = next(vae.decoder.parameters())
+        kernels = causal_kernels_for(weight.device, weight.dtype)
         self.weights: CausalDecoder = STRUCTURES[type(vae).__name__].take_decoder(vae, kernels)
         super().__init__(self.weights, kernels)
 

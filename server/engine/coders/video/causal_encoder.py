@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ....errors import WrongShape
 from ....values import Layout
+from ...kernels.choice import causal_kernels_for
 from ...memory import free_bytes
 from ..interface import Check, Coded, go_on
 from ..layouts import Output
 from . import hunyuan_video_15_layers, hunyuan_video_layers, wan_layers
-from .causal_coder import CausalCoder, kernels_of
+from .causal_coder import CausalCoder
 from .causal_encoder_layers import CausalEncoder
 from .causal_run import Piece
 from .causal_stages import State
@@ -40,7 +41,8 @@ class ExactCausalEncoder(CausalCoder):
         return reason
 
     def __init__(self, vae: Any) -> None:
-        kernels = kernels_of(next(vae.encoder.parameters()))
+        weight = next(vae.encoder.parameters())
+        kernels = causal_kernels_for(weight.device, weight.dtype)
         self.weights: CausalEncoder = STRUCTURES[type(vae).__name__].take_encoder(vae, kernels)
         super().__init__(self.weights, kernels)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.causal_kernels import TAPS, CausalKernels, side_by_side
+from ...kernels.causal_kernels import TAPS, CausalKernels
 from ..image.layers import Linear
 from ..interface import Check
 from .causal_layers import (
@@ -342,7 +342,7 @@ def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], T
 def upsample(step: Upsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     """Double the frames (except the first one of a video), the rows and the columns."""
     if step.time is not None:
-        x = double_frames(step.time, past, x)
+        x = double_frames(step.time, run, past, x)
     n, height, width, _ = x.shape
     out = x.new_empty(n, 2 * height, 2 * width, step.out_channels)
     widest = width * max(x.shape[-1], 4 * step.out_channels)
@@ -374,21 +374,11 @@ def causal_upsample(step: CausalUpsample, run: Run, past: VideoPast, x: Tensor) 
             bias = step.bias[: 4 * step.out_channels]
             phases = run.kernels.conv_first(window, step.first, bias, columns, step.first_terms)
         else:
-            phases = run.kernels.kernels.conv(side_by_side(window, n, step.taps), step.weight, step.bias, columns)
-        band = interleaved(phases, 1 if is_first_frame else step.times)  # [n T, 2 r, 2 W, C]
+            frames = run.kernels.side_by_side(window, n, step.taps)  # [n, r + 2, W, k C]
+            phases = run.kernels.kernels.conv(frames, step.weight, step.bias, columns)
+        band = run.kernels.interleave(phases, 1 if is_first_frame else step.times)  # [n T, 2 r, 2 W, C]
         out[:, 2 * top : 2 * bottom] = band if is_first_frame else band[skipped:]
     return out if is_first or step.after is None else doubled(out, step.after)
-
-
-def interleaved(phases: Tensor, times: int) -> Tensor:  # [n, r + 1, W + 1, T 2 2 C] -> [n T, 2 r, 2 W, C]
-    """Return the upsampled frames: pixel (2 i + p, 2 j + q) of frame T k + s is phase (s, p, q) at (i + p, j + q)."""
-    n, rows, width = phases.shape[0], phases.shape[1] - 1, phases.shape[2] - 1
-    channels = phases.shape[3] // (4 * times)
-    out = phases.new_empty(n, times, rows, 2, width, 2, channels)  # [n, T, r, 2, W, 2, C]
-    for index, phase in enumerate(torch.split(phases, channels, dim=3)):  # [n, r + 1, W + 1, C]
-        (s, p), q = divmod(index // 2, 2), index % 2
-        out[:, s, :, p, :, q] = phase[:, p : rows + p, q : width + q]
-    return out.view(n * times, 2 * rows, 2 * width, channels)
 
 
 def doubled(x: Tensor, way: Doubling) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
@@ -402,7 +392,7 @@ def doubled(x: Tensor, way: Doubling) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, 
     return pairs.flatten(0, 1)
 
 
-def double_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
+def double_frames(time: Linear, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
     """Compute two frames from each frame and the two before it. The first frame of a video stays single."""
     if past.place.is_single:
         past.keep(time, x.new_zeros(2, *x.shape[1:]))  # the first frame is no past of the others
@@ -411,7 +401,7 @@ def double_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H,
     assert before is not None
     window = torch.cat([before, x])  # [n + 2, H, W, C]
     past.keep(time, window[-2:].clone())
-    doubled = F.linear(side_by_side(window, len(x), TAPS), time.weight, time.bias)  # [n, H, W, 2 C]
+    doubled = F.linear(run.kernels.side_by_side(window, len(x), TAPS), time.weight, time.bias)  # [n, H, W, 2 C]
     n, height, width, channels = x.shape
     pairs = doubled.view(n, height, width, 2, channels).permute(0, 3, 1, 2, 4)  # [n, 2, H, W, C]
     return pairs.reshape(2 * n, height, width, channels)

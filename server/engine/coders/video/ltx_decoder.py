@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ....errors import WrongShape
 from ....model_info import EXACT
 from ....values import Layout
-from ...kernels.causal_kernels import CausalKernels
-from ...kernels.choice import kernels_for
+from ...kernels.choice import causal_kernels_for
 from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
@@ -42,7 +41,7 @@ class ExactLTXDecoder:
 
     def __init__(self, vae: Any) -> None:
         weight = next(vae.decoder.parameters())
-        self.kernels = CausalKernels(kernels_for(weight.device, weight.dtype))
+        self.kernels = causal_kernels_for(weight.device, weight.dtype)
         self.weights = ltx_layers.take_decoder(vae, self.kernels)
 
     def free_caches(self) -> None:
