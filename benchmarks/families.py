@@ -83,6 +83,7 @@ CASES = {
     "Wan 2.1": Case("AutoencoderKLWan", {}, (16, 3, 24, 4)),
     "Wan 2.2 5B": Case("AutoencoderKLWan", WAN_22, (48, 3, 12, 4)),
     "Qwen-Image": Case("AutoencoderKLQwenImage", {}, (16, 32, 16)),
+    "HunyuanVideo": Case("AutoencoderKLHunyuanVideo", {}, (16, 3, 16, 6)),
     "HunyuanVideo 1.5": Case("AutoencoderKLHunyuanVideo15", {}, (32, 5, 12, 3)),
     "LTX-Video": Case("AutoencoderKLLTXVideo", {}, (128, 13, 5, 2)),
     "LTX-2": Case("AutoencoderKLLTX2Video", LTX_2, (128, 9, 4, 2)),
@@ -283,6 +284,8 @@ def made(name: str, direction: Direction = Direction.DECODE) -> tuple[Any, Famil
     family = family_of_class(class_name)
     assert family is not None
     vae = getattr(diffusers, class_name)(**config).eval()
+    if class_name == "AutoencoderKLHunyuanVideo":  # temporal tiles would give another result
+        vae.use_framewise_decoding = vae.use_framewise_encoding = False
     if direction is Direction.DECODE:
         vae.encoder = torch.nn.Identity()
     else:
