@@ -9,7 +9,8 @@ uint8 pixels. The tensors have no data, so this takes only seconds.
 
 `python -m benchmarks.families --speed` runs all variants in one process, alternating: diffusers and ours in float32,
 and in bfloat16 (diffusers with its weights in channels_last_3d, which is its fastest form). It prints ratios of the
-fastest runs, and how far each is from diffusers' float32, in dB.
+fastest runs, and how far each is from diffusers' float32, in dB. `--speed --encode` does the same with an encode of the
+video or image that these latents belong to.
 
 `--save NAME` also writes benchmarks/results/NAME.json.
 """
@@ -38,9 +39,9 @@ from benchmarks.decode import MEGA, RESULTS, device_name, peak_of
 from server.engine.coders.build import build_coder
 from server.engine.coders.interface import Decoder
 from server.engine.coders.layouts import postprocess
-from server.engine.coders.stock import StockDecoder
+from server.engine.coders.stock import StockDecoder, StockEncoder
 from server.families import Family, family_of_class
-from server.model_info import Direction
+from server.model_info import Direction, LatentSpec
 from server.values import Layout
 from tests.engine.live import LiveBytes
 
@@ -82,6 +83,7 @@ CASES = {
     "Wan 2.1": Case("AutoencoderKLWan", {}, (16, 3, 24, 4)),
     "Wan 2.2 5B": Case("AutoencoderKLWan", WAN_22, (48, 3, 12, 4)),
     "Qwen-Image": Case("AutoencoderKLQwenImage", {}, (16, 32, 16)),
+    "HunyuanVideo": Case("AutoencoderKLHunyuanVideo", {}, (16, 3, 16, 6)),
     "HunyuanVideo 1.5": Case("AutoencoderKLHunyuanVideo15", {}, (32, 5, 12, 3)),
     "LTX-Video": Case("AutoencoderKLLTXVideo", {}, (128, 13, 5, 2)),
     "LTX-2": Case("AutoencoderKLLTX2Video", LTX_2, (128, 9, 4, 2)),
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--count", action="store_true", help="count the memory of large videos instead")
     parser.add_argument("--speed", action="store_true", help="compare the speed of all variants in one process instead")
+    parser.add_argument("--encode", action="store_true", help="with --speed: encode instead of decode")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each variant with --speed")
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     parser.add_argument("--one", nargs=3, default=None, metavar=("FAMILY", "WAY", "PATH"), help=argparse.SUPPRESS)
@@ -108,7 +111,8 @@ def main() -> None:
         return
     header, row, line = (LARGE_HEADER, large_row_of, large_line_of) if arguments.count else (HEADER, row_of, line_of)
     if arguments.speed:
-        header, row, line = SPEED_HEADER, lambda name: speed_row_of(name, arguments.repeats), speed_line_of
+        direction = Direction.ENCODE if arguments.encode else Direction.DECODE
+        header, row, line = SPEED_HEADER, lambda name: speed_row_of(name, direction, arguments.repeats), speed_line_of
     machine = f"{device_name(CPU)}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     print(f"{machine}\n\n{header}\n{'| --- ' * header.count(' | ')}| --- |", flush=True)
     rows = []
@@ -120,39 +124,60 @@ def main() -> None:
         (RESULTS / f"{arguments.save}.json").write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def speed_row_of(name: str, repeats: int) -> dict[str, Any]:
+def speed_row_of(name: str, direction: Direction, repeats: int) -> dict[str, Any]:
     """Run all variants of a family in this process, alternating, and return the fastest time of each in seconds."""
     torch.manual_seed(0)
-    vae, family = made(name)
-    latents = torch.randn(1, *CASES[name].latents)  # [1, C, (F,) h, w]
+    vae, family = made(name, direction)
     half = copy.deepcopy(vae).to(torch.bfloat16)
     fastest = copy.deepcopy(half)
     for module in fastest.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    decoders = {
-        "diffusers float32": StockDecoder(copy.deepcopy(vae), family),
-        "diffusers bfloat16": StockDecoder(fastest, family),
-        "ours float32": decoder_of(vae, family, OURS),
-        "ours bfloat16": decoder_of(half, family, OURS),
+    stock: Any = StockEncoder if direction is Direction.ENCODE else StockDecoder
+    coders: dict[str, Any] = {
+        "diffusers float32": stock(copy.deepcopy(vae), family),
+        "diffusers bfloat16": stock(fastest, family),
+        "ours float32": coder_of(vae, family, direction, OURS),
+        "ours bfloat16": coder_of(half, family, direction, OURS),
     }
-    samples: dict[str, Tensor] = {}
-    seconds = dict.fromkeys(decoders, math.inf)
+    values = input_of(name, family.describe(vae.config), direction)
+    outputs: dict[str, Tensor] = {}
+    seconds = dict.fromkeys(coders, math.inf)
     for turn in range(repeats):
-        for way in decoders if turn % 2 == 0 else reversed(decoders):
+        for way in coders if turn % 2 == 0 else reversed(coders):
             started = time.perf_counter()
-            samples[way] = decoders[way].decode(latents, Layout.SAMPLE, budget_bytes=1 << 60).tensor
+            outputs[way] = run(coders[way], direction, values)
             seconds[way] = min(seconds[way], time.perf_counter() - started)
-    reference = samples["diffusers float32"]
+    reference = outputs["diffusers float32"]
     return {
         "family": name,
+        "direction": direction,
         "s": seconds,
-        "dB": {way: psnr(sample.float(), reference) for way, sample in samples.items()},
+        "dB": {way: psnr(output.float(), reference) for way, output in outputs.items()},
     }
+
+
+def input_of(name: str, spec: LatentSpec, direction: Direction) -> Tensor:
+    """Return the latents of a case, or pixels in [-1, 1] of the size that they decode to."""
+    latents = CASES[name].latents
+    if direction is Direction.DECODE:
+        return torch.randn(1, *latents)  # [1, C, (F,) h, w]
+    frames = ((latents[1] - 1) * spec.temporal_compression_ratio + 1,) if len(latents) == 4 else ()
+    size = [spec.vae_scale_factor * side for side in latents[-2:]]
+    return torch.rand(1, spec.image_channels, *frames, *size) * 2 - 1  # [1, C, (F,) H, W]
+
+
+def run(coder: Any, direction: Direction, values: Tensor) -> Tensor:
+    """Decode to the sample or encode to the posterior's parameters, with more memory than any run needs."""
+    if direction is Direction.ENCODE:
+        parameters: Tensor = coder.encode(values, budget_bytes=1 << 60).tensor
+        return parameters
+    sample: Tensor = coder.decode(values, Layout.SAMPLE, budget_bytes=1 << 60).tensor
+    return sample
 
 
 def psnr(sample: Tensor, reference: Tensor) -> float:
-    """Return how close a sample in [-1, 1] is to another one, in dB."""
+    """Return how close values are to others, in dB below a square of 2: the range of a sample in [-1, 1]."""
     return float(10 * torch.log10(4 / (sample - reference).square().mean().clamp_min(1e-30)))
 
 
@@ -251,24 +276,34 @@ def counted(name: str, way: str) -> dict[str, int]:
     return {"bytes": live.most, "frames": len(pixels)}
 
 
-def made(name: str) -> tuple[Any, Family]:
-    """Return the VAE of a case, with random weights and without its encoder, and its family."""
+def made(name: str, direction: Direction = Direction.DECODE) -> tuple[Any, Family]:
+    """Return the VAE of a case, with random weights and without its other direction, and its family."""
     torch.set_grad_enabled(False)
     warnings.simplefilter("ignore")
     class_name, config, _ = CASES[name]
     family = family_of_class(class_name)
     assert family is not None
     vae = getattr(diffusers, class_name)(**config).eval()
-    vae.encoder = torch.nn.Identity()
+    if class_name == "AutoencoderKLHunyuanVideo":  # temporal tiles would give another result
+        vae.use_framewise_decoding = vae.use_framewise_encoding = False
+    if direction is Direction.DECODE:
+        vae.encoder = torch.nn.Identity()
+    else:
+        vae.decoder = torch.nn.Identity()
     return vae, family
 
 
 def decoder_of(vae: Any, family: Family, way: str) -> Decoder:
     """Return the decoder of a variant. Ours may take the weights of the VAE."""
-    if way == STOCK:
-        return StockDecoder(vae, family)
-    decoder: Any = build_coder(vae, family, Direction.DECODE, "auto", "none")[0]
+    decoder: Decoder = coder_of(vae, family, Direction.DECODE, way)
     return decoder
+
+
+def coder_of(vae: Any, family: Family, direction: Direction, way: str) -> Any:
+    """Return the coder of a variant in one direction. Ours may take the weights of the VAE."""
+    if way == STOCK:
+        return StockDecoder(vae, family) if direction is Direction.DECODE else StockEncoder(vae, family)
+    return build_coder(vae, family, direction, "auto", "none")[0]
 
 
 def budget_of(way: str) -> int:

@@ -16,10 +16,9 @@ from .coders.layouts import in_dtype
 from .coders.posterior import latents_of
 from .input_tensors import input_tensor
 from .loaded_model import LoadedModel
+from .memory import free_bytes
 from .tensors import NAMES, to_host
 
-# The attempts of a batch: first without any measure, then after each measure against running out of memory.
-MEASURES = ("", "free_caches", "smallest_bands")
 # Words in the errors of torch's CPU allocator, cuBLAS and Triton.
 NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
 SMALLEST_BUDGET_BYTES = 1  # makes an exact decoder use its lowest bands and recompute
@@ -126,31 +125,52 @@ def _within_memory(
     stream: Stream | None,
     compute: Callable[[int | None, Emit | None], Coded],
 ) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Compute; when memory runs out, free the caches and try again, then with the smallest bands.
+    """Compute; when memory runs out, try again after each measure of `_measures`.
 
     compute: takes the memory budget in bytes and the function that receives finished frames. Returns its tensor and the
     measures that were taken. Raises NonFiniteOutput, Stopped, and the error of the last attempt if memory ran out
     again.
     """
     emit = stream.write if stream else None
-    steps: list[str] = []
-    for step in MEASURES:
+    measures = _measures(model)
+    for count, step in enumerate(measures):
         if step:
-            steps.append(step)
             _free_caches(model)
         try:
-            coded = compute(SMALLEST_BUDGET_BYTES if step == "smallest_bands" else model.budget_bytes, emit)
+            coded = compute(_budget_bytes(model, step), emit)
         except Exception as error:  # many classes mean out of memory, and the stream must be abandoned on any error
             _abandon(stream)
             stream = emit = None
-            if not is_out_of_memory(error) or step == MEASURES[-1]:
+            if not is_out_of_memory(error) or step == measures[-1]:
                 raise
             continue
         if not bool(coded.finite):
             _abandon(stream)
             raise NonFiniteOutput
-        return coded.tensor, tuple(steps)
+        return coded.tensor, measures[1 : count + 1]
     raise AssertionError("the last step returns or raises")
+
+
+def _measures(model: LoadedModel[Any]) -> tuple[str, ...]:
+    """Return the measures against running out of memory, one for each attempt. The first attempt is without any.
+
+    A coder that does not heed the budget gets no attempt that would repeat the same allocations.
+    """
+    if model.coder.heeds_budget:
+        return ("", "free_caches", "smallest_bands")
+    return ("", "free_caches") if model.device.type == "cuda" else ("",)
+
+
+def _budget_bytes(model: LoadedModel[Any], step: str) -> int | None:
+    """Return the memory budget after a measure: smaller after each one, if the coder heeds it."""
+    match step:
+        case "free_caches" if model.coder.heeds_budget:
+            free = free_bytes(model.device)
+            return (free if model.budget_bytes is None else min(free, model.budget_bytes)) // 2
+        case "smallest_bands":
+            return SMALLEST_BUDGET_BYTES
+        case _:
+            return model.budget_bytes
 
 
 def _abandon(stream: Stream | None) -> None:

@@ -15,11 +15,12 @@ from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
+from .video.causal_encoder import ENCODED_CLASSES, ExactCausalEncoder
 from .video.ltx_decoder import LTX_CLASSES, ExactLTXDecoder
 
 EXACT_CLASSES = {
     Direction.DECODE: structure.CLASSES | CAUSAL_CLASSES | LTX_CLASSES,
-    Direction.ENCODE: structure.CLASSES,
+    Direction.ENCODE: structure.CLASSES | ENCODED_CLASSES,
 }
 ExactDecoder = ExactKLDecoder | ExactCausalDecoder | ExactLTXDecoder
 
@@ -44,8 +45,11 @@ def build_coder(
 
 
 def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
-    reason = ExactKLEncoder.unsupported_reason(vae)
-    return (None, reason) if reason else (ExactKLEncoder(vae), None)
+    encoder: type[ExactKLEncoder | ExactCausalEncoder] = (
+        ExactCausalEncoder if type(vae).__name__ in CAUSAL_CLASSES else ExactKLEncoder
+    )
+    reason = encoder.unsupported_reason(vae)
+    return (None, reason) if reason else (encoder(vae), None)
 
 
 def _own_decoder(vae: Any) -> tuple[Decoder | None, str | None]:

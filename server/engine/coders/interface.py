@@ -47,6 +47,11 @@ class Coder(Protocol):
 
     name: str
 
+    @property
+    def heeds_budget(self) -> bool:
+        """Return whether a smaller `budget_bytes` makes a call hold less memory."""
+        ...
+
     def free_caches(self) -> None:
         """Free all device memory that is kept to make the next call faster."""
         ...

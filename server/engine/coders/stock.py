@@ -18,6 +18,7 @@ class StockCoder:
     """What diffusers' own decoder and encoder have in common."""
 
     name = "diffusers"
+    heeds_budget = False
 
     def __init__(self, vae: Any, family: Family) -> None:
         weight = next(weight for weight in vae.parameters() if not weight.is_meta)

@@ -21,6 +21,7 @@ class ExactCoder(Generic[N]):
     """The weights of one direction of a VAE, with the kernels that run them on their device in their dtype."""
 
     name = EXACT
+    heeds_budget = True
 
     def __init__(self, weight: Tensor, take: Callable[[Kernels], N]) -> None:
         """Choose the kernels and take the weights.

@@ -199,6 +199,10 @@ class Block:
     steps: tuple[Step, ...]
     shortcut: Duplicate | None = None
 
+    def apart(self) -> tuple[Block, ...]:
+        """Return a block for each layer, without the shortcut."""
+        return tuple(Block((step,)) for step in self.steps)
+
 
 @dataclass(frozen=True)
 class CausalDecoder:

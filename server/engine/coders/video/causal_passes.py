@@ -1,4 +1,6 @@
-"""A causal decoder, stage by stage, on one chunk of frames. Nothing here is approximate.
+"""The layers of causal coders on one chunk of frames: those of both directions, and those of decoders only.
+
+Nothing here is approximate. `causal_encoding.py` has the layers of encoders only.
 
 Every layer works on bands of rows that stay in the processor's caches. A 3x3 convolution needs one row of its input
 above and one below a band; these rows are normalized again for the neighbouring band. A causal convolution also needs
@@ -9,7 +11,7 @@ band at the edge. Columns of zeros around it are the convolution's own padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ from .causal_layers import (
     Unfold,
     Upsample,
 )
-from .causal_stages import Begin, End, Enter, Leave, Stage, State, Whole
+from .causal_stages import Begin, End, State
 from .causal_statistics import Place, Statistics
 
 ZERO, REPEATED, REFLECTED = range(3)
@@ -60,7 +62,7 @@ class Past:
 
 @dataclass
 class VideoPast(Past):
-    """What is known of a video while its chunks are decoded one after another.
+    """What is known of a video while its chunks are computed one after another.
 
     statistics: those of its norms. place: where the present chunk is.
     """
@@ -71,7 +73,7 @@ class VideoPast(Past):
 
 @dataclass(frozen=True)
 class Run:
-    """One decode: its kernels, the size of a band, and the check between bands."""
+    """One decode or encode: its kernels, the size of a band, and the check between bands."""
 
     kernels: CausalKernels
     band_bytes: int
@@ -86,31 +88,17 @@ class Run:
             yield top, min(top + rows, height)
 
 
-def advance(stage: Stage, run: Run, past: VideoPast, state: State) -> State:
-    """Run one stage of a decoder on the next frames. The tensors of `state` are overwritten."""
-    x, hidden = state
-    match stage:
-        case Begin():
-            return State(begin(stage, run, past, x))
-        case Enter(block):
-            return enter_resnet(block, run, past, x)
-        case Leave(block):
-            assert hidden is not None
-            return State(leave_resnet(block, run, past, x, hidden))
-        case Whole(block):
-            return State(whole_block(block, run, past, x))
-        case End():
-            return State(end(stage, run, past, x))
-
-
-def begin(stage: Begin, run: Run, past: VideoPast, latents: Tensor) -> Tensor:  # [n, h, w, Z] -> [n, h, w, C]
-    """Run the first layer."""
+def begin(stage: Begin, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, p H, p W, Z] -> [n, H, W, C]
+    """Run the first layer on latents or pixels."""
+    x = patches(x, stage.patch)  # [n, H, W, Z p p]
     if isinstance(stage.conv, Linear):
-        return F.linear(latents, stage.conv.weight, stage.conv.bias)
-    x = conv(stage.conv, run, past, latents, plain(latents))
+        return F.linear(x, stage.conv.weight, stage.conv.bias)
+    # Bands are measured by a layer's input, which is much smaller here than its output.
+    smaller = replace(run, band_bytes=max(1, run.band_bytes * x.shape[-1] // stage.conv.out_channels))
+    y = conv(stage.conv, smaller, past, x, plain(x))
     if stage.repeats_input:
-        x += latents.repeat_interleave(stage.repeats_input, -1)
-    return x
+        y += x.repeat_interleave(stage.repeats_input, -1)
+    return y
 
 
 def resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
@@ -135,7 +123,7 @@ def leave_resnet(
 
 
 def whole_block(block: Block, run: Run, past: VideoPast, x: Tensor) -> Tensor:
-    """Run the layers of a block, and add its shortcut."""
+    """Run the layers of a decoder's block, and add its shortcut."""
     entered = x.clone() if block.shortcut is not None else None  # resnets add to x in place
     for step in block.steps:
         match step:
@@ -156,15 +144,19 @@ def whole_block(block: Block, run: Run, past: VideoPast, x: Tensor) -> Tensor:
     return x
 
 
-def end(stage: End, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, 3]
+def end(stage: End, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, p H, p W, C']
     """Run the last norm and the last layer."""
     if isinstance(stage.conv, Linear):
-        sample = F.linear(F.silu(x), stage.conv.weight, stage.conv.bias)
+        out = F.linear(F.silu(x), stage.conv.weight, stage.conv.bias)
     else:
         assert stage.norm is not None
-        sample = conv(stage.conv, run, past, x, normalized(stage.norm, run, past, x))
-    sample = unpatch(sample, stage.patch)
-    return sample.clamp_(-1, 1) if stage.clamps else sample
+        out = conv(stage.conv, run, past, x, normalized(stage.norm, run, past, x))
+    if stage.averages:
+        out += grouped_mean(x, out.shape[-1])
+    if stage.quant is not None:
+        out = F.linear(out, stage.quant.weight, stage.quant.bias)
+    out = unpatch(out, stage.patch)
+    return out.clamp_(-1, 1) if stage.clamps else out
 
 
 def plain(x: Tensor) -> Fill:
@@ -213,6 +205,7 @@ class Gain:
     def of(cls, scale: Linear, shift: Linear, place: Place, x: Tensor) -> Gain:  # [n, H, W, C]
         """Compute them for the input of a norm."""
         latents, n = place.latents, len(x)  # [F, h, w, Z]
+        assert latents is not None
         single = int(place.is_single)
         times = (n - single) // max(1, len(latents) - single)
         frames = [0] * single + [single + frame // times for frame in range(n - single)]
@@ -444,6 +437,20 @@ def add_duplicates_(x: Tensor, entered: Tensor, shortcut: Duplicate, is_single: 
             continue
         sources = (torch.arange(shortcut.out_channels, device=x.device) * parts + part) // shortcut.repeats  # [C']
         x[s - skipped :: times - skipped, p::2, q::2] += entered[..., sources]
+
+
+def grouped_mean(x: Tensor, groups: int) -> Tensor:  # [..., C] -> [..., groups]
+    """Return the mean of each group of neighbouring channels."""
+    return x.reshape(*x.shape[:-1], groups, -1).mean(-1)
+
+
+def patches(pixels: Tensor, patch: int) -> Tensor:  # [n, p H, p W, C] -> [n, H, W, C p p]
+    """Fold blocks of pixels into channels in the order (c, column, row): undo `unpatch`."""
+    if patch == 1:
+        return pixels
+    n, height, width, channels = pixels.shape
+    parts = pixels.view(n, height // patch, patch, width // patch, patch, channels)  # [n, H, p, W, q, C]
+    return parts.permute(0, 1, 3, 5, 4, 2).reshape(n, height // patch, width // patch, channels * patch**2)
 
 
 def unpatch(sample: Tensor, patch: int) -> Tensor:  # [n, H, W, C p p] -> [n, p H, p W, C]

@@ -1,7 +1,8 @@
-"""How to decode a video within a memory budget.
+"""How to decode or encode a video within a memory budget.
 
 A plan is a list of legs. A leg runs some stages on the whole video, chunk by chunk, and stores what they make for the
-next leg; the last leg makes the sample. A leg may also be computed in slabs of rows, each with some rows around it.
+next leg; the last leg makes the sample, or the parameters of the posterior. A leg may also be computed in slabs of
+rows, each with some rows around it.
 
 Statistics that are not known when a leg starts are collected first: for each such norm, the stages before it run once
 more and their output is thrown away. A short leg therefore saves time and a long leg saves memory, because only the
@@ -17,6 +18,16 @@ from itertools import accumulate, pairwise
 from math import inf
 
 from ...kernels.causal_kernels import TAPS
+from .causal_encoder_layers import (
+    CausalDownsample,
+    CausalEncoder,
+    Downsample,
+    EncoderBlock,
+    EncoderStep,
+    Fold,
+    Shrinking,
+    time_shrinkage,
+)
 from .causal_layers import (
     Attention,
     CausalConv,
@@ -48,6 +59,7 @@ class Leg:
 
     slab_rows: how many latent rows are computed together; None for all.
     frames: how many of the frames that enter are computed together, after the first one; None for the decoder's chunks.
+        An encoder computes whole latent frames, so that every layer has all frames that it makes one of.
     """
 
     start: int
@@ -58,7 +70,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to split one decode. band_bytes: size of a band of rows. peak_bytes: the memory beside the output."""
+    """How to split one run. band_bytes: size of a band of rows. peak_bytes: the memory beside the output."""
 
     legs: tuple[Leg, ...]
     band_bytes: int
@@ -72,16 +84,33 @@ class Plan:
 
 @dataclass(frozen=True)
 class Grid:
-    """An activation's size: frames per latent frame, rows per latent row, channels."""
+    """An activation's size: frames per latent frame, rows per latent row, channels.
+
+    is_single: the video has one frame, which stays one frame in all layers.
+    """
 
     frames: int
     scale: int
     channels: int
+    is_single: bool = False
 
     @property
     def pixels(self) -> int:
         """Its pixels per latent and frame."""
         return self.scale**2
+
+    @property
+    def values(self) -> int:
+        """Its values per latent pixel."""
+        return self.frames * self.pixels * self.channels
+
+    def grown(self, times: int, side: int, channels: int) -> Grid:
+        """Return the size with more frames and more rows and columns."""
+        return Grid(self.frames * (1 if self.is_single else times), self.scale * side, channels, self.is_single)
+
+    def shrunk(self, times: int, side: int, channels: int) -> Grid:
+        """Return the size with fewer frames and fewer rows and columns."""
+        return Grid(self.frames // (1 if self.is_single else times), self.scale // side, channels, self.is_single)
 
 
 @dataclass(frozen=True)
@@ -104,38 +133,66 @@ class Need:
 
 
 class Network:
-    """The stages of a decoder and what they need."""
+    """The stages of a decoder or an encoder and what they need.
 
-    def __init__(self, decoder: CausalDecoder) -> None:
-        self.decoder = decoder
-        self.stages = stages_of(decoder)
-        self.needs = list(_needs(self.stages))
+    is_single: for videos of one frame, which stays one frame in all layers.
+    """
+
+    def __init__(self, weights: CausalDecoder | CausalEncoder, *, is_single: bool = False) -> None:
+        self.weights = weights
+        self.is_single = is_single
+        self.stages = stages_of(weights)
+        self.entry = _entry(weights, is_single)
+        self.needs = list(_needs(self.stages, self.entry))
+
+    def for_frames(self, latent_frames: int) -> Network:
+        """Return the network that counts what a video of this length needs."""
+        return self._single if latent_frames == 1 and self.starts_single(1) else self
+
+    @cached_property
+    def _single(self) -> Network:
+        return Network(self.weights, is_single=True)
+
+    def starts_single(self, latent_frames: int) -> bool:
+        """Return whether the first latent frame of a video of this length belongs to a single frame."""
+        return isinstance(self.weights, CausalEncoder) or self.weights.starts_single(latent_frames)
+
+    @property
+    def chunk(self) -> int:
+        """The latent frames that diffusers computes together. No layer of an encoder depends on it."""
+        return 1 if isinstance(self.weights, CausalEncoder) else self.weights.chunk
 
     @cached_property
     def is_divisible(self) -> bool:
         """Whether any number of frames can be computed at a time, because no norm spans those of a chunk."""
+        if isinstance(self.weights, CausalEncoder):
+            return True
         norms = [norm for stage in self.stages if (norm := span_norm(stage)) is not None]
-        return self.decoder.chunk == 1 and all(norm.span is Span.VIDEO for norm in norms)
+        return self.chunk == 1 and all(norm.span is Span.VIDEO for norm in norms)
 
     @cached_property
-    def whole_until(self) -> int:
-        """How many stages, from the first on, need whole frames."""
-        return max((i + 1 for i, stage in enumerate(self.stages) if needs_whole_frames(stage)), default=0)
+    def wholes(self) -> list[int]:
+        """The stages that need whole frames."""
+        return [index for index, stage in enumerate(self.stages) if needs_whole_frames(stage)]
 
     @cached_property
     def scales(self) -> list[int]:
         """Rows per latent row before each stage, and after the last one."""
-        return [1, *(need.grid.scale for need in self.needs)]
+        return [self.entry.scale, *(need.grid.scale for need in self.needs)]
 
     @cached_property
     def frames(self) -> list[int]:
         """Frames per latent frame before each stage, and after the last one."""
-        return [1, *(need.grid.frames for need in self.needs)]
+        return [self.entry.frames, *(need.grid.frames for need in self.needs)]
 
     @cached_property
     def stored(self) -> list[int]:
         """Values stored before each stage, for each latent pixel of a latent frame."""
-        return [out_of_latents(self.decoder), *(need.stored for need in self.needs)]
+        return [self.entry.values, *(need.stored for need in self.needs)]
+
+    def smallest_piece(self, start: int) -> int:
+        """Return the fewest frames that can be computed at a time, after the first one: an encoder's latent frame."""
+        return max(1, self.frames[start] // self.frames[-1])
 
     def halo_rows(self, start: int, stop: int) -> int:
         """Return how many latent rows above and below a slab have an influence on what stages [start, stop) make."""
@@ -154,36 +211,46 @@ class Network:
         return found
 
 
-def out_of_latents(decoder: CausalDecoder) -> int:
-    """Return the channels of the latents."""
-    return 1 if decoder.post_quant is None else len(decoder.post_quant.weight)
+def _entry(weights: CausalDecoder | CausalEncoder, is_single: bool) -> Grid:
+    """Return the size of the latents or pixels that enter."""
+    if isinstance(weights, CausalEncoder):
+        channels, frames = weights.in_channels // weights.patch**2, 1 if is_single else weights.temporal_ratio()
+        return Grid(frames, weights.spatial_ratio(), channels, is_single)
+    return Grid(1, 1, 1 if weights.post_quant is None else len(weights.post_quant.weight), is_single)
 
 
 def _reach(stage: Stage, rows: int) -> int:
     """Return how many rows around a slab a stage reads to make some rows around the slab of its output."""
     match stage:
-        case Begin() | End():
+        case Begin():
+            return stage.patch * (rows + int(isinstance(stage.conv, CausalConv)))
+        case End():
             return rows + int(isinstance(stage.conv, CausalConv))
         case Enter() | Leave():
             return rows + 1
         case Whole(block):
             for step in reversed(block.steps):
-                match step:
-                    case Resnet():
-                        rows += 2
-                    case Upsample() | CausalUpsample():
-                        rows = -(-(rows + 1) // 2)  # a 3x3 convolution after the nearest upsampling
-                    case Unfold():
-                        rows = -(-rows // 2) + 1  # a 3x3 convolution before the unfolding
-                    case Expand():
-                        rows = -(-rows // 2)
-                    case Attention():
-                        pass
+                rows = _reach_of_step(step, rows)
     return rows
 
 
-def _needs(stages: Sequence[Stage]) -> Iterator[Need]:
-    grid = Grid(1, 1, 0)
+def _reach_of_step(step: Step | EncoderStep, rows: int) -> int:
+    match step:
+        case Resnet():
+            return rows + 2
+        case Upsample() | CausalUpsample():
+            return -(-(rows + 1) // 2)  # a 3x3 convolution after the nearest upsampling
+        case Unfold():
+            return -(-rows // 2) + 1  # a 3x3 convolution before the unfolding
+        case Expand():
+            return -(-rows // 2)
+        case Downsample() | CausalDownsample() | Fold():
+            return 2 * rows + 1  # a 3x3 convolution, beside the halving
+        case Attention():
+            return rows
+
+
+def _needs(stages: Sequence[Stage], grid: Grid) -> Iterator[Need]:
     for stage in stages:
         need = _need(stage, grid)
         yield need
@@ -194,27 +261,34 @@ def _need(stage: Stage, grid: Grid) -> Need:
     before, area = grid.pixels * grid.channels, grid.pixels
     match stage:
         case Begin():
-            made = Grid(1, 1, out_channels(stage.conv))
-            return Need(made, past=2 * made.channels, held=2 * made.channels, stored=made.channels, work=0)
+            return _need_of_begin(stage, grid)
         case Enter(resnet):
             to = resnet.conv1.out_channels
             residual = grid.channels if resnet.shortcut is None else to
             held = grid.frames * area * (grid.channels + to + (0 if resnet.shortcut is None else to))
-            work = grid.frames * area * grid.channels * to * 27
-            made = Grid(grid.frames, grid.scale, to)
-            return Need(made, 2 * before, held, grid.frames * area * (residual + to), work)
+            work = grid.values * to * 27
+            return Need(replace(grid, channels=to), 2 * before, held, grid.frames * area * (residual + to), work)
         case Leave(resnet):
             to = resnet.conv2.out_channels
             stored = grid.frames * area * to
             return Need(grid, 2 * area * to, 2 * stored, stored, stored * to * 27)
         case Whole(block):
+            if isinstance(block, EncoderBlock):
+                return _encoder_block_need(block, grid)
             return _block_need(list(_step_needs(block.steps, grid)), before if block.shortcut else 0, grid)
         case End():
             channels = out_channels(stage.conv)
-            made = Grid(grid.frames, grid.scale * stage.patch, channels // stage.patch**2)
+            made = grid.grown(1, stage.patch, channels // stage.patch**2)
             held = grid.frames * area * (grid.channels + 3 * channels)
-            work = grid.frames * area * grid.channels * channels * 27
-            return Need(made, 2 * before, held, grid.frames * area * channels, work)
+            return Need(made, 2 * before, held, grid.frames * area * channels, grid.values * channels * 27)
+
+
+def _need_of_begin(stage: Begin, grid: Grid) -> Need:
+    made = grid.shrunk(1, stage.patch, out_channels(stage.conv))
+    entered = grid.values * (2 if stage.patch > 1 else 1)  # and the blocks of pixels
+    past = 2 * max(made.channels, grid.pixels * grid.channels)
+    held = entered + (2 if stage.repeats_input else 1) * made.values
+    return Need(made, past, held, made.values, grid.values * made.channels * 27)
 
 
 def _block_need(needs: Sequence[Need], entered: int, grid: Grid) -> Need:
@@ -224,30 +298,35 @@ def _block_need(needs: Sequence[Need], entered: int, grid: Grid) -> Need:
     return Need(last.grid, past, held, last.stored, work, seen)
 
 
-def _step_needs(steps: Sequence[Step], grid: Grid) -> Iterator[Need]:
+def _encoder_block_need(block: EncoderBlock, grid: Grid) -> Need:
+    need = _block_need(list(_step_needs(block.steps, grid)), 0, grid)
+    if block.shortcut is None:
+        return need
+    first = block.steps[0]
+    is_overwritten = isinstance(first, Resnet) and first.shortcut is None
+    kept = need.stored + (0 if is_overwritten else grid.values)  # the caller keeps the block's input meanwhile
+    return replace(need, held=need.held + kept)
+
+
+def _step_needs(steps: Sequence[Step | EncoderStep], grid: Grid) -> Iterator[Need]:
     for step in steps:
-        need = (
-            _block_need(list(_needs_of_halves(step, grid)), 0, grid) if isinstance(step, Resnet) else _step(step, grid)
-        )
+        if isinstance(step, Resnet):
+            need = _block_need(list(_needs((Enter(step), Leave(step)), grid)), 0, grid)
+        elif isinstance(step, Shrinking):
+            need = _shrinking(step, grid)
+        else:
+            need = _step(step, grid)
         yield need
         grid = need.grid
 
 
-def _needs_of_halves(resnet: Resnet, grid: Grid) -> Iterator[Need]:
-    enter = _need(Enter(resnet), grid)
-    yield enter
-    yield _need(Leave(resnet), enter.grid)
-
-
-def _step(step: Step, grid: Grid) -> Need:
-    area, frames = grid.pixels, grid.frames
-    entered = frames * area * grid.channels
+def _step(step: Attention | Upsample | CausalUpsample | Unfold | Expand, grid: Grid) -> Need:
+    area, entered = grid.pixels, grid.values
     if isinstance(step, Attention):
         seen = 2 * entered if step.sees_past else 0  # keys and values, which are copied to add a frame
         return Need(grid, 0, 5 * entered, entered, 4 * entered * grid.channels, 2 * seen)
-    assert isinstance(step, Upsample | CausalUpsample | Unfold | Expand)
-    made = Grid(frames * time_growth(step), grid.scale * space_growth(step), step.out_channels)
-    stored = made.frames * made.pixels * made.channels
+    made = grid.grown(time_growth(step), space_growth(step), step.out_channels)
+    stored = made.values
     past = TAPS - 1
     match step:
         case Upsample():
@@ -268,9 +347,28 @@ def _step(step: Step, grid: Grid) -> Need:
     return Need(made, past * area * grid.channels, held, stored, work)
 
 
+def _shrinking(step: Shrinking, grid: Grid) -> Need:
+    made = grid.shrunk(time_shrinkage(step), 2, step.out_channels)
+    entered, stored = grid.values, made.values
+    match step:
+        case Downsample():
+            halved = grid.frames * made.pixels * made.channels
+            past = 0 if step.time is None else made.pixels * made.channels
+            # Where time shrinks: the halved frames, the same side by side, and the output.
+            held = entered + halved + (0 if step.time is None else (TAPS + 1) * stored)
+            work = halved * grid.channels * 9 + (0 if step.time is None else stored * made.channels * TAPS)
+        case CausalDownsample():
+            past = (TAPS - step.times) * grid.pixels * grid.channels
+            held, work = entered + stored, stored * grid.channels * 27
+        case Fold():
+            past = (TAPS - 1) * grid.pixels * grid.channels
+            held, work = entered + 2 * stored, entered * step.conv.out_channels * 27
+    return Need(made, past, held, stored, work)
+
+
 @dataclass(frozen=True)
 class Size:
-    """The size of one decode, in latents."""
+    """The size of one video, in latents."""
 
     frames: int
     height: int
@@ -284,8 +382,8 @@ class Planner:
     """
 
     def __init__(self, network: Network, size: Size, piece_bytes: int) -> None:
-        self.network, self.size, self.piece_bytes = network, size, piece_bytes
-        self.itemsize = network.decoder.dtype.itemsize
+        self.network, self.size, self.piece_bytes = network.for_frames(size.frames), size, piece_bytes
+        self.itemsize = network.weights.dtype.itemsize
 
     def plan(self, budget_bytes: int, band_bytes: int) -> Plan:
         """Return the fastest plan that fits; if none fits, the smallest one, because the run may still succeed."""
@@ -312,7 +410,7 @@ class Planner:
             found: tuple[float, tuple[Leg, ...]] = (inf, ())
             for leg in self.legs_from(start):
                 if leg.stop in best and self.leg_bytes(leg) <= room:
-                    found = min(found, self._longer(leg, best[leg.stop]), key=lambda way: way[0])
+                    found = min(found, self._longer(leg, best[leg.stop]), key=lambda way: (way[0], len(way[1])))
             if found[1]:
                 best[start] = found
         return best[0][1] if 0 in best else ()
@@ -330,17 +428,21 @@ class Planner:
 
     @cached_property
     def nodes(self) -> list[int]:
-        """The stages before which activations may be stored: both ends, the last attention, and norms with spans."""
+        """The stages before which activations may be stored.
+
+        These are both ends, the borders of stages that need whole frames, and norms with spans.
+        """
         stages = self.network.stages
-        inner = {i for i, stage in enumerate(stages) if i and span_norm(stage) is not None}
-        return sorted({0, len(stages), self.network.whole_until} | inner)
+        norms = {i for i, stage in enumerate(stages) if span_norm(stage) is not None}
+        borders = {border for whole in self.network.wholes for border in (whole, whole + 1)}
+        return sorted({0, len(stages)} | norms | borders)
 
     def legs_from(self, start: int) -> Iterator[Leg]:
         """Yield the legs that begin with a stage."""
         for stop in self.nodes:
             if stop > start:
                 yield self.leg(start, stop)
-                if start >= self.network.whole_until:
+                if not any(start <= whole < stop for whole in self.network.wholes):
                     yield from (self.leg(start, stop, rows) for rows in SLABS if rows < self.size.height)
 
     def leg_work(self, leg: Leg) -> float:
@@ -377,12 +479,13 @@ class Planner:
         if not self.network.is_divisible:
             return leg
         largest = max(need.stored for need in self.network.needs[start:stop]) / self.network.frames[start]
-        frame_bytes = largest * self.slab_with_halo(leg) * self.size.width * self.itemsize
-        return replace(leg, frames=max(1, int(self.piece_bytes // frame_bytes)))
+        smallest = self.network.smallest_piece(start)
+        piece_bytes = smallest * largest * self.slab_with_halo(leg) * self.size.width * self.itemsize
+        return replace(leg, frames=smallest * max(1, int(self.piece_bytes // piece_bytes)))
 
     def latent_frames(self, leg: Leg, need: Need) -> float:
         """Return how many latent frames a stage of a leg computes at a time, at most."""
-        chunk, entering = self.network.decoder.chunk, self.network.frames[leg.start]
+        chunk, entering = self.network.chunk, self.network.frames[leg.start]
         if leg.frames is not None:
             return min(leg.frames / entering, self.size.frames)
         if chunk == 1 or self.size.frames % chunk == 0:

@@ -1,6 +1,6 @@
-"""A causal decoder as a flat list of stages.
+"""A causal decoder or encoder as a flat list of stages.
 
-Between two stages a decode can be interrupted: the activations are stored, or thrown away and computed again. Every
+Between two stages a run can be interrupted: the activations are stored, or thrown away and computed again. Every
 stage has at most one norm with statistics of more than a pixel, and begins with it.
 """
 
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..image.layers import Linear
+from .causal_encoder_layers import CausalEncoder, EncoderBlock
 from .causal_layers import Attention, Block, CausalConv, CausalDecoder, Norm, Resnet, SpanNorm
 
 
@@ -29,10 +30,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Begin:
-    """The first layer, which takes the latents."""
+    """The first layer, which takes the latents or the pixels.
+
+    patch: side of the pixel blocks that become channels before the layer; 1 for none.
+    """
 
     conv: CausalConv | Linear
-    repeats_input: int
+    repeats_input: int = 0
+    patch: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,40 +58,48 @@ class Leave:
 class Whole:
     """Layers that are not interrupted."""
 
-    block: Block
+    block: Block | EncoderBlock
 
 
 @dataclass(frozen=True)
 class End:
-    """The last norm and layer, which makes the sample."""
+    """The last norm and layer, which makes the sample, or the parameters of the posterior.
+
+    patch, clamps: as `CausalDecoder` says. averages, quant: `averages_output` and `quant` of a `CausalEncoder`.
+    """
 
     norm: Norm | None
     conv: CausalConv | Linear
-    patch: int
-    clamps: bool
+    patch: int = 1
+    clamps: bool = False
+    averages: bool = False
+    quant: Linear | None = None
 
 
 Stage = Begin | Enter | Leave | Whole | End
 
 
-def stages_of(decoder: CausalDecoder) -> tuple[Stage, ...]:
-    """Return the stages of a decoder."""
-    return tuple(_stages(decoder))
+def stages_of(coder: CausalDecoder | CausalEncoder) -> tuple[Stage, ...]:
+    """Return the stages of a decoder or an encoder."""
+    if isinstance(coder, CausalDecoder):
+        first = Begin(coder.conv_in, repeats_input=coder.repeats_input)
+        last = End(coder.norm_out, coder.conv_out, patch=coder.patch, clamps=coder.clamps)
+    else:
+        first = Begin(coder.conv_in, patch=coder.patch)
+        last = End(coder.norm_out, coder.conv_out, averages=coder.averages_output, quant=coder.quant)
+    return first, *(stage for block in coder.blocks for stage in _stages(block)), last
 
 
-def _stages(decoder: CausalDecoder) -> Iterator[Stage]:
-    yield Begin(decoder.conv_in, decoder.repeats_input)
-    for block in decoder.blocks:
-        if block.shortcut is not None:
-            yield Whole(block)
-            continue
-        for step in block.steps:
-            if isinstance(step, Resnet):
-                yield Enter(step)
-                yield Leave(step)
-            else:
-                yield Whole(Block((step,)))
-    yield End(decoder.norm_out, decoder.conv_out, decoder.patch, decoder.clamps)
+def _stages(block: Block | EncoderBlock) -> Iterator[Stage]:
+    if block.shortcut is not None:
+        yield Whole(block)
+        return
+    for layer in block.apart():
+        if isinstance(step := layer.steps[0], Resnet):
+            yield Enter(step)
+            yield Leave(step)
+        else:
+            yield Whole(layer)
 
 
 def span_norm(stage: Stage) -> SpanNorm | None:
@@ -97,8 +110,8 @@ def span_norm(stage: Stage) -> SpanNorm | None:
             norm = resnet.norm1
         case Leave(resnet):
             norm = resnet.norm2
-        case Whole(Block(steps=(Attention() as attention,))):
-            norm = attention.norm
+        case Whole(block) if isinstance(first := block.steps[0], Attention):
+            norm = first.norm
         case End():
             norm = stage.norm
     return norm if isinstance(norm, SpanNorm) else None

@@ -22,12 +22,12 @@ class Place:
     """Where a chunk is in its video.
 
     number: counts the chunks. is_single: the chunk's first frame is the first of the video and is not doubled in time.
-    latents: the chunk's latents `[F, h, w, Z]`, for norms that are scaled by them.
+    latents: the chunk's latents `[F, h, w, Z]`, for norms of decoders that are scaled by them; None in an encoder.
     """
 
     number: int
     is_single: bool
-    latents: Tensor
+    latents: Tensor | None = None
 
 
 class Statistics:

@@ -12,15 +12,21 @@ import torch
 from torch import nn
 
 
-def conv_reasons(name: str, conv: Any, kernel: tuple[int, ...], padding: tuple[int, ...] = (0, 0, 0)) -> Iterator[str]:
-    """Check a convolution of stride 1. padding: what the convolution itself adds, by axis."""
+def conv_reasons(
+    name: str,
+    conv: Any,
+    kernel: tuple[int, ...],
+    padding: tuple[int, ...] = (0, 0, 0),
+    stride: tuple[int, ...] | None = None,
+) -> Iterator[str]:
+    """Check a convolution. padding: what the convolution itself adds, by axis. stride: by axis; None means 1."""
     kind = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
     ones = (1,) * len(kernel)
     known = (
         isinstance(conv, kind)
         and conv.kernel_size == kernel
         and tuple(conv.padding) == padding[: len(kernel)]
-        and (conv.stride, conv.dilation, conv.groups) == (ones, ones, 1)
+        and (conv.stride, conv.dilation, conv.groups) == (stride or ones, ones, 1)
         and conv.bias is not None
     )
     if not known:

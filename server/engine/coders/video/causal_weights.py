@@ -1,4 +1,4 @@
-"""Take the weights of causal convolutions and of upsampling layers out of diffusers' modules."""
+"""Take the weights of causal convolutions and of layers that change the size out of diffusers' modules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...kernels.causal_kernels import CausalKernels
 from ..image.layers import empty, fold_upsample
+from .causal_encoder_layers import CausalDownsample
 from .causal_layers import Before, CausalConv, CausalUpsample, Doubling
 
 
@@ -19,6 +20,14 @@ def take_causal_conv(conv: Any, kernels: CausalKernels, before: Before, *, repli
     first = [weight[:, :, -1]] if before is Before.ZEROS else terms_of(weight.float().sum(2), weight.dtype)
     packed = kernels.kernels.pack(torch.cat(first, 1).contiguous())  # [O, I, 3, 3] or [O, 2 I, 3, 3]
     return CausalConv(kernels.pack(weight), packed, bias, len(bias), before, replicates, len(first))
+
+
+def take_causal_downsample(conv: Any, kernels: CausalKernels) -> CausalDownsample:
+    """Take a 3x3x3 convolution of stride 2 in space, and 1 or 2 in time."""
+    weight, bias, times = conv.weight.detach(), conv.bias.detach(), conv.stride[0]  # [O, I, 3, 3, 3], [O]
+    empty(conv)
+    packed = kernels.kernels.pack(torch.cat(list(weight.unbind(2)), 1), stride=2)  # [O, 3 I, 3, 3]
+    return CausalDownsample(packed, bias, times, len(bias))
 
 
 def take_causal_upsample(

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ...kernels.causal_kernels import CausalKernels
+from .causal_encoder_layers import CausalEncoder, EncoderBlock, EncoderStep, Fold
 from .causal_layers import Attention, Before, Block, CausalConv, CausalDecoder, Resnet, Step, Unfold
 from .causal_structure import class_reasons, conv_reasons, norm_reasons, silu_reasons, weights_reasons
 from .causal_weights import take_causal_conv
@@ -15,21 +16,44 @@ from .wan_layers import fold_attention, take_mid_block, take_norm, take_pointwis
 NAME = "AutoencoderKLHunyuanVideo15"
 PREFIX = "HunyuanVideo15"
 PADDING = (1, 1, 1, 1, 2, 0)
+ENDS = {"conv_in", "mid_block", "norm_out", "conv_act", "conv_out"}
 
 
 def decoder_reason(vae: Any) -> str | None:
     """Return the first reason why the causal decoder cannot run this VAE; None if it can."""
-    return next(_reasons(vae), None)
+    return next(_decoder_reasons(vae), None)
 
 
-def _reasons(vae: Any) -> Iterator[str]:
-    decoder, middle = vae.decoder, vae.decoder.mid_block
-    parts = {"conv_in", "mid_block", "up_blocks", "norm_out", "conv_act", "conv_out"}
-    yield from class_reasons("decoder", decoder, f"{PREFIX}Decoder3D", parts)
-    yield from _causal("conv_in", decoder.conv_in)
-    yield from _causal("conv_out", decoder.conv_out)
-    yield from norm_reasons("norm_out", decoder.norm_out, f"{PREFIX}RMS_norm")
-    yield from silu_reasons("conv_act", decoder.conv_act)
+def encoder_reason(vae: Any) -> str | None:
+    """Return the first reason why the causal encoder cannot run this VAE; None if it can."""
+    return next(_encoder_reasons(vae), None)
+
+
+def _decoder_reasons(vae: Any) -> Iterator[str]:
+    decoder = vae.decoder
+    yield from class_reasons("decoder", decoder, f"{PREFIX}Decoder3D", ENDS | {"up_blocks"})
+    yield from _ends(decoder)
+    for index, block in enumerate(decoder.up_blocks):
+        yield from _resampling(f"up_blocks.{index}", block, "Up")
+    yield from weights_reasons(decoder)
+
+
+def _encoder_reasons(vae: Any) -> Iterator[str]:
+    encoder = vae.encoder
+    yield from class_reasons("encoder", encoder, f"{PREFIX}Encoder3D", ENDS | {"down_blocks"})
+    yield from _ends(encoder)
+    for index, block in enumerate(encoder.down_blocks):
+        yield from _resampling(f"down_blocks.{index}", block, "Down")
+    yield from weights_reasons(encoder)
+
+
+def _ends(part: Any) -> Iterator[str]:
+    """Check a decoder or encoder except its up or down blocks."""
+    middle = part.mid_block
+    yield from _causal("conv_in", part.conv_in)
+    yield from _causal("conv_out", part.conv_out)
+    yield from norm_reasons("norm_out", part.norm_out, f"{PREFIX}RMS_norm")
+    yield from silu_reasons("conv_act", part.conv_act)
     yield from class_reasons("mid_block", middle, f"{PREFIX}MidBlock", {"resnets", "attentions"})
     for index, resnet in enumerate(middle.resnets):
         yield from _resnet(f"mid_block.resnets.{index}", resnet)
@@ -38,17 +62,19 @@ def _reasons(vae: Any) -> Iterator[str]:
             name, projections = f"mid_block.attentions.{index}", ("to_q", "to_k", "to_v", "proj_out")
             yield from class_reasons(name, attention, f"{PREFIX}AttnBlock", {"norm", *projections})
             yield from norm_reasons(f"{name}.norm", attention.norm, f"{PREFIX}RMS_norm")
-            for part in projections:
-                yield from conv_reasons(f"{name}.{part}", attention.get_submodule(part), (1, 1, 1))
-    for index, block in enumerate(decoder.up_blocks):
-        name = f"up_blocks.{index}"
-        yield from class_reasons(name, block, f"{PREFIX}UpBlock3D", {"resnets", "upsamplers"})
-        for place, resnet in enumerate(block.resnets):
-            yield from _resnet(f"{name}.resnets.{place}", resnet)
-        for upsampler in block.upsamplers or ():
-            yield from class_reasons(f"{name}.upsampler", upsampler, f"{PREFIX}Upsample", {"conv"})
-            yield from _causal(f"{name}.upsampler.conv", upsampler.conv)
-    yield from weights_reasons(decoder)
+            for projection in projections:
+                yield from conv_reasons(f"{name}.{projection}", attention.get_submodule(projection), (1, 1, 1))
+
+
+def _resampling(name: str, block: Any, direction: str) -> Iterator[str]:
+    """Check an up or down block. direction: `Up` or `Down`."""
+    samplers = f"{direction.lower()}samplers"
+    yield from class_reasons(name, block, f"{PREFIX}{direction}Block3D", {"resnets", samplers})
+    for place, resnet in enumerate(block.resnets):
+        yield from _resnet(f"{name}.resnets.{place}", resnet)
+    for sampler in getattr(block, samplers) or ():
+        yield from class_reasons(f"{name}.{samplers}", sampler, f"{PREFIX}{direction}sample", {"conv"})
+        yield from _causal(f"{name}.{samplers}.conv", sampler.conv)
 
 
 def _resnet(name: str, resnet: Any) -> Iterator[str]:
@@ -87,6 +113,40 @@ def take_decoder(vae: Any, kernels: CausalKernels) -> CausalDecoder:
         dtype=dtype,
         device=device,
     )
+
+
+def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
+    """Move the weights out of a VAE whose structure is known. Its own encode no longer works afterwards."""
+    encoder = vae.encoder
+    weight = encoder.conv_in.conv.weight
+    dtype, device, in_channels = weight.dtype, weight.device, weight.shape[1]
+    return CausalEncoder(
+        patch=1,
+        conv_in=take_conv(encoder.conv_in, kernels),
+        in_channels=in_channels,
+        blocks=tuple(_take_encoder_blocks(encoder, kernels)),
+        norm_out=take_norm(encoder.norm_out),
+        conv_out=take_conv(encoder.conv_out, kernels),
+        averages_output=True,
+        quant=None,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _take_encoder_blocks(encoder: Any, kernels: CausalKernels) -> Iterator[EncoderBlock]:
+    for block in encoder.down_blocks:
+        steps: list[EncoderStep] = [_take_resnet(resnet, kernels) for resnet in block.resnets]
+        steps += [_take_fold(downsampler, kernels) for downsampler in block.downsamplers or ()]
+        yield EncoderBlock(tuple(steps))
+    for step in take_mid_block(encoder.mid_block, partial(_take_resnet, kernels=kernels), _take_attention):
+        yield EncoderBlock((step,))
+
+
+def _take_fold(downsampler: Any, kernels: CausalKernels) -> Fold:
+    times = 2 if downsampler.add_temporal_downsample else 1
+    conv = take_conv(downsampler.conv, kernels)
+    return Fold(conv, times, conv.out_channels * 4 * times)
 
 
 def _take_blocks(decoder: Any, kernels: CausalKernels) -> Iterator[Block]:

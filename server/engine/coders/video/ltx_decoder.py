@@ -15,7 +15,7 @@ from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
 from . import ltx_layers
-from .causal_decoder import CPU_BAND_BYTES, GPU_BAND_BYTES, QUERY_BYTES
+from .causal_coder import CPU_BAND_BYTES, GPU_BAND_BYTES, QUERY_BYTES
 from .causal_passes import Run
 from .ltx_layers import FramesDecoder
 from .ltx_passes import decode_frames
@@ -30,6 +30,7 @@ class ExactLTXDecoder:
     """Takes over the weights of a VAE's decoder; `vae.decode` no longer works afterwards."""
 
     name = EXACT
+    heeds_budget = True
 
     @staticmethod
     def unsupported_reason(vae: nn.Module) -> str | None:

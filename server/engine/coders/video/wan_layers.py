@@ -12,49 +12,116 @@ from typing import Any
 from torch import nn
 
 from ...kernels.causal_kernels import CausalKernels
-from ..image.layers import Linear, empty, fold_upsample, take_linear
+from ..image.layers import Linear, empty, fold_upsample, take_linear, take_weights
+from .causal_encoder_layers import Average, CausalEncoder, Downsample, EncoderBlock, EncoderStep
 from .causal_layers import Attention, Block, CausalConv, CausalDecoder, Duplicate, PixelNorm, Resnet, Step, Upsample
 from .causal_structure import class_reasons, conv_reasons, norm_reasons, silu_reasons, weights_reasons
 
 PREFIXES = {"AutoencoderKLWan": "Wan", "AutoencoderKLQwenImage": "QwenImage", "AutoencoderKLQwenImage21": "QwenImage21"}
 """The classes that are known, and what the names of their layers begin with."""
+ENDS = {"nonlinearity", "conv_in", "mid_block", "norm_out", "conv_out"}
+CHUNK_FRAMES = 4  # how many frames diffusers encodes together, after the first one
 
 
 def decoder_reason(vae: Any) -> str | None:
     """Return the first reason why the causal decoder cannot run this VAE; None if it can."""
-    return next(_reasons(vae), None)
+    return next(_decoder_reasons(vae), None)
 
 
-def _reasons(vae: Any) -> Iterator[str]:
-    prefix = PREFIXES[type(vae).__name__]
-    decoder, norm = vae.decoder, f"{prefix}RMS_norm"
-    parts = {"nonlinearity", "conv_in", "mid_block", "up_blocks", "norm_out", "conv_out"}
-    yield from class_reasons("decoder", decoder, f"{prefix}Decoder3d", parts)
+def encoder_reason(vae: Any) -> str | None:
+    """Return the first reason why the causal encoder cannot run this VAE; None if it can."""
+    return next(_encoder_reasons(vae), None)
+
+
+def _decoder_reasons(vae: Any) -> Iterator[str]:
+    prefix, decoder = PREFIXES[type(vae).__name__], vae.decoder
+    yield from class_reasons("decoder", decoder, f"{prefix}Decoder3d", ENDS | {"up_blocks"})
     yield from _causal("post_quant_conv", vae.post_quant_conv, prefix, 1)
-    yield from _causal("conv_in", decoder.conv_in, prefix, 3)
-    yield from _causal("conv_out", decoder.conv_out, prefix, 3)
-    yield from norm_reasons("norm_out", decoder.norm_out, norm)
-    yield from silu_reasons("nonlinearity", decoder.nonlinearity)
-    yield from class_reasons("mid_block", decoder.mid_block, f"{prefix}MidBlock", {"resnets", "attentions"})
-    for index, resnet in enumerate(decoder.mid_block.resnets):
-        yield from _resnet(f"mid_block.resnets.{index}", resnet, prefix)
-    for index, attention in enumerate(decoder.mid_block.attentions):
-        if attention is not None:
-            name = f"mid_block.attentions.{index}"
-            yield from class_reasons(name, attention, f"{prefix}AttentionBlock", {"norm", "to_qkv", "proj"})
-            yield from norm_reasons(f"{name}.norm", attention.norm, norm)
-            yield from conv_reasons(f"{name}.to_qkv", attention.to_qkv, (1, 1))
-            yield from conv_reasons(f"{name}.proj", attention.proj, (1, 1))
+    yield from _ends(decoder, prefix)
     for index, block in enumerate(decoder.up_blocks):
         yield from _up_block(f"up_blocks.{index}", block, prefix)
     yield from weights_reasons(decoder)
+
+
+def _encoder_reasons(vae: Any) -> Iterator[str]:
+    prefix, encoder = PREFIXES[type(vae).__name__], vae.encoder
+    yield from class_reasons("encoder", encoder, f"{prefix}Encoder3d", ENDS | {"down_blocks"})
+    yield from _causal("quant_conv", vae.quant_conv, prefix, 1)
+    yield from _ends(encoder, prefix)
+    for index, block in enumerate(encoder.down_blocks):
+        yield from _down_block(f"down_blocks.{index}", block, prefix)
+    halvings = [module for module in encoder.modules() if getattr(module, "mode", None) == "downsample3d"]
+    if prefix != "QwenImage21" and CHUNK_FRAMES % 2 ** len(halvings):
+        yield f"It halves the frames {len(halvings)} times, but diffusers encodes {CHUNK_FRAMES} frames at a time."
+    yield from weights_reasons(encoder)
+
+
+def _ends(part: Any, prefix: str) -> Iterator[str]:
+    """Check a decoder or encoder except its up or down blocks."""
+    yield from _causal("conv_in", part.conv_in, prefix, 3)
+    yield from _causal("conv_out", part.conv_out, prefix, 3)
+    yield from norm_reasons("norm_out", part.norm_out, f"{prefix}RMS_norm")
+    yield from silu_reasons("nonlinearity", part.nonlinearity)
+    yield from class_reasons("mid_block", part.mid_block, f"{prefix}MidBlock", {"resnets", "attentions"})
+    for index, resnet in enumerate(part.mid_block.resnets):
+        yield from _resnet(f"mid_block.resnets.{index}", resnet, prefix)
+    for index, attention in enumerate(part.mid_block.attentions):
+        if attention is not None:
+            yield from _attention(f"mid_block.attentions.{index}", attention, prefix)
+
+
+def _attention(name: str, attention: Any, prefix: str) -> Iterator[str]:
+    yield from class_reasons(name, attention, f"{prefix}AttentionBlock", {"norm", "to_qkv", "proj"})
+    yield from norm_reasons(f"{name}.norm", attention.norm, f"{prefix}RMS_norm")
+    yield from conv_reasons(f"{name}.to_qkv", attention.to_qkv, (1, 1))
+    yield from conv_reasons(f"{name}.proj", attention.proj, (1, 1))
+
+
+def _down_block(name: str, block: Any, prefix: str) -> Iterator[str]:
+    """Check a block with a shortcut, or one layer of a plain encoder."""
+    match type(block).__name__.removeprefix(prefix):
+        case "ResidualDownBlock":
+            parts = {"avg_shortcut", "resnets", "downsampler"}
+            yield from class_reasons(name, block, f"{prefix}ResidualDownBlock", parts)
+            yield from class_reasons(
+                f"{name}.avg_shortcut", block.avg_shortcut, _shortcut_class(prefix, "AvgDown3D"), set()
+            )
+            for index, resnet in enumerate(block.resnets):
+                yield from _resnet(f"{name}.resnets.{index}", resnet, prefix)
+            if block.downsampler is not None:
+                yield from _downsampler(f"{name}.downsampler", block.downsampler, prefix)
+        case "ResidualBlock":
+            yield from _resnet(name, block, prefix)
+        case "AttentionBlock":
+            yield from _attention(name, block, prefix)
+        case _:
+            yield from _downsampler(name, block, prefix)
+
+
+def _downsampler(name: str, downsampler: Any, prefix: str) -> Iterator[str]:
+    yield from class_reasons(name, downsampler, f"{prefix}Resample", {"resample", "time_conv"})
+    if downsampler.mode not in ("downsample2d", "downsample3d"):
+        yield f"{name} resamples by {downsampler.mode}."
+        return
+    padding, conv = downsampler.resample
+    if not (isinstance(padding, nn.ZeroPad2d) and tuple(padding.padding) == (0, 1, 0, 1)):
+        yield f"{name} pads in an unknown way."
+    yield from conv_reasons(f"{name}.resample", conv, (3, 3), stride=(2, 2))
+    if downsampler.mode == "downsample3d":
+        time = downsampler.time_conv
+        if isinstance(time, nn.Conv3d):
+            yield from conv_reasons(f"{name}.time_conv", time, (3, 1, 1), stride=(2, 1, 1))
+        else:
+            yield from conv_reasons(f"{name}.time_conv", time, (1, 1))
 
 
 def _up_block(name: str, block: Any, prefix: str) -> Iterator[str]:
     if type(block).__name__ == f"{prefix}ResidualUpBlock":
         yield from class_reasons(name, block, f"{prefix}ResidualUpBlock", {"avg_shortcut", "resnets", "upsampler"})
         if block.avg_shortcut is not None:
-            yield from class_reasons(f"{name}.avg_shortcut", block.avg_shortcut, _duplicate_class(prefix), set())
+            yield from class_reasons(
+                f"{name}.avg_shortcut", block.avg_shortcut, _shortcut_class(prefix, "DupUp3D"), set()
+            )
     else:
         yield from class_reasons(name, block, f"{prefix}UpBlock", {"resnets", "upsamplers"})
     for index, resnet in enumerate(block.resnets):
@@ -73,8 +140,8 @@ def _up_block(name: str, block: Any, prefix: str) -> Iterator[str]:
             yield from conv_reasons(f"{name}.time_conv", time, (3, 1, 1) if isinstance(time, nn.Conv3d) else (1, 1))
 
 
-def _duplicate_class(prefix: str) -> str:
-    return "DupUp3D" if prefix == "Wan" else f"{prefix}DupUp3D"
+def _shortcut_class(prefix: str, name: str) -> str:
+    return name if prefix == "Wan" else f"{prefix}{name}"
 
 
 def _upsamplers(block: Any) -> list[Any]:
@@ -122,6 +189,55 @@ def take_decoder(vae: Any, kernels: CausalKernels) -> CausalDecoder:
         repeats_input=0,
         dtype=dtype,
         device=device,
+    )
+
+
+def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
+    """Move the weights out of a VAE whose structure is known. Its own encode no longer works afterwards."""
+    encoder = vae.encoder
+    weight = encoder.conv_in.weight
+    dtype, device, in_channels = weight.dtype, weight.device, weight.shape[1]
+    return CausalEncoder(
+        patch=getattr(vae.config, "patch_size", None) or 1,
+        conv_in=take_conv(encoder.conv_in, kernels),
+        in_channels=in_channels,
+        blocks=tuple(_take_encoder_blocks(encoder, kernels)),
+        norm_out=take_norm(encoder.norm_out),
+        conv_out=take_conv(encoder.conv_out, kernels),
+        averages_output=False,
+        quant=take_pointwise(vae.quant_conv),
+        dtype=dtype,
+        device=device,
+        ignored_chunk=CHUNK_FRAMES,
+    )
+
+
+def _take_encoder_blocks(encoder: Any, kernels: CausalKernels) -> Iterator[EncoderBlock]:
+    for block in encoder.down_blocks:
+        if hasattr(block, "avg_shortcut"):
+            steps: list[EncoderStep] = [_take_resnet(resnet, kernels) for resnet in block.resnets]
+            if block.downsampler is not None:
+                steps.append(_take_downsample(block.downsampler, kernels))
+            shortcut = block.avg_shortcut
+            yield EncoderBlock(tuple(steps), Average(shortcut.factor_t, shortcut.factor_s, shortcut.out_channels))
+        elif hasattr(block, "conv1"):
+            yield EncoderBlock((_take_resnet(block, kernels),))
+        elif hasattr(block, "to_qkv"):
+            yield EncoderBlock((_take_attention(block),))
+        else:
+            yield EncoderBlock((_take_downsample(block, kernels),))
+    for step in take_mid_block(encoder.mid_block, partial(_take_resnet, kernels=kernels), _take_attention):
+        yield EncoderBlock((step,))
+
+
+def _take_downsample(downsampler: Any, kernels: CausalKernels) -> Downsample:
+    weight, bias = take_weights(downsampler.resample[1])  # [O, I, 3, 3], [O]
+    time = getattr(downsampler, "time_conv", None)
+    return Downsample(
+        space=kernels.kernels.pack(weight, stride=2),
+        bias=bias,
+        out_channels=len(bias),
+        time=_take_time(time) if isinstance(time, nn.Conv3d) else None,
     )
 
 
@@ -227,6 +343,6 @@ def _take_upsample(upsampler: Any, kernels: CausalKernels) -> Upsample:
 
 
 def _take_time(conv: Any) -> Linear:
-    weight, bias = conv.weight.detach()[..., 0, 0], conv.bias.detach()  # [2 C, C, 3], [2 C]
+    weight, bias = conv.weight.detach()[..., 0, 0], conv.bias.detach()  # [O, C, 3], [O]
     empty(conv)
-    return Linear(weight.permute(0, 2, 1).flatten(1).contiguous(), bias)  # [2 C, 3 C], the oldest frame first
+    return Linear(weight.permute(0, 2, 1).flatten(1).contiguous(), bias)  # [O, 3 C], the oldest frame first

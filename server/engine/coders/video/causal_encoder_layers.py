@@ -1,0 +1,143 @@
+"""The layers that only encoders of causal video VAEs have, as plain data. `causal_layers.py` has the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..image.layers import Linear
+from .causal_layers import Attention, CausalConv, Norm, Resnet
+
+
+@dataclass(frozen=True, eq=False)
+class Downsample:
+    """Halves rows and columns (`space`), then the frames except the first one of a video (`time`).
+
+    space: a 3x3 convolution of stride 2 that sees one row of zeros below the image and one column to its right.
+    time: a convolution of stride 2 over three frames, 1x1 in space, as a linear map [C, 3 C] of frames side by side;
+        None where the frames stay.
+    """
+
+    space: Tensor  # packed [O, I, 3, 3]
+    bias: Tensor  # [O]
+    out_channels: int
+    time: Linear | None
+
+
+@dataclass(frozen=True, eq=False)
+class CausalDownsample:
+    """A causal 3x3x3 convolution of stride 2 in space, and of stride `times`, which is 1 or 2, in time.
+
+    Rows and columns around each frame repeat its edges, and the frames before a video repeat its first one.
+    """
+
+    weight: Tensor  # packed [O, 3 I, 3, 3]: a frame and the two before it side by side, the oldest first
+    bias: Tensor  # [O]
+    times: int
+    out_channels: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Halves rows, columns and, if `times` is 2, frames: the pixels of a convolution's output become channels.
+
+    Channels are ordered frame s, row p, column q, output channel of the convolution. The first frame of a video stays
+    single where time shrinks: its channels (p, q, o) are repeated once. The input is added as a shortcut: folded in the
+    same way, with neighbouring channels averaged.
+    """
+
+    conv: CausalConv
+    times: int
+    out_channels: int
+
+
+@dataclass(frozen=True)
+class Average:
+    """A shortcut around a downsampling block: blocks of pixels are folded into channels, which are averaged in groups.
+
+    times, side: how many frames, and how many rows and columns, become one. Channels are ordered input channel, frame,
+    row, column. The first frame of a video is averaged with zeros in the place of the frames before it.
+    """
+
+    times: int
+    side: int
+    out_channels: int
+
+
+Shrinking = Downsample | CausalDownsample | Fold
+EncoderStep = Resnet | Attention | Shrinking
+
+
+@dataclass(frozen=True)
+class EncoderBlock:
+    """Layers that are surrounded by a shortcut, if there is one."""
+
+    steps: tuple[EncoderStep, ...]
+    shortcut: Average | None = None
+
+    def apart(self) -> tuple[EncoderBlock, ...]:
+        """Return a block for each layer, without the shortcut."""
+        return tuple(EncoderBlock((step,)) for step in self.steps)
+
+
+@dataclass(frozen=True)
+class CausalEncoder:
+    """The weights of an encoder, in the order in which they are used.
+
+    patch: side of the pixel blocks that become the first convolution's channels; 1 if these are the sample's own.
+    averages_output: means of neighbouring channels before the last norm are added to the output.
+    ignored_chunk: diffusers encodes so many frames together, after the first one, and ignores frames at the end that
+        fill no chunk. None if it ignores none.
+    """
+
+    patch: int
+    conv_in: CausalConv
+    in_channels: int
+    blocks: tuple[EncoderBlock, ...]
+    norm_out: Norm
+    conv_out: CausalConv
+    averages_output: bool
+    quant: Linear | None
+    dtype: torch.dtype
+    device: torch.device
+    ignored_chunk: int | None = None
+
+    @property
+    def channels(self) -> int:
+        """The channels of the posterior's parameters."""
+        return self.conv_out.out_channels if self.quant is None else len(self.quant.weight)
+
+    @property
+    def steps(self) -> tuple[EncoderStep, ...]:
+        """The layers of all blocks."""
+        return tuple(step for block in self.blocks for step in block.steps)
+
+    def spatial_ratio(self) -> int:
+        """Return the pixels per latent along one side."""
+        return self.patch * int(2 ** sum(isinstance(step, Shrinking) for step in self.steps))
+
+    def temporal_ratio(self) -> int:
+        """Return the frames per latent frame, except for the first one, which stays one frame."""
+        return prod(time_shrinkage(step) for step in self.steps)
+
+    def frames(self, frames: int) -> int:
+        """Return how many frames of a video of this length are encoded."""
+        return frames if self.ignored_chunk is None else frames - (frames - 1) % self.ignored_chunk
+
+    def latent_frames(self, frames: int) -> int:
+        """Return the latent frames of a video of this length."""
+        return 1 + (self.frames(frames) - 1) // self.temporal_ratio()
+
+
+def time_shrinkage(step: EncoderStep) -> int:
+    """Return how many frames become one in a layer, after the first frame of a video."""
+    match step:
+        case Downsample():
+            return 1 if step.time is None else 2
+        case CausalDownsample() | Fold():
+            return step.times
+        case _:
+            return 1

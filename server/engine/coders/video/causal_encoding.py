@@ -1,0 +1,137 @@
+"""The layers of causal encoders that halve the size, on one chunk of frames. Nothing here is approximate.
+
+The convolutions, residual blocks and attentions are in `causal_passes.py`. The first frame of a video is a chunk of its
+own: no layer halves it in time. All other chunks have a multiple of the frames that become one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.causal_kernels import TAPS
+from ..image.layers import Linear
+from .causal_encoder_layers import Average, CausalDownsample, Downsample, EncoderBlock, Fold
+from .causal_layers import Attention, Resnet
+from .causal_passes import Run, VideoPast, attention, conv, grouped_mean, plain, resnet
+
+
+def encoder_block(block: EncoderBlock, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C]
+    """Run the layers of a block, and add its shortcut: `[n', h, w, C']`. x is overwritten."""
+    shortcut = None if block.shortcut is None else averaged(block.shortcut, run, x)  # [n', h, w, C']
+    for step in block.steps:
+        match step:
+            case Resnet():
+                x = resnet(step, run, past, x)
+            case Attention():
+                x = attention(step, run, past, x)
+            case Downsample():
+                x = downsample(step, run, past, x)
+            case CausalDownsample():
+                x = causal_downsample(step, run, past, x)
+            case Fold():
+                x = fold(step, run, past, x)
+    return x if shortcut is None else x.add_(shortcut)
+
+
+def downsample(step: Downsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H/2, W/2, C']
+    """Halve the rows, the columns and the frames."""
+    n, height, width, channels = x.shape
+    out = x.new_empty(n, height // 2, width // 2, step.out_channels)
+    for top, bottom in run.bands(n, height // 2, 2 * width * channels, x.element_size()):
+        window = x.new_empty(n, 2 * (bottom - top) + 1, width + 1, channels)  # [n, 2 r + 1, W + 1, C]
+        below = min(2 * bottom + 1, height)
+        window[:, : below - 2 * top, :-1] = x[:, 2 * top : below]
+        window[:, below - 2 * top :] = 0
+        window[:, :, -1] = 0
+        out[:, top:bottom] = run.kernels.kernels.conv(window, step.space, step.bias, columns=0, stride=2)
+    return out if step.time is None else halve_frames(step.time, past, out)
+
+
+def halve_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n / 2, H, W, C]
+    """Compute one frame from each pair of frames and the frame before it. The first frame of a video stays as it is."""
+    before = past.of(time)  # [1, H, W, C]
+    past.keep(time, x[-1:].clone())
+    if past.place.is_single:
+        return x
+    assert before is not None
+    n, height, width, channels = x.shape
+    triples = x.new_empty(n // 2, height, width, TAPS, channels)  # [n / 2, H, W, 3, C]
+    triples[0, :, :, 0] = before[0]
+    triples[1:, :, :, 0] = x[1:-1:2]
+    triples[:, :, :, 1] = x[::2]
+    triples[:, :, :, 2] = x[1::2]
+    return F.linear(triples.flatten(3), time.weight, time.bias)
+
+
+def causal_downsample(
+    step: CausalDownsample, run: Run, past: VideoPast, x: Tensor
+) -> Tensor:  # [n, H, W, C] -> [n / T, H / 2, W / 2, C']
+    """Run a causal convolution of stride 2, and of stride T = `times` in time."""
+    n, height, width, channels = x.shape
+    before = past.of(step)  # [3 - T, H, W, C]
+    if before is None:
+        before = x.expand(TAPS - 1, -1, -1, -1)  # the first frame of a video comes as a chunk of its own
+    frames = 1 + (len(before) + n - TAPS) // step.times
+    out = x.new_empty(frames, height // 2, width // 2, step.out_channels)
+    for top, bottom in run.bands(len(before) + n, height // 2, 2 * width * channels, x.element_size()):
+        window = downsampling_window(before, x, top, bottom)
+        ends = [len(window) - TAPS + 1 + tap for tap in range(TAPS)]
+        taps = torch.cat([window[tap : end : step.times] for tap, end in enumerate(ends)], -1)  # [n / T, ..., 3 C]
+        out[:, top:bottom] = run.kernels.kernels.conv(taps, step.weight, step.bias, columns=0, stride=2)
+    kept = TAPS - step.times
+    past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before, x])[-kept:])
+    return out
+
+
+def downsampling_window(
+    before: Tensor, x: Tensor, top: int, bottom: int
+) -> Tensor:  # [k, H, W, C], [n, H, W, C] -> [k + n, 2 (bottom - top) + 1, W + 1, C]
+    """Return the rows of all frames that output rows [top, bottom) read, the row above and the column to the left."""
+    k, width = len(before), x.shape[2]
+    window = x.new_empty(k + len(x), 2 * (bottom - top) + 1, width + 1, x.shape[3])
+    above, edge = max(2 * top - 1, 0), int(top == 0)
+    window[:k, edge:, 1:] = before[:, above : 2 * bottom]
+    window[k:, edge:, 1:] = x[:, above : 2 * bottom]
+    if top == 0:
+        window[:, 0] = window[:, 1]
+    window[:, :, 0] = window[:, :, 1]
+    return window
+
+
+def fold(step: Fold, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H / 2, W / 2, C']
+    """Halve the rows, the columns and, except for the first frame of a video, the frames."""
+    times = 1 if past.place.is_single else step.times
+    out = folded_channels(conv(step.conv, run, past, x, plain(x)), times)  # [n', H / 2, W / 2, C' or C' / 2]
+    if times < step.times:
+        out = torch.cat([out] * step.times, -1)  # [1, H / 2, W / 2, C']
+    _, height, width, channels = x.shape
+    for index, frames in enumerate(torch.split(x, times)):  # [T, H, W, C]
+        for top, bottom in run.bands(times, height // 2, 2 * width * channels, x.element_size()):
+            shortcut = folded_channels(frames[:, 2 * top : 2 * bottom], times)[0]  # [r, W / 2, T 2 2 C]
+            out[index, top:bottom] += grouped_mean(shortcut, step.out_channels)
+    return out
+
+
+def folded_channels(x: Tensor, times: int) -> Tensor:  # [n T, 2 H, 2 W, C] -> [n, H, W, T 2 2 C]
+    """Fold frames and blocks of 2x2 pixels into channels in the order (s, p, q, c): undo `unfolded_channels`."""
+    n, height, width, channels = x.shape
+    parts = x.view(n // times, times, height // 2, 2, width // 2, 2, channels).permute(0, 2, 4, 1, 3, 5, 6)
+    return parts.reshape(n // times, height // 2, width // 2, times * 4 * channels)
+
+
+def averaged(shortcut: Average, run: Run, x: Tensor) -> Tensor:  # [n T, S H, S W, C] -> [n, H, W, C']
+    """Return the shortcut around a block for the block's input."""
+    times, side = shortcut.times, shortcut.side
+    _, height, width, channels = x.shape
+    out = x.new_empty(-(-len(x) // times), height // side, width // side, shortcut.out_channels)
+    for index, frames in enumerate(torch.split(x, times)):  # [T, S H, S W, C]
+        for top, bottom in run.bands(times, height // side, side * width * channels, x.element_size()):
+            rows = frames[:, side * top : side * bottom]  # [T, S r, S W, C]
+            missing = times - len(rows)  # before the first frame of a video
+            rows = torch.cat([rows.new_zeros(missing, *rows.shape[1:]), rows]) if missing else rows
+            parts = rows.reshape(times, bottom - top, side, width // side, side, channels)
+            parts = parts.permute(1, 3, 5, 0, 2, 4).flatten(2)  # [r, W, C T S S]
+            out[index, top:bottom] = grouped_mean(parts, shortcut.out_channels)
+    return out

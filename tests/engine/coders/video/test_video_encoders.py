@@ -1,0 +1,308 @@
+"""Our video encoders against diffusers' plain encode: every family, every length, in slabs and without."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLHunyuanVideo15, AutoencoderKLQwenImage, AutoencoderKLWan
+from torch import Tensor
+
+from benchmarks.families import WAN_22
+from server.engine.coders.build import EXACT_CLASSES, build_coder
+from server.engine.coders.interface import Stopped
+from server.engine.coders.stock import StockEncoder
+from server.engine.coders.video import causal_coder
+from server.errors import WrongShape
+from server.families import Family, family_of_class
+from server.model_info import Direction
+from tests.engine.coders.image.networks import psnr
+from tests.engine.live import peak_beside_output
+from tests.pipelines import vaes
+
+pytestmark = pytest.mark.usefixtures("one_core")
+
+SMALLEST = 1  # as a budget: the lowest slabs
+AMPLE = 1 << 50
+VIDEOS: dict[str, Callable[[], Any]] = {
+    "wan": vaes.wan,
+    "wan-2.2-5b": vaes.wan_22,
+    "hunyuan-video": vaes.hunyuan_video,
+    "hunyuan-video-1.5": vaes.hunyuan_video_15,
+}
+IMAGES: dict[str, Callable[[], Any]] = {"qwen-image": vaes.qwen_image, "qwen-image-2.1": vaes.qwen_image_21}
+ALL = [*VIDEOS, *IMAGES]
+PUBLISHED: dict[str, Callable[[], Any]] = {
+    "wan": AutoencoderKLWan,
+    "wan-2.2-5b": lambda: AutoencoderKLWan(**WAN_22),
+    "hunyuan-video": AutoencoderKLHunyuanVideo,
+    "hunyuan-video-1.5": AutoencoderKLHunyuanVideo15,
+    "qwen-image": AutoencoderKLQwenImage,
+}
+
+
+@cache
+def made(name: str) -> tuple[Any, Family]:
+    """The VAE, with enough contrast in its latents that a wrong neighbour shows, and its family."""
+    vae, is_hunyuan = (VIDEOS | IMAGES)[name](), name.startswith("hunyuan")
+    if name == "hunyuan-video":
+        vae.use_framewise_encoding = False
+        with torch.no_grad():
+            for norm in (module for module in vae.encoder.modules() if isinstance(module, torch.nn.GroupNorm)):
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.3)
+    last = vae.encoder.conv_out.conv if is_hunyuan else vae.encoder.conv_out
+    return vaes.brightened(vae, last, gain=2 if is_hunyuan else 8), family_for(vae)
+
+
+def family_for(vae: Any) -> Family:
+    family = family_of_class(type(vae).__name__)
+    assert family is not None
+    return family
+
+
+@cache
+def ours(name: str) -> Any:
+    """The encoder that runs by default. It takes the weights of its own copy of the VAE."""
+    vae, family = made(name)
+    return build_coder(copy.deepcopy(vae), family, Direction.ENCODE, "auto", "none")[0]
+
+
+def stock(name: str, pixels: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return StockEncoder(*made(name)).encode(pixels).tensor
+
+
+def pixels_for(name: str, frames: int, height: int = 3, width: int = 2, batch: int = 1) -> Tensor:
+    """Noise for latents of height x width."""
+    vae, family = made(name)
+    spec = family.describe(vae.config)
+    ratio, generator = spec.vae_scale_factor, torch.Generator().manual_seed(frames)
+    size = (ratio * height, ratio * width)
+    shape = (spec.image_channels, frames, *size) if name in VIDEOS else (spec.image_channels, *size)
+    return torch.rand(batch, *shape, generator=generator) * 2 - 1  # [B, C, (F,) H, W]
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype is expected.dtype
+    assert expected.flatten(2).std(2).mean() > 0.05  # within a channel, else anything is close
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 5), (5, 3, 2), (9, 7, 3), (25, 2, 2), (5, 1, 6), (5, 9, 1), (13, 2, 11)], ids=str
+)
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_video_of_any_shape_equals_a_plain_encode(name: str, shape: tuple[int, int, int]) -> None:
+    """Frames, and rows and columns of latents."""
+    pixels = pixels_for(name, *shape, batch=2 if shape[0] == 9 else 1)
+    assert_same(ours(name).encode(pixels).tensor, stock(name, pixels))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (9, 1), (5, 3)], ids=str)
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_of_any_shape_equals_a_plain_encode(name: str, shape: tuple[int, int]) -> None:
+    pixels = pixels_for(name, 1, *shape, batch=2)
+    assert_same(ours(name).encode(pixels).tensor, stock(name, pixels))
+
+
+@pytest.mark.parametrize("frames", [2, 4, 7, 12])
+@pytest.mark.parametrize("name", ["wan", "wan-2.2-5b"])
+def test_frames_that_fill_no_chunk_are_ignored_as_in_diffusers(name: str, frames: int) -> None:
+    pixels = pixels_for(name, frames)
+    assert_same(ours(name).encode(pixels).tensor, stock(name, pixels))
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5"])
+def test_frames_that_diffusers_would_not_ignore_are_refused(name: str) -> None:
+    with pytest.raises(WrongShape, match="a video of 6 frames cannot be encoded: this VAE takes 4 k"):
+        ours(name).encode(pixels_for(name, 6))
+
+
+@pytest.mark.parametrize("budget", [None, SMALLEST])
+@pytest.mark.parametrize("name", ALL)
+def test_a_batch_of_odd_sizes_equals_a_plain_encode(name: str, budget: int | None) -> None:
+    pixels = pixels_for(name, 5, 7, 5, batch=2)
+    assert_same(ours(name).encode(pixels, budget_bytes=budget).tensor, stock(name, pixels))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_slabs_of_rows_equal_a_plain_encode(name: str) -> None:
+    """Tall enough that a slab in the middle sees neither edge."""
+    height = 36
+    pixels = pixels_for(name, 5, height, 1)
+    encoder = ours(name)
+    assert encoder.plan(2, height, 1, SMALLEST).legs[0].slab_rows == 4
+    assert_same(encoder.encode(pixels, budget_bytes=SMALLEST).tensor, stock(name, pixels))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("name", VIDEOS)
+def test_every_budget_gives_the_same_parameters(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budgets are between the memory of the smallest plan and of the fastest one, with bands that take little."""
+    monkeypatch.setattr(causal_coder, "CPU_BAND_BYTES", 1 << 14)
+    pixels = pixels_for(name, 9, 32, 2)
+    encoder = ours(name)
+    smallest, fastest = (encoder.plan(3, 32, 2, budget) for budget in (SMALLEST, AMPLE))
+    budget = int(smallest.peak_bytes + share * (fastest.peak_bytes - smallest.peak_bytes))
+    assert encoder.plan(3, 32, 2, budget).legs != fastest.legs
+    torch.testing.assert_close(
+        encoder.encode(pixels, budget_bytes=budget).tensor, encoder.encode(pixels).tensor, atol=5e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bfloat16_is_as_close_to_float32_as_diffusers_own(name: str) -> None:
+    """The mean over several videos, because one small video changes the result by half a decibel."""
+    vae, family = made(name)
+    half = copy.deepcopy(vae).to(torch.bfloat16)
+    ours_half: Any = build_coder(copy.deepcopy(half), family, Direction.ENCODE, "auto", "none")[0]
+    gained = []
+    for frames in (1, 5, 9, 13, 17):
+        pixels = pixels_for(name, frames, 5, 6).bfloat16()
+        expected = stock(name, pixels.float())
+        with torch.inference_mode():
+            found, theirs = (encoder.encode(pixels).tensor for encoder in (ours_half, StockEncoder(half, family)))
+        gained.append(psnr(found.float(), expected) - psnr(theirs.float(), expected))
+    assert sum(gained) / len(gained) >= -0.3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_pixels_may_have_another_dtype(name: str) -> None:
+    """They are converted a few frames at a time."""
+    pixels = pixels_for(name, 5).double()
+    assert_same(ours(name).encode(pixels).tensor, stock(name, pixels.float()))
+
+
+def peak_of(encoder: Any, pixels: Tensor, budget: int | None = None) -> int:
+    """The bytes that an encode holds beside its input and its output."""
+    return peak_beside_output(lambda: encoder.encode(pixels, budget_bytes=budget).tensor) - pixels.nbytes
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-2.2-5b", "hunyuan-video-1.5"])
+def test_memory_does_not_grow_with_the_clip(name: str) -> None:
+    """Except for keys and values of HunyuanVideo 1.5's attention, which are kept at the latents' size.
+
+    The pixels are float64, so that copies of all of them would show.
+    """
+    short, long = (peak_of(ours(name), pixels_for(name, frames).double()) for frames in (9, 41))
+    assert long < (1.01 if "wan" in name else 1.1) * short
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_slabs_take_a_fraction_of_the_memory(name: str) -> None:
+    pixels = pixels_for(name, 5, 128, 1)
+    assert peak_of(ours(name), pixels, SMALLEST) < 0.4 * peak_of(ours(name), pixels)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.35])
+def test_hunyuan_videos_encode_needs_less_than_one_of_its_largest_activations(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is ample, a whole activation is stored twice: its norms span the whole video."""
+    monkeypatch.setattr(causal_coder, "CPU_BAND_BYTES", 1 << 16)
+    pixels = pixels_for("hunyuan-video", 33, 24, 8)
+    largest = pixels.nbytes // 3 * vaes.CHANNELS[0]
+    encoder, budget = ours("hunyuan-video"), int(share * largest)
+    assert peak_of(encoder, pixels, AMPLE) > 1.5 * largest
+    assert peak_of(encoder, pixels, budget) <= budget
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_budget_is_kept_at_the_published_size(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors that have no data, and the lowest bands, so that only the slabs can save memory."""
+    monkeypatch.setattr(causal_coder, "GPU_BAND_BYTES", 2 << 20)
+    with torch.device("meta"):
+        vae = PUBLISHED[name]().eval()
+        spec = family_for(vae).describe(vae.config)
+        encoder: Any = build_coder(vae, family_for(vae), Direction.ENCODE, "auto", "none")[0]
+        ratio = spec.vae_scale_factor
+        clip = (1, spec.image_channels, 9, 96 * ratio, 2 * ratio)
+        pixels = torch.empty(clip if spec.kind == "video" else (*clip[:2], *clip[3:]))
+        held = peak_of(encoder, pixels, AMPLE)
+        budget = int(share * held)
+        assert peak_of(encoder, pixels, budget) < budget
+        fastest = encoder.plan(3 if spec.kind == "video" else 1, 96, 2, AMPLE)
+        assert held < fastest.peak_bytes < (2.2 if name == "hunyuan-video" else 1.6) * held
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_channels_equal_a_plain_encode(name: str) -> None:
+    torch.manual_seed(0)
+    vae = PUBLISHED[name]().eval()
+    vae.decoder, vae.use_framewise_encoding, family = torch.nn.Identity(), False, family_for(vae)
+    spec = family.describe(vae.config)
+    side = 2 * spec.vae_scale_factor
+    pixels = torch.rand(1, spec.image_channels, *((5,) if spec.kind == "video" else ()), side, side) * 2 - 1
+    with torch.inference_mode():
+        expected = StockEncoder(vae, family).encode(pixels).tensor
+    encoder: Any = build_coder(vae, family, Direction.ENCODE, "auto", "none")[0]
+    torch.testing.assert_close(encoder.encode(pixels).tensor, expected, atol=5e-5, rtol=0)
+
+
+def test_an_encode_that_was_stopped_leaves_nothing_behind() -> None:
+    calls = 0
+
+    def stop() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 50:
+            raise Stopped
+
+    pixels = pixels_for("wan", 9)
+    with pytest.raises(Stopped):
+        ours("wan").encode(pixels, check=stop)
+    assert_same(ours("wan").encode(pixels).tensor, stock("wan", pixels))
+
+
+def test_parameters_that_are_not_finite_are_told() -> None:
+    pixels = pixels_for("wan", 5)
+    assert bool(ours("wan").encode(pixels).finite)
+    pixels[0, 0, 4, 0, 0] = torch.nan
+    assert not bool(ours("wan").encode(pixels).finite)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_what_runs_unless_models_yaml_asks_for_diffusers(name: str) -> None:
+    vae, family = made(name)
+    copies = {choice: copy.deepcopy(vae) for choice in ("auto", "diffusers")}
+    names = [build_coder(each, family, Direction.ENCODE, choice, "none")[0].name for choice, each in copies.items()]
+    assert names == ["exact", "diffusers"]
+    assert type(vae).__name__ in EXACT_CLASSES[Direction.ENCODE]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("wan", lambda e: setattr(e.down_blocks[0], "nonlinearity", torch.nn.GELU()), "down_blocks.0.nonlinearity"),
+        ("wan", lambda e: setattr(e.down_blocks[1].resample[1], "stride", (1, 1)), "down_blocks.1.resample"),
+        ("wan-2.2-5b", lambda e: setattr(e.down_blocks[0].downsampler, "mode", "none"), "down_blocks.0.downsampler"),
+        ("hunyuan-video", lambda e: setattr(e.conv_in, "pad_mode", "constant"), "encoder.conv_in is not a plain"),
+        (
+            "hunyuan-video",
+            lambda e: setattr(e.down_blocks[0].downsamplers[0].conv.conv, "stride", (1, 1, 2)),
+            "encoder.down_blocks.0.downsamplers.0.conv is not a plain causal convolution",
+        ),
+        ("hunyuan-video-1.5", lambda e: setattr(e.conv_in, "pad_mode", "constant"), "conv_in pads"),
+        ("hunyuan-video-1.5", lambda e: e.down_blocks[0].downsamplers.append(torch.nn.Conv3d(1, 1, 1)), "a Conv3d"),
+    ],
+)
+def test_an_unknown_structure_is_left_to_diffusers(name: str, change: Callable[[Any], None], reason: str) -> None:
+    vae, family = copy.deepcopy(made(name)[0]), made(name)[1]
+    change(vae.encoder)
+    encoder, note = build_coder(vae, family, Direction.ENCODE, "auto", "none")
+    assert encoder.name == "diffusers"
+    assert reason in str(note)
+
+
+@pytest.mark.parametrize("make", [vaes.cogvideox, vaes.mochi, vaes.magvit])
+def test_an_encoder_that_is_not_known_yet_is_named(make: Callable[[], Any]) -> None:
+    vae = make()
+    encoder, note = build_coder(vae, family_for(vae), Direction.ENCODE, "auto", "none")
+    assert encoder.name == "diffusers"
+    assert f"{type(vae).__name__} is not one of AutoencoderKLHunyuanVideo" in str(note)
