@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -31,3 +32,8 @@ class LoadedModel(Generic[C]):
     info: LoadedInfo
     budget_bytes: int | None = None
     allows_tf32: bool = False
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Return a context in which cuDNN convolves in the model's precision. It may be inside that of another model."""
+        cudnn = torch.backends.cudnn
+        return cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, self.allows_tf32)

@@ -96,7 +96,10 @@ def _decode(
 
     def compute(budget_bytes: int | None, emit: Emit | None) -> Coded:
         arguments = dict(job.geometry.arguments)
-        return model.coder.decode(latents, job.layout, budget_bytes=budget_bytes, emit=emit, check=check, **arguments)
+        with model.precision():
+            return model.coder.decode(
+                latents, job.layout, budget_bytes=budget_bytes, emit=emit, check=check, **arguments
+            )
 
     return _within_memory(model, stream, compute)
 
@@ -107,7 +110,8 @@ def _encode(
     """Return the parameters of the posterior (or latents, without a posterior), and the measures as `_decode` does."""
 
     def compute(budget_bytes: int | None, _emit: Emit | None) -> Coded:
-        return model.coder.encode(pixels, budget_bytes=budget_bytes, check=check)
+        with model.precision():
+            return model.coder.encode(pixels, budget_bytes=budget_bytes, check=check)
 
     return _within_memory(model, None, compute)
 

@@ -329,6 +329,41 @@ def test_the_dtype_on_a_cpu(copy: Path, wanted: str, is_exact: bool, force_upcas
 
 
 @pytest.mark.parametrize("name", ["sd", "hunyuan"])
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "family", "force_upcast", "has_bf16", "expected", "allows_tf32"),
+    [
+        ("auto", "wan", False, True, torch.bfloat16, False),
+        ("auto", "wan", False, False, torch.float32, True),
+        ("auto", "allegro", False, True, torch.float32, True),
+        ("auto", "kl", False, True, torch.float16, False),
+        ("auto", "kl", True, True, torch.bfloat16, False),
+        ("auto", "kl", True, False, torch.float32, True),
+        ("float32", "wan", False, True, torch.float32, False),
+    ],
+)
+def test_the_dtype_on_a_gpu(
+    copy: Path,
+    wanted: str,
+    family: str,
+    force_upcast: bool,
+    has_bf16: bool,
+    expected: torch.dtype,
+    allows_tf32: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`auto` never means float32 without TensorFloat-32; a float32 that was asked for does."""
+    change(copy, force_upcast=force_upcast)
+    info = read_info(source(copy))
+    info = replace(info, latents=replace(info.latents, family=family))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _: has_bf16)
+    chosen = choose_precision(wanted, info, GPU, is_exact=True)
+    assert (chosen.dtype, chosen.allows_tf32) == (expected, allows_tf32)
+    assert chosen.reason.endswith(".")
+
+
 @pytest.mark.parametrize(
     ("keys", "runs", "note"),
     [
