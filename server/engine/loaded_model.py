@@ -34,6 +34,6 @@ class LoadedModel(Generic[C]):
     allows_tf32: bool = False
 
     def precision(self) -> AbstractContextManager[None]:
-        """Return a context in which cuDNN convolves in the model's precision. It may be inside that of another model."""
+        """Return a context in which cuDNN convolves in the model's precision. Contexts may be nested."""
         cudnn = torch.backends.cudnn
         return cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, self.allows_tf32)

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy as copy_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,6 @@ def test_the_dtype_on_a_cpu(copy: Path, wanted: str, is_exact: bool, force_upcas
     assert choose_precision(wanted, read_info(source(copy)), CPU, is_exact=is_exact).dtype is expected
 
 
-@pytest.mark.parametrize("name", ["sd", "hunyuan"])
 GPU = torch.device("cuda")
 
 
@@ -364,6 +364,7 @@ def test_the_dtype_on_a_gpu(
     assert chosen.reason.endswith(".")
 
 
+@pytest.mark.parametrize("name", ["sd", "hunyuan"])
 @pytest.mark.parametrize(
     ("keys", "runs", "note"),
     [
