@@ -15,12 +15,12 @@ from .trial import seconds
 _ONES = [1, 1]  # the dilation, and the stride of `add_conv_`
 _PADDING = [0, 1]  # rows, columns: the input has its halo rows already
 # Weights are packed for bands of this size. oneDNN packs most weights in the same way for every size, or packs them
-# again at each call, which takes about 40 µs. Some weights, however, take 3 to 300 ms: those with 96 channels, and with
-# other numbers that are no power of two. They are found by timing convolutions of the widths below, and are not packed.
+# again at each call, which takes about 40 µs. Some weights, however, take 3 to 300 ms: those with 96 channels, and some
+# with 288, 384 or 1152. They are found by timing a convolution of the small size below, and are not packed.
 _BAND_ROWS, _BAND_COLUMNS = 18, 256
-_TRIED_ROWS, _TRIED_COLUMNS = 10, (8, 104)
-# A packed weight is dropped if it makes one of these convolutions more than this many times slower.
-SLOW_REORDER = 4
+_SMALL_ROWS, _SMALL_COLUMNS = 10, 8
+# A packed weight is dropped if it makes the small convolution more than this many times slower.
+SLOW_REORDER = 5
 
 
 def preferred_cpu_dtype() -> torch.dtype:
@@ -67,12 +67,9 @@ class CpuKernels(Kernels):
         strides = [stride, stride]
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, strides, _ONES, 1, shape)
         plain = super().pack(weight)
-        for columns in _TRIED_COLUMNS:
-            x = torch.zeros(1, _TRIED_ROWS, columns, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
-            slow, fast = (seconds(partial(self.conv, x, form, None, stride=stride)) for form in (packed, plain))
-            if slow > SLOW_REORDER * fast:
-                return plain
-        return packed
+        x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
+        slow, fast = (seconds(partial(self.conv, x, form, None, stride=stride)) for form in (packed, plain))
+        return plain if slow > SLOW_REORDER * fast else packed
 
     def conv_frames(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
