@@ -4,8 +4,10 @@
 variant in its own process, and compares time, resident memory and results. "Lowest slabs" means a memory budget of one
 byte, so that the decoder uses the lowest possible slabs.
 
-`python -m benchmarks.families --count` counts the peak bytes of live tensors in a decode of 49 frames of 480x832 to
-uint8 pixels. The tensors have no data, so this takes only seconds.
+`python -m benchmarks.families --count [--size FRAMES HEIGHT WIDTH] [--budget GB]` counts the peak bytes of live
+tensors, beside the output, in a bfloat16 decode to uint8 pixels, by default of 49 frames of 480x832. Ours is counted
+with ample memory and, if a budget is given, within it, beside what its plan says. The tensors have no data, so this
+takes only seconds, or minutes with a small budget. Plans are those of a GPU, whose bands of rows are larger.
 
 `python -m benchmarks.families --speed` runs all variants in one process, alternating: diffusers and ours in float32,
 and in bfloat16 (diffusers with its weights in channels_last_3d, which is its fastest form). It prints ratios of the
@@ -55,7 +57,7 @@ SPEED_HEADER = (
     "| family | diffusers float32 s | diffusers bf16, times as fast | ours float32 | ours bf16 "
     "| ours bf16 against diffusers bf16 | ours float32 dB | diffusers bf16 dB | ours bf16 dB |"
 )
-LARGE_HEADER = "| family | frames | diffusers GB | ours GB | lowest slabs GB |"
+LARGE_HEADER = "| family | frames | size | diffusers GB | ours GB | budget GB | planned GB | ours within it GB |"
 WAN_22: dict[str, Any] = {
     "base_dim": 160,
     "decoder_base_dim": 256,
@@ -91,7 +93,6 @@ CASES = {
     "Mochi": Case("AutoencoderKLMochi", {}, (12, 5, 8, 6)),
     "EasyAnimate": Case("AutoencoderKLMagvit", {}, (16, 5, 8, 6)),
 }
-IN_SLABS = set(CASES) - {"CogVideoX", "Mochi", "EasyAnimate"}
 LARGE = (49, 480, 832)  # frames, height, width
 
 
@@ -100,6 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--count", action="store_true", help="count the memory of large videos instead")
+    parser.add_argument("--size", nargs=3, type=int, default=LARGE, metavar=("FRAMES", "HEIGHT", "WIDTH"))
+    parser.add_argument("--budget", type=float, default=None, metavar="GB", help="with --count: a memory budget")
     parser.add_argument("--speed", action="store_true", help="compare the speed of all variants in one process instead")
     parser.add_argument("--encode", action="store_true", help="with --speed: encode instead of decode")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each variant with --speed")
@@ -109,7 +112,10 @@ def main() -> None:
     if arguments.one:
         run_one(*arguments.one)
         return
-    header, row, line = (LARGE_HEADER, large_row_of, large_line_of) if arguments.count else (HEADER, row_of, line_of)
+    header, row, line = HEADER, row_of, line_of
+    if arguments.count:
+        size, budget = tuple(arguments.size), arguments.budget
+        header, row, line = LARGE_HEADER, lambda name: large_row_of(name, size, budget), large_line_of
     if arguments.speed:
         direction = Direction.ENCODE if arguments.encode else Direction.DECODE
         header, row, line = SPEED_HEADER, lambda name: speed_row_of(name, direction, arguments.repeats), speed_line_of
@@ -192,17 +198,12 @@ def speed_line_of(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def ways_of(name: str) -> tuple[str, ...]:
-    """Return the variants of a family."""
-    return WAYS if name in IN_SLABS else WAYS[:2]
-
-
 def row_of(name: str) -> dict[str, Any]:
     """Run each variant of a family in its own process, and compare the samples with diffusers'."""
     row: dict[str, Any] = {"family": name}
     with tempfile.TemporaryDirectory() as folder:
         reference: Tensor | None = None
-        for way in ways_of(name):
+        for way in WAYS:
             path = Path(folder) / "sample.pt"
             command = [sys.executable, "-m", "benchmarks.families", "--one", name, way, str(path)]
             environment = {"GOMP_SPINCOUNT": "8000"} | os.environ  # as in the server's workers
@@ -231,15 +232,26 @@ def line_of(row: dict[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def large_row_of(name: str) -> dict[str, Any]:
-    """Count the memory of each variant of a family."""
-    return {"family": name} | {way: counted(name, way) for way in ways_of(name)}
+def large_row_of(name: str, size: tuple[int, int, int], budget_gb: float | None) -> dict[str, Any]:
+    """Count the memory of a large decode: diffusers', ours with ample memory and, if there is a budget, within it."""
+    row: dict[str, Any] = {"family": name, "size": size, "budget_gb": budget_gb}
+    row[STOCK], row[OURS] = counted(name, size, None), counted(name, size, 1 << 60)
+    if budget_gb is not None:
+        row["within"] = counted(name, size, int(budget_gb * 1e9))
+    return row
 
 
 def large_line_of(row: dict[str, Any]) -> str:
     """Return a row of counted memory as a line of the table."""
-    sizes = [f"{row[way]['bytes'] / 1e9:.1f}" if way in row else "" for way in WAYS]
-    return f"| {row['family']} | {row[OURS]['frames']} | {' | '.join(sizes)} |"
+    frames, height, width = row["size"]
+    cells = [row["family"], frames, f"{height}x{width}", f"{row[STOCK]['bytes'] / 1e9:.1f}"]
+    cells.append(f"{row[OURS]['bytes'] / 1e9:.1f}")
+    if "within" in row:
+        within = row["within"]
+        cells += [row["budget_gb"], f"{within['planned_bytes'] / 1e9:.1f}", f"{within['bytes'] / 1e9:.1f}"]
+    else:
+        cells += ["", "", ""]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def run_one(name: str, way: str, path: str) -> None:
@@ -258,22 +270,29 @@ def run_one(name: str, way: str, path: str) -> None:
     print(json.dumps({"s": seconds, "peak_bytes": peak_bytes}))
 
 
-def counted(name: str, way: str) -> dict[str, int]:
-    """Return the peak bytes of live tensors in a decode of a large video, including the output."""
-    frames, height, width = LARGE
+def counted(name: str, size: tuple[int, int, int], budget: int | None) -> dict[str, int]:
+    """Return the peak bytes of live tensors in a large decode, beside the output, and what our plan says.
+
+    size: frames, height and width. budget: our memory budget in bytes; None for diffusers' own decode.
+    """
+    frames, height, width = size
     with torch.device("meta"), torch.inference_mode():
         vae, family = made(name)
+        vae = vae.to(torch.bfloat16)
         spec = family.describe(vae.config)
         ratio, times = spec.vae_scale_factor, spec.temporal_compression_ratio
         latent_frames = ((frames - 1) // times + 1,) if len(CASES[name].latents) == 4 else ()
-        latents = torch.empty(1, spec.channels, *latent_frames, height // ratio, width // ratio)  # [1, C, (F,) h, w]
-        with LiveBytes() as live:
-            if way == STOCK:
+        shape = 1, spec.channels, *latent_frames, height // ratio, width // ratio
+        latents = torch.empty(shape, dtype=torch.bfloat16)  # [1, C, (F,) h, w]
+        if budget is None:
+            with LiveBytes() as live:
                 pixels = postprocess(family.decode(vae, latents), Layout.PIXELS)  # [F, H, W, C]
-            else:
-                decoder = decoder_of(vae, family, way)
-                pixels = decoder.decode(latents, Layout.PIXELS, budget_bytes=budget_of(way)).tensor  # [F, H, W, C]
-    return {"bytes": live.most, "frames": len(pixels)}
+            return {"bytes": live.most - pixels.nbytes}
+        decoder: Any = decoder_of(vae, family, OURS)
+        plan = decoder.plan(latent_frames[0] if latent_frames else 1, *shape[-2:], budget)
+        with LiveBytes() as live:
+            pixels = decoder.decode(latents, Layout.PIXELS, budget_bytes=budget).tensor  # [F, H, W, C]
+    return {"bytes": live.most - pixels.nbytes, "planned_bytes": plan.peak_bytes}
 
 
 def made(name: str, direction: Direction = Direction.DECODE) -> tuple[Any, Family]:
