@@ -10,9 +10,12 @@ with ample memory and, if a budget is given, within it, beside what its plan say
 takes only seconds, or minutes with a small budget. Plans are those of a GPU, whose bands of rows are larger.
 
 `python -m benchmarks.families --speed` runs all variants in one process, alternating: diffusers and ours in float32,
-and in bfloat16 (diffusers with its weights in channels_last_3d, which is its fastest form). It prints ratios of the
-fastest runs, and how far each is from diffusers' float32, in dB. `--speed --encode` does the same with an encode of the
-video or image that these latents belong to.
+and in bfloat16 (diffusers with its weights in channels_last_3d, which is its fastest form), and `fastvae` from PyPI for
+Wan 2.1 if it is installed. It prints ratios of the fastest runs, how far each is from diffusers' float32 in dB, what
+share of the machine's convolution rate ours reaches in bfloat16, and the live bytes at the peak of the bfloat16 runs.
+The rate is measured in the same run; the work is that of diffusers' float32 decode without padding frames, which ours
+partly avoids. `--latents F h w` changes the size. `--speed --encode` does the same with an encode of the video or image
+that these latents belong to.
 
 `--save NAME` also writes benchmarks/results/NAME.json.
 """
@@ -21,6 +24,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -36,12 +41,16 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.decode import MEGA, RESULTS, device_name, peak_of
 from server.engine.coders.build import build_coder
-from server.engine.coders.interface import Decoder
+from server.engine.coders.interface import Coded, Decoder
 from server.engine.coders.layouts import postprocess
 from server.engine.coders.stock import StockDecoder, StockEncoder
+from server.engine.kernels import trial
+from server.engine.kernels.cpu import CpuKernels
+from server.engine.kernels.reference import TAPS
 from server.families import Family, family_of_class
 from server.model_info import Direction, LatentSpec
 from server.values import Layout
@@ -55,7 +64,8 @@ HEADER = (
 )
 SPEED_HEADER = (
     "| family | diffusers float32 s | diffusers bf16, times as fast | ours float32 | ours bf16 "
-    "| ours bf16 against diffusers bf16 | ours float32 dB | diffusers bf16 dB | ours bf16 dB |"
+    "| ours bf16 against diffusers bf16 | fastvae bf16 | ours float32 dB | diffusers bf16 dB | ours bf16 dB "
+    "| share of the convolution rate | diffusers MB | ours MB | hash |"
 )
 LARGE_HEADER = "| family | frames | size | diffusers GB | ours GB | budget GB | planned GB | ours within it GB |"
 WAN_22: dict[str, Any] = {
@@ -105,6 +115,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=None, metavar="GB", help="with --count: a memory budget")
     parser.add_argument("--speed", action="store_true", help="compare the speed of all variants in one process instead")
     parser.add_argument("--encode", action="store_true", help="with --speed: encode instead of decode")
+    parser.add_argument("--latents", nargs=3, type=int, default=None, metavar=("F", "H", "W"), help="with --speed")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each variant with --speed")
     parser.add_argument("--save", default=None, metavar="NAME", help="write results/NAME.json")
     parser.add_argument("--one", nargs=3, default=None, metavar=("FAMILY", "WAY", "PATH"), help=argparse.SUPPRESS)
@@ -118,8 +129,13 @@ def main() -> None:
         header, row, line = LARGE_HEADER, lambda name: large_row_of(name, size, budget), large_line_of
     if arguments.speed:
         direction = Direction.ENCODE if arguments.encode else Direction.DECODE
-        header, row, line = SPEED_HEADER, lambda name: speed_row_of(name, direction, arguments.repeats), speed_line_of
-    machine = f"{device_name(CPU)}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+        wanted = None if arguments.latents is None else tuple(arguments.latents)
+        header, row, line = (
+            SPEED_HEADER,
+            lambda name: speed_row_of(name, direction, wanted, arguments.repeats),
+            speed_line_of,
+        )
+    machine = f"{device_name(CPU)}, {cpu_class()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     print(f"{machine}\n\n{header}\n{'| --- ' * header.count(' | ')}| --- |", flush=True)
     rows = []
     for name in arguments.only:
@@ -130,8 +146,19 @@ def main() -> None:
         (RESULTS / f"{arguments.save}.json").write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def speed_row_of(name: str, direction: Direction, repeats: int) -> dict[str, Any]:
-    """Run all variants of a family in this process, alternating, and return the fastest time of each in seconds."""
+def cpu_class() -> str:
+    """Return what the CPU multiplies bfloat16 with, unless ONEDNN_MAX_CPU_ISA forbids it."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = "AMX" if "amx_bf16" in flags else "AVX512-BF16" if "avx512_bf16" in flags else "no bfloat16 in hardware"
+    return f"limited to {limit}" if limit else found
+
+
+def speed_row_of(name: str, direction: Direction, size: tuple[int, ...] | None, repeats: int) -> dict[str, Any]:
+    """Run all variants of a family in this process, alternating, and return the fastest time of each in seconds.
+
+    size: latent frames, height and width; None for those of the case.
+    """
     torch.manual_seed(0)
     vae, family = made(name, direction)
     half = copy.deepcopy(vae).to(torch.bfloat16)
@@ -144,9 +171,15 @@ def speed_row_of(name: str, direction: Direction, repeats: int) -> dict[str, Any
         "diffusers float32": stock(copy.deepcopy(vae), family),
         "diffusers bfloat16": stock(fastest, family),
         "ours float32": coder_of(vae, family, direction, OURS),
-        "ours bfloat16": coder_of(half, family, direction, OURS),
     }
-    values = input_of(name, family.describe(vae.config), direction)
+    if name == "Wan 2.1" and direction is Direction.DECODE and importlib.util.find_spec("fastvae"):
+        coders["fastvae bfloat16"] = FastVAE(half)
+    coders["ours bfloat16"] = coder_of(half, family, direction, OURS)  # it takes the weights
+    latents = CASES[name].latents
+    if size is not None:
+        latents = (latents[0], *size[4 - len(latents) :])
+    values = input_of(latents, family.describe(vae.config), direction)
+    work, rate = flops_of(coders["diffusers float32"], direction, values), convolution_rate()
     outputs: dict[str, Tensor] = {}
     seconds = dict.fromkeys(coders, math.inf)
     for turn in range(repeats):
@@ -160,12 +193,55 @@ def speed_row_of(name: str, direction: Direction, repeats: int) -> dict[str, Any
         "direction": direction,
         "s": seconds,
         "dB": {way: psnr(output.float(), reference) for way, output in outputs.items()},
+        "share": work / seconds["ours bfloat16"] / rate,
+        "peak_bytes": {way: live_bytes(coders[way], direction, values) for way in coders if "bfloat16" in way},
+        "hash": hashlib.sha256(outputs["ours bfloat16"].float().numpy().tobytes()).hexdigest()[:8],
     }
 
 
-def input_of(name: str, spec: LatentSpec, direction: Direction) -> Tensor:
-    """Return the latents of a case, or pixels in [-1, 1] of the size that they decode to."""
-    latents = CASES[name].latents
+class FastVAE:
+    """The decoder of the package fastvae."""
+
+    def __init__(self, vae: Any) -> None:
+        from fastvae import FastVAEDecoder  # type: ignore[import-not-found]  # not a requirement
+
+        self.decoder = FastVAEDecoder.from_vae(copy.deepcopy(vae))
+
+    def decode(self, latents: Tensor, _layout: Layout, *, budget_bytes: int | None = None) -> Coded:
+        """Decode as `Decoder.decode` does."""
+        sample: Tensor = self.decoder.decode(latents.bfloat16())
+        return Coded(sample, torch.isfinite(sample).all())
+
+
+def flops_of(coder: Any, direction: Direction, values: Tensor) -> int:
+    """Return the floating-point operations of one run."""
+    with FlopCounterMode(display=False) as counter:
+        run(coder, direction, values)
+    total: int = counter.get_total_flops()
+    return total
+
+
+def convolution_rate() -> float:
+    """Return the bfloat16 operations per second of a convolution over frames of usual size, in its faster form."""
+    kernels = CpuKernels(torch.bfloat16)
+    window = torch.randn(trial.FRAMES, trial.ROWS, trial.COLUMNS, trial.CHANNELS).bfloat16()  # [n, r, W, C]
+    weight = torch.randn(trial.CHANNELS, trial.CHANNELS, TAPS, 3, 3).bfloat16()  # [O, I, 3, 3, 3]
+    kernels.in_3d = trial.is_faster_in_3d(kernels, CPU, torch.bfloat16)
+    packed, bias = kernels.pack_frames(weight), weight.new_zeros(trial.CHANNELS)  # [O]
+    seconds = min(trial.seconds(lambda: kernels.conv_frames(window, packed, bias, 1)) for _ in range(5))
+    pixels = (trial.FRAMES - TAPS + 1) * (trial.ROWS - 2) * trial.COLUMNS
+    return 2 * weight.numel() * pixels / seconds
+
+
+def live_bytes(coder: Any, direction: Direction, values: Tensor) -> int:
+    """Return the peak bytes of live tensors in a run, beside its output."""
+    with LiveBytes() as live:
+        output = run(coder, direction, values)
+    return live.most - output.nbytes
+
+
+def input_of(latents: tuple[int, ...], spec: LatentSpec, direction: Direction) -> Tensor:
+    """Return latents of a shape (C, (F,) h, w), or pixels in [-1, 1] of the size that they decode to."""
     if direction is Direction.DECODE:
         return torch.randn(1, *latents)  # [1, C, (F,) h, w]
     frames = ((latents[1] - 1) * spec.temporal_compression_ratio + 1,) if len(latents) == 4 else ()
@@ -194,7 +270,11 @@ def speed_line_of(row: dict[str, Any]) -> str:
     ours, ours_half = seconds["ours float32"], seconds["ours bfloat16"]
     ratios = single / best, single / ours, single / ours_half, best / ours_half
     cells = [row["family"], f"{single:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+    cells.append(f"{single / seconds['fastvae bfloat16']:.2f}" if "fastvae bfloat16" in seconds else "")
     cells += [f"{close[way]:.1f}" for way in ("ours float32", "diffusers bfloat16", "ours bfloat16")]
+    peaks = row["peak_bytes"]
+    cells += [f"{row['share']:.0%}", *(f"{peaks[way] / MEGA:.0f}" for way in ("diffusers bfloat16", "ours bfloat16"))]
+    cells.append(row["hash"])
     return f"| {' | '.join(cells)} |"
 
 
