@@ -319,4 +319,5 @@ def warm_up(model: LoadedModel[Any], sizes: tuple[tuple[int, int], ...]) -> None
         shape = model.family.latent_shape(model.spec, height, width)
         with torch.inference_mode():
             latents = torch.zeros(shape, device=model.device, dtype=model.dtype)
-            decoder.decode(latents, Layout.PIXELS, budget_bytes=model.budget_bytes, **arguments)
+            with model.precision():
+                decoder.decode(latents, Layout.PIXELS, budget_bytes=model.budget_bytes, **arguments)

@@ -60,7 +60,7 @@ class TritonKernels(Kernels):
         triton_kernels.affine_kernel[(norm.groups, batch)](
             count, mean, m2, norm.weight if offset is None else offset, norm.weight, norm.bias, scale, shift,
             k, channels, group, norm.eps, OFFSET=offset is not None,
-            TILES=triton.cdiv(k, BLOCK_K), BLOCK_K=BLOCK_K, BLOCK_C=triton.next_power_of_2(group),
+            TILES=_rounded(triton.cdiv(k, BLOCK_K)), BLOCK_K=BLOCK_K, BLOCK_C=triton.next_power_of_2(group),
         )  # fmt: skip
         return Affine(scale, shift)
 
@@ -109,13 +109,20 @@ class TritonKernels(Kernels):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
         """Attend as `Kernels.attend` says. The softmax overwrites the scores."""
-        scores = torch.matmul(query, key.transpose(1, 2))  # [B, t, N]
+        # Scaled before the product, which would overflow float16.
+        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(1, 2))  # [B, t, N]
         columns = scores.shape[2]
         block = min(SOFTMAX_BLOCK, triton.next_power_of_2(columns))
         triton_kernels.softmax_kernel[(scores.shape[0] * scores.shape[1],)](
-            scores, columns, query.shape[-1] ** -0.5, TILES=triton.cdiv(columns, block), BLOCK=block, num_warps=8
+            scores, columns, TILES=_rounded(triton.cdiv(columns, block)), BLOCK=block, num_warps=8
         )
         return scores @ value  # [B, t, C]
+
+
+def _rounded(tiles: int) -> int:
+    """Return the next power of two, because each number of tiles compiles another kernel."""
+    rounded: int = triton.next_power_of_2(tiles)
+    return rounded
 
 
 def _chunks(x: Tensor, pixels: int, channels: int) -> tuple[Any, int, Moments, int]:
@@ -127,9 +134,7 @@ def _chunks(x: Tensor, pixels: int, channels: int) -> tuple[Any, int, Moments, i
     batch, block_c = x.shape[0], min(BLOCK_C, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block_c)
     wanted = max(1, PROGRAMS // (blocks * batch))
-    tiles = triton.next_power_of_2(
-        triton.cdiv(pixels, BLOCK_P * wanted)
-    )  # a power of two: each value compiles another kernel
+    tiles = _rounded(triton.cdiv(pixels, BLOCK_P * wanted))
     chunk = tiles * BLOCK_P
     k = triton.cdiv(pixels, chunk)
     first = torch.arange(k, device=x.device, dtype=torch.float32) * chunk  # [K]

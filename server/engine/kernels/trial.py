@@ -1,4 +1,4 @@
-"""Which form of a convolution over frames a machine runs faster: tried once, when the first weights are packed."""
+"""Which form of a convolution over frames a device runs faster: tried once in a process for each device and dtype."""
 
 from __future__ import annotations
 

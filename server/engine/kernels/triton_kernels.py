@@ -150,21 +150,21 @@ def normalize_kernel(
 
 
 @triton.jit
-def softmax_kernel(scores_ptr, columns, scale, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace each row with softmax(scale * row). One read finds both the maximum and the sum. Grid: [rows]."""
+def softmax_kernel(scores_ptr, columns, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Replace each row with its softmax. One read finds both the maximum and the sum. Grid: [rows]."""
     row_ptr = scores_ptr + tl.program_id(0).to(tl.int64) * columns
     peak = tl.full([BLOCK], -1e30, tl.float32)  # finite, because -inf - -inf of a lane past the end would be NaN
     total = tl.zeros([BLOCK], tl.float32)
     for tile in range(TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']
         s = tl.load(row_ptr + at, mask=at < columns, other=float("-inf")).to(tl.float32)  # [N']
-        higher = tl.maximum(peak, s * scale)  # [N']
-        total = total * tl.exp(peak - higher) + tl.exp(s * scale - higher)  # [N']
+        higher = tl.maximum(peak, s)  # [N']
+        total = total * tl.exp(peak - higher) + tl.exp(s - higher)  # [N']
         peak = higher
     highest = tl.max(peak, 0)
     rsum = 1.0 / tl.sum(total * tl.exp(peak - highest), 0)
     for tile in range(TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']
         s = tl.load(row_ptr + at, mask=at < columns, other=0.0).to(tl.float32)  # [N']
-        p = tl.exp(s * scale - highest) * rsum  # [N']
+        p = tl.exp(s - highest) * rsum  # [N']
         tl.store(row_ptr + at, p.to(scores_ptr.dtype.element_ty), mask=at < columns)

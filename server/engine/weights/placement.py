@@ -74,7 +74,7 @@ def choose_precision(wanted: str, info: ModelInfo, device: torch.device, *, is_e
 
 def _on_cpu(is_exact: bool) -> Precision:
     if not is_exact:
-        return Precision(torch.float32, "dtype auto: on a CPU, diffusers' own layers run in float32.")
+        return Precision(torch.float32, "dtype auto: on a CPU, classes without layers of our own run in float32.")
     if preferred_cpu_dtype() is torch.float32:
         return Precision(torch.float32, "dtype auto: this CPU does not multiply bfloat16 in hardware.")
     return Precision(torch.bfloat16, "dtype auto: this CPU multiplies bfloat16 in hardware.")
@@ -87,11 +87,17 @@ def _on_gpu(usual: str, must_upcast: bool | None, device: torch.device) -> Preci
         return Precision(torch.float32, reason, allows_tf32=True)
     if usual == "float16" and not must_upcast:
         return Precision(torch.float16, "dtype auto: the usual dtype of this family on a GPU.")
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+    if device.type == "cuda" and has_bfloat16(device):
         why = "config.json has force_upcast" if usual == "float16" else "the usual dtype of this family on a GPU"
         return Precision(torch.bfloat16, f"dtype auto: {why}.")
     reason = "dtype auto: this device does not multiply bfloat16 in hardware."
     return Precision(torch.float32, reason, allows_tf32=True)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a CUDA GPU multiplies bfloat16 in hardware."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(False))
 
 
 def move(vae: torch.nn.Module, device: torch.device) -> None:

@@ -111,6 +111,15 @@ def test_attention_equals_torch(kernels: Kernels, positions: int) -> None:
     torch.testing.assert_close(kernels.attend(query, key, value), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_attention_of_large_values_stays_finite_in_half_precision(kernels: Kernels) -> None:
+    """The products of queries and keys exceed float16 before they are scaled."""
+    query = key = torch.full((1, 4, 512), 12.0, dtype=torch.float16, device=DEVICE)
+    value = randn(1, 4, 512).half()
+    torch.testing.assert_close(
+        kernels.attend(query, key, value), value.mean(1, keepdim=True).expand(-1, 4, -1), atol=2e-3, rtol=1e-2
+    )
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_a_whole_decode_in_bands_equals_diffusers(kernels: Kernels, recomputes: bool) -> None:
     vae = build("one-block").to(DEVICE)

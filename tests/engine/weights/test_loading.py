@@ -22,7 +22,7 @@ from server.config import ModelEntry, load_settings
 from server.engine.coders.build import build_coder
 from server.engine.kernels.cpu import preferred_cpu_dtype
 from server.engine.models import LoadedModels
-from server.engine.weights import hub, loading
+from server.engine.weights import hub, loading, placement
 from server.engine.weights.config_json import OTHER_PARTS, read_info, whole_config
 from server.engine.weights.hub import Source
 from server.engine.weights.placement import choose_precision
@@ -358,7 +358,7 @@ def test_the_dtype_on_a_gpu(
     change(copy, force_upcast=force_upcast)
     info = read_info(source(copy))
     info = replace(info, latents=replace(info.latents, family=family))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _: has_bf16)
+    monkeypatch.setattr(placement, "has_bfloat16", lambda _: has_bf16)
     chosen = choose_precision(wanted, info, GPU, is_exact=True)
     assert (chosen.dtype, chosen.allows_tf32) == (expected, allows_tf32)
     assert chosen.reason.endswith(".")

@@ -228,13 +228,12 @@ def take_attention(attention: Any) -> Attention:
     """
     query, key, value = take_linear(attention.to_q), take_linear(attention.to_k), take_linear(attention.to_v)
     out = take_linear(attention.to_out[0])
-    dtype = query.weight.dtype
-    weight = out.weight.double() @ value.weight.double()  # [C, C]
-    bias = torch.zeros_like(weight[0]) if out.bias is None else out.bias.double()  # [C]
+    weight = precise(out.weight) @ precise(value.weight)  # [C, C]
+    bias = torch.zeros_like(weight[0]) if out.bias is None else precise(out.bias)  # [C]
     if value.bias is not None:
-        bias = bias + out.weight.double() @ value.bias.double()  # [C]
-    folded = Linear(weight.to(dtype), None)
-    return Attention(take_norm(attention.group_norm), query, Linear(key.weight, None), folded, bias.to(dtype))
+        bias = bias + precise(out.weight) @ precise(value.bias)  # [C]
+    folded = Linear(weight.to(query.weight), None)
+    return Attention(take_norm(attention.group_norm), query, Linear(key.weight, None), folded, bias.to(query.weight))
 
 
 def take_conv(conv: Any, kernels: Kernels) -> Conv:
@@ -266,6 +265,11 @@ def take_weights(conv: Any) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
+def precise(x: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU if its own device has no float64, as Apple GPUs do not."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def empty(module: nn.Module) -> None:
     """Replace the module's own parameters, not those of its children, with empty tensors."""
     for parameter in module.parameters(recurse=False):
@@ -294,9 +298,9 @@ def fold_quant(weight: Tensor, bias: Tensor, quant: Linear) -> tuple[Tensor, Ten
 
     This saves one convolution and the rounding of its input.
     """
-    mixing, dtype = quant.weight.double(), weight.dtype  # [O, I]
-    mixed = torch.einsum("oi,ickl->ockl", mixing, weight.double())  # [O, C, 3, 3]
-    constant = mixing @ bias.double()  # [O]
+    mixing = precise(quant.weight)  # [O, I]
+    mixed = torch.einsum("oi,ickl->ockl", mixing, precise(weight))  # [O, C, 3, 3]
+    constant = mixing @ precise(bias)  # [O]
     if quant.bias is not None:
-        constant = constant + quant.bias.double()  # [O]
-    return mixed.to(dtype), constant.to(dtype)
+        constant = constant + precise(quant.bias)  # [O]
+    return mixed.to(weight), constant.to(weight)

@@ -1,1 +1,1 @@
-"""Decoders of video VAEs: the exact HunyuanVideo decoder, and diffusers' own decoders, run piece by piece."""
+"""The exact coders of video VAEs: one engine for causal decoders and encoders, and the decoder of LTX."""

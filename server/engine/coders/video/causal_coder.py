@@ -40,6 +40,8 @@ class CausalCoder:
 
     def run(self, plan: Plan, pieces: list[Piece], write: Write, check: Check) -> None:
         """Run a plan on the latents or pixels of one video, in pieces. write: receives the output."""
-        video = VideoRun(self.network, Run(self.kernels, plan.band_bytes, QUERY_BYTES, check), pieces, write)
+        on_cpu = self.network.weights.device.type == "cpu"  # where attention is fused and stores no scores
+        query_bytes = QUERY_BYTES if on_cpu else min(QUERY_BYTES, 2 * plan.band_bytes)
+        video = VideoRun(self.network, Run(self.kernels, plan.band_bytes, query_bytes, check), pieces, write)
         for leg in plan.legs:
             video.run_leg(leg)

@@ -66,8 +66,9 @@ class ExactCausalDecoder(CausalCoder):
         videos = latents if latents.ndim == 5 else latents[:, :, None]  # [B, C, F, h, w]
         batch, _, latent_frames, height, width = videos.shape
         ratio, frames = weights.spatial_ratio(), weights.frames(latent_frames)
+        free = free_bytes(weights.device)
         output = Output(layout, (batch * frames, ratio * height, ratio * width, weights.channels), videos)
-        budget = free_bytes(weights.device) - output.tensor.nbytes if budget_bytes is None else budget_bytes
+        budget = free - output.tensor.nbytes if budget_bytes is None else budget_bytes
         plan = self.plan(latent_frames, height, width, budget)
         for index, video in enumerate(videos.permute(0, 2, 3, 4, 1).contiguous()):  # [F, h, w, C]
             write = _writer(output, index * frames, weights.dropped, ratio * height, emit)

@@ -63,8 +63,9 @@ class ExactCausalEncoder(CausalCoder):
             )
         latent_frames = weights.latent_frames(frames)
         shape = (batch * latent_frames, height // ratio, width // ratio, weights.channels)
+        free = free_bytes(weights.device)
         output = Output(Layout.SAMPLE, shape, torch.empty(0, dtype=weights.dtype, device=weights.device))
-        budget = free_bytes(weights.device) - output.tensor.nbytes if budget_bytes is None else budget_bytes
+        budget = free - output.tensor.nbytes if budget_bytes is None else budget_bytes
         plan = self.plan(latent_frames, *shape[1:3], budget)
         for index, video in enumerate(videos[:, :, :frames].permute(0, 2, 3, 4, 1)):  # [F, H, W, C]
 

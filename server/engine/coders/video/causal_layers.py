@@ -147,8 +147,8 @@ class CausalUpsample:
     weight: packed [T 4 O, k I, 2, 2]; its inputs are a frame and the k - 1 before it, side by side, and its outputs the
         phases (frame s of T, row p of 2, column q of 2). T is 2 where the upsampling doubles the frames, too, except
         the first one of a video.
-    first: packed [4 O, n I, 2, 2]: the weight for the first frame of a video, before which the first frame is repeated,
-        as the sum of n = `first_terms` weights.
+    first: packed [4 O, n I, 2, 2]: n = `first_terms` weights side by side, whose sum is the weight for a video's first
+        frame.
     after: how the frames of all chunks but the first are doubled afterwards; None if they stay.
     """
 

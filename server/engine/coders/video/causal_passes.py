@@ -47,7 +47,10 @@ Fill = Callable[[int, int, Tensor], None]
 
 @dataclass
 class Past:
-    """What the layers remember of earlier chunks: for each causal layer, the last two frames of its input."""
+    """What the layers remember of earlier chunks: most of them the last frames of their input, `[n, H, W, C]`.
+
+    An attention to all frames so far remembers their keys and values.
+    """
 
     frames: dict[int, Tensor] = field(default_factory=dict, kw_only=True)  # by layer, [2, H, W, C]
 
@@ -263,7 +266,7 @@ def windows(
     repeats = not isinstance(layer, CausalConv) or layer.before is Before.FIRST_FRAME
     columns = slice(edge, width + edge)
     kept = x.new_empty(history, height, width, channels)  # [k - 1, H, W, C]
-    for top, bottom in run.bands(frames, height, width * channels, x.element_size()):
+    for top, bottom in run.bands(frames, height, width * widest(layer, channels), x.element_size()):
         above, below = max(top - 1, 0), min(bottom + 1, height)
         window = x.new_empty(frames, bottom - top + 2, width + 2 * edge, channels)  # [n + k - 1, r + 2, W (+ 2), C]
         rows = slice(above - top + 1, below - top + 1)
@@ -276,6 +279,12 @@ def windows(
         fill_edges(window, REPEATED if layer.replicates else ZERO, is_top=top == 0, is_bottom=bottom == height)
         yield top, bottom, window, is_first
     past.keep(layer, kept)
+
+
+def widest(layer: CausalConv | CausalUpsample, channels: int) -> int:
+    """Return the most values that a layer holds for each pixel and frame: of its input, or of the phases it makes."""
+    phases = 1 if isinstance(layer, CausalConv) else 4 * layer.times
+    return max(channels, phases * layer.out_channels)
 
 
 def history_of(layer: CausalConv | CausalUpsample) -> int:
@@ -312,15 +321,21 @@ def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [
         key = F.linear(tokens, block.key.weight, block.key.bias)  # [1, h w, C]
         value = F.linear(tokens, block.value.weight, block.value.bias)  # [1, h w, C]
         if block.sees_past:
-            if (before := past.of(block)) is not None:
-                key, value = torch.cat([before[:1], key], 1), torch.cat([before[1:], value], 1)  # [1, F h w, C]
-            past.keep(block, torch.cat([key, value]))  # [2, F h w, C]
+            key, value = _with_past(past, block.key, key), _with_past(past, block.value, value)  # [1, F h w, C] each
         rows = max(1, run.query_bytes // (key.shape[1] * x.element_size()))
         for start in range(0, len(frame), rows):
             run.check()
             query = F.linear(tokens[:, start : start + rows], block.query.weight, block.query.bias)  # [1, t, C]
             frame[start : start + rows] += run.kernels.kernels.attend(query, key, value)[0].add_(block.bias)
     return x
+
+
+def _with_past(past: Past, layer: Linear, latest: Tensor) -> Tensor:  # [1, h w, C] -> [1, F h w, C]
+    """Return the keys or values of all frames so far, and remember them."""
+    before = past.of(layer)
+    whole = latest if before is None else torch.cat([before, latest], 1)
+    past.keep(layer, whole)
+    return whole
 
 
 def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], Tensor]:  # [n, h, w, C]

@@ -109,12 +109,13 @@ class VideoRun:
         pieces = self.pieces if consumes else list(self.pieces)
         pieces.reverse()
         while pieces:
-            piece = pieces.pop()
-            for part in _split(piece, leg.frames):
-                if consumes and leg.start > 0:
-                    yield part
-                else:
-                    yield Piece(part.place, part.state.map(partial(self._rows, leg, slab)))
+            parts = list(_split(pieces.pop(), leg.frames))
+            parts.reverse()
+            while parts:  # no variable here keeps a part alive while the stages run
+                yield parts.pop() if consumes and leg.start > 0 else self._copied(leg, slab, parts.pop())
+
+    def _copied(self, leg: Leg, slab: Slab, piece: Piece) -> Piece:
+        return Piece(piece.place, piece.state.map(partial(self._rows, leg, slab)))
 
     def _rows(self, leg: Leg, slab: Slab, x: Tensor) -> Tensor:  # [n, s h, W, C] -> [n, s (below - above), W, C]
         """Return the rows of a slab and around it: a copy, or what the first stage takes, which it does not change."""

@@ -5,7 +5,7 @@ The checks of one family are in its own module. Everything unknown is a reason t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,12 @@ def conv_reasons(
     kernel: tuple[int, ...],
     padding: tuple[int, ...] = (0, 0, 0),
     stride: tuple[int, ...] | None = None,
+    modes: Container[str] = ("zeros",),
 ) -> Iterator[str]:
-    """Check a convolution. padding: what the convolution itself adds, by axis. stride: by axis; None means 1."""
+    """Check a convolution.
+
+    padding: what the convolution itself adds, by axis. stride: by axis; None means 1. modes: known modes of padding.
+    """
     kind = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
     ones = (1,) * len(kernel)
     known = (
@@ -27,6 +31,7 @@ def conv_reasons(
         and conv.kernel_size == kernel
         and tuple(conv.padding) == padding[: len(kernel)]
         and (conv.stride, conv.dilation, conv.groups) == (stride or ones, ones, 1)
+        and conv.padding_mode in modes
         and conv.bias is not None
     )
     if not known:

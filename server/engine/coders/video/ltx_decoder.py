@@ -76,8 +76,9 @@ class ExactLTXDecoder:
             )
         videos = latents.to(weights.device, weights.dtype).permute(0, 2, 3, 4, 1).contiguous()  # [B, F, h, w, C]
         frames, ratio = (latent_frames - 1) * weights.temporal_ratio() + 1, weights.spatial_ratio()
+        free = free_bytes(weights.device)
         output = Output(layout, (batch * frames, ratio * height, ratio * width, weights.channels), videos)
-        budget = free_bytes(weights.device) - output.tensor.nbytes if budget_bytes is None else budget_bytes
+        budget = free - output.tensor.nbytes if budget_bytes is None else budget_bytes
         plan = self.plan(latent_frames, height, width, budget)
         run = Run(self.kernels, plan.band_bytes, QUERY_BYTES, check)
         decoder = weights.at(arguments.get("timestep", 0.0))

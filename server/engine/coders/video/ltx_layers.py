@@ -301,7 +301,7 @@ def _resnet(name: str, resnet: Any, prefix: str) -> Iterator[str]:
     if resnet.conv_shortcut is not None:
         if type(resnet.norm3) is not nn.LayerNorm or resnet.norm3.weight is None or resnet.norm3.bias is None:
             yield f"{name}.norm3 is not a layer norm with weight and bias."
-        yield from conv_reasons(f"{name}.conv_shortcut", _inner(resnet.conv_shortcut), (1, 1, 1))
+        yield from conv_reasons(f"{name}.conv_shortcut", _inner(resnet.conv_shortcut), (1, 1, 1), modes=EDGES)
 
 
 def _norm(name: str, norm: Any) -> Iterator[str]:
@@ -315,9 +315,10 @@ def _norm(name: str, norm: Any) -> Iterator[str]:
 
 def _conv(name: str, conv: Any, prefix: str) -> Iterator[str]:
     yield from class_reasons(name, conv, f"{prefix}CausalConv3d", {"conv"})
-    yield from conv_reasons(f"{name}.conv", conv.conv, (3, 3, 3), (0, 1, 1))
-    if conv.conv.padding_mode not in EDGES:
-        yield f"{name} pads by {conv.conv.padding_mode}."
+    mode = conv.conv.padding_mode
+    yield from conv_reasons(f"{name}.conv", conv.conv, (3, 3, 3), (0, 1, 1), modes=(mode,))
+    if mode not in EDGES:
+        yield f"{name} pads by {mode}."
 
 
 def _inner(conv: Any) -> Any:
