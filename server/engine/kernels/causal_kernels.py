@@ -67,7 +67,7 @@ class CausalKernels:
         out.copy_(F.silu(y, inplace=True))
 
     def affine_silu(self, x: Tensor, affine: Affine, out: Tensor) -> None:  # [r, W, C] twice
-        """Write silu(scale * x + shift) to `out`. affine: of one image."""
+        """Write silu(scale * x + shift) to `out`. affine: the map of one image."""
         if out.is_contiguous():
             self.kernels.normalize(x[None], affine, out[None], silu=True)
         else:

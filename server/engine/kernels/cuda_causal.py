@@ -1,5 +1,6 @@
 """The kernels of a causal coder on a CUDA GPU: convolutions by cuDNN, everything between them by Triton."""
 
+# Triton has no types, and is not installed everywhere.
 # mypy: disable-error-code="import-untyped, import-not-found"
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ class CausalDecoder:
     patch: side of the pixel blocks that the last layer's channels contain; 1 if they are the sample's own.
     clamps: the sample is clamped to [-1, 1].
     repeats_input: how often each latent channel is repeated to be added to conv_in's output; 0 for never.
-    chunk: latent frames that are decoded together. What is left over is decoded with the first ones.
+    chunk: latent frames that are decoded together. The remainder is decoded with the first chunk.
     dropped: frames at the start of the sample that are not part of the video.
     """
 

@@ -282,7 +282,7 @@ def windows(
 
 
 def widest(layer: CausalConv | CausalUpsample, channels: int) -> int:
-    """Return the most values that a layer holds for each pixel and frame: of its input, or of the phases it makes."""
+    """Return the most values that a layer holds for each pixel and frame, either as its input or as its phases."""
     phases = 1 if isinstance(layer, CausalConv) else 4 * layer.times
     return max(channels, phases * layer.out_channels)
 

@@ -460,7 +460,7 @@ class Planner:
         return min(self.size.height, leg.slab_rows + 2 * self.network.halo_rows(leg.start, leg.stop))
 
     def leg_bytes(self, leg: Leg) -> int:
-        """Return the memory of a leg: what is stored before and after it, what layers remember, and one chunk."""
+        """Return the bytes that a leg needs: stored activations, the frames that layers remember, and one chunk."""
         network, size = self.network, self.size
         row = size.width * self.itemsize
         entering = 0 if leg.start == 0 else network.stored[leg.start]

@@ -178,7 +178,7 @@ def advance(stage: Stage, run: Run, past: VideoPast, state: State) -> State:
 
 
 def _split(piece: Piece, frames: int | None) -> Iterator[Piece]:
-    """Split stored frames into as many as are computed at a time. The first frame of a video comes alone."""
+    """Split stored frames into as many as are computed at a time. The first frame of a video is a part by itself."""
     if frames is None:
         yield piece
         return

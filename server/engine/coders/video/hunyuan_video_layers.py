@@ -1,6 +1,6 @@
 """HunyuanVideo: check that the structure is known, and take the weights.
 
-Its norms span the whole video. What is computed is what diffusers computes with `use_framewise_decoding` and
+Its norms span the whole video. The result is that of diffusers with `use_framewise_decoding` and
 `use_framewise_encoding` off: no temporal tiles, no blending.
 """
 

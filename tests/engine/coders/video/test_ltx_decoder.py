@@ -255,7 +255,7 @@ def test_a_budget_is_kept_at_the_published_size(
     with torch.device("meta"):
         vae = PUBLISHED[name]()
         family = family_of_class(type(vae).__name__)
-        decoder: Any = build_coder(vae, family, Direction.DECODE, "auto", "none")[0]  # type: ignore[arg-type]  # known
+        decoder: Any = build_coder(vae, family, Direction.DECODE, "auto", "none")[0]  # type: ignore[arg-type]  # the family is known
 
         def peak(budget: int | None) -> int:
             latents = torch.empty(1, 128, *shape)
