@@ -99,7 +99,7 @@ def causal_downsample(
         taps = torch.cat([window[tap : end : step.times] for tap, end in enumerate(ends)], -1)  # [n / T, ..., 3 C]
         out[:, top:bottom] = run.kernels.kernels.conv(taps, step.weight, step.bias, columns=0, stride=2)
     kept = TAPS - step.times
-    past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before, x])[-kept:])
+    past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before[n - kept :], x]))
     return out
 
 
