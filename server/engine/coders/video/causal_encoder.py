@@ -1,4 +1,4 @@
-"""The exact encoder of causal video VAEs: diffusers' own result, the first frame and then a few frames at a time."""
+"""The exact encoder of causal video VAEs: diffusers' own result, a few frames at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...kernels.choice import causal_kernels_for
 from ...memory import free_bytes
 from ..interface import Check, Coded, go_on
 from ..layouts import Output
-from . import hunyuan_video_15_layers, hunyuan_video_layers, wan_layers
+from . import cogvideox_layers, hunyuan_video_15_layers, hunyuan_video_layers, magvit_layers, wan_layers
 from .causal_coder import CausalCoder
 from .causal_encoder_layers import CausalEncoder
 from .causal_run import Piece
@@ -24,6 +24,8 @@ STRUCTURES = {
     **dict.fromkeys(wan_layers.PREFIXES, wan_layers),
     hunyuan_video_15_layers.NAME: hunyuan_video_15_layers,
     hunyuan_video_layers.NAME: hunyuan_video_layers,
+    cogvideox_layers.NAME: cogvideox_layers,
+    magvit_layers.NAME: magvit_layers,
 }
 ENCODED_CLASSES = frozenset(STRUCTURES)
 
@@ -72,8 +74,13 @@ class ExactCausalEncoder(CausalCoder):
             def write(frame: int, top: int, parameters: Tensor, start: int = index * latent_frames) -> None:
                 output.write(start + frame, top, parameters)
 
-            self.run(plan, [Piece(Place(0, is_single=True), State(video))], write, check)
+            self.run(plan, self._pieces(video), write, check)
         if pixels.ndim == 4:
             return Coded(output.tensor, output.finite)  # [B, 2 C', h, w]
         parameters = output.tensor.view(batch, latent_frames, *output.tensor.shape[1:]).transpose(1, 2)
         return Coded(parameters, output.finite)  # [B, 2 C', f, h, w]
+
+    def _pieces(self, video: Tensor) -> list[Piece]:  # [F, H, W, C]
+        """Return the pixels that enter the first layer, as chunks or, where these do not matter, at once."""
+        chunks = torch.split(video, self.weights.chunk_lengths(len(video)))
+        return [Piece(Place(number, number == 0), State(chunk)) for number, chunk in enumerate(chunks)]

@@ -14,30 +14,36 @@ from .causal_layers import Attention, CausalConv, Norm, Resnet
 
 @dataclass(frozen=True, eq=False)
 class Downsample:
-    """Halves rows and columns (`space`), then the frames except the first one of a video (`time`).
+    """Halves rows and columns (`space`), and the frames except the first one of a video.
 
     space: a 3x3 convolution of stride 2 that sees one row of zeros below the image and one column to its right.
     time: a convolution of stride 2 over three frames, 1x1 in space, as a linear map [C, 3 C] of frames side by side;
-        None where the frames stay.
+        It comes after `space`. None for no such layer.
+    averages_frames: pairs of frames are averaged before `space`.
     """
 
     space: Tensor  # packed [O, I, 3, 3]
     bias: Tensor  # [O]
     out_channels: int
-    time: Linear | None
+    time: Linear | None = None
+    averages_frames: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class CausalDownsample:
     """A causal 3x3x3 convolution of stride 2 in space, and of stride `times`, which is 1 or 2, in time.
 
-    Rows and columns around each frame repeat its edges, and the frames before a video repeat its first one.
+    replicates: the row above each frame and the column to its left repeat its edges. If not, the convolution sees a row
+        of zeros below the frame and a column of zeros to its right instead.
+
+    The frames before a video repeat its first one.
     """
 
     weight: Tensor  # packed [O, 3 I, 3, 3]: a frame and the two before it side by side, the oldest first
     bias: Tensor  # [O]
     times: int
     out_channels: int
+    replicates: bool
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,25 @@ class EncoderBlock:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """The frames of a video that diffusers encodes together.
+
+    length: the frames of a chunk.
+    first_takes_rest: frames that fill no chunk are encoded with the first one. If not, the first frame of a video is a
+        chunk of its own, and the last chunk may be shorter.
+    """
+
+    length: int
+    first_takes_rest: bool
+
+    def lengths(self, frames: int) -> list[int]:
+        """Return how many frames are encoded together, chunk by chunk."""
+        first = min(frames, self.length + frames % self.length) if self.first_takes_rest else 1
+        whole, rest = divmod(frames - first, self.length)
+        return [first, *[self.length] * whole, *([rest] if rest else [])]
+
+
+@dataclass(frozen=True)
 class CausalEncoder:
     """The weights of an encoder, in the order in which they are used.
 
@@ -91,6 +116,8 @@ class CausalEncoder:
     averages_output: means of neighbouring channels before the last norm are added to the output.
     ignored_chunk: diffusers encodes so many frames together, after the first one, and ignores frames at the end that
         fill no chunk. None if it ignores none.
+    chunks: how diffusers divides a video, if norms depend on it; None if any number of latent frames may be encoded at
+        a time. No chunk ends within the frames that become one latent frame.
     """
 
     patch: int
@@ -104,6 +131,7 @@ class CausalEncoder:
     dtype: torch.dtype
     device: torch.device
     ignored_chunk: int | None = None
+    chunks: Chunks | None = None
 
     @property
     def channels(self) -> int:
@@ -131,12 +159,25 @@ class CausalEncoder:
         """Return the latent frames of a video of this length."""
         return 1 + (self.frames(frames) - 1) // self.temporal_ratio()
 
+    def chunk_lengths(self, frames: int) -> list[int]:
+        """Return into how many frames a video of this length is divided before the first layer."""
+        return [frames] if self.chunks is None else self.chunks.lengths(frames)
+
+    def longest_chunk(self, latent_frames: int, frames: int) -> float:
+        """Return the most latent frames that are encoded together in a video of this length.
+
+        frames: those that a layer has of each latent frame but the first one, of which it has only one.
+        """
+        ratio = self.temporal_ratio()
+        first, *others = self.chunk_lengths(ratio * (latent_frames - 1) + 1)
+        return max((first - 1) / ratio + 1 / frames, *(length / ratio for length in others), 0)
+
 
 def time_shrinkage(step: EncoderStep) -> int:
     """Return how many frames become one in a layer, after the first frame of a video."""
     match step:
         case Downsample():
-            return 1 if step.time is None else 2
+            return 1 if step.time is None and not step.averages_frames else 2
         case CausalDownsample() | Fold():
             return step.times
         case _:

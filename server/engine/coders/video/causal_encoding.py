@@ -1,7 +1,8 @@
 """The layers of causal encoders that halve the size, on one chunk of frames. Nothing here is approximate.
 
-The convolutions, residual blocks and attentions are in `causal_passes.py`. The first frame of a video is a chunk of its
-own: no layer halves it in time. All other chunks have a multiple of the frames that become one.
+The convolutions, residual blocks and attentions are in `causal_passes.py`. No layer halves the first frame of a video
+in time: it is a chunk of its own, except for layers that average frames, which also take it with others after it.
+Beside it, chunks have a multiple of the frames that become one.
 """
 
 from __future__ import annotations
@@ -37,16 +38,33 @@ def encoder_block(block: EncoderBlock, run: Run, past: VideoPast, x: Tensor) -> 
 
 def downsample(step: Downsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H/2, W/2, C']
     """Halve the rows, the columns and the frames."""
-    n, height, width, channels = x.shape
+    _, height, width, channels = x.shape
+    single = int(past.place.is_single)
+    n = single + (len(x) - single) // 2 if step.averages_frames else len(x)
     out = x.new_empty(n, height // 2, width // 2, step.out_channels)
     for top, bottom in run.bands(n, height // 2, 2 * width * channels, x.element_size()):
         window = x.new_empty(n, 2 * (bottom - top) + 1, width + 1, channels)  # [n, 2 r + 1, W + 1, C]
         below = min(2 * bottom + 1, height)
-        window[:, : below - 2 * top, :-1] = x[:, 2 * top : below]
-        window[:, below - 2 * top :] = 0
-        window[:, :, -1] = 0
+        rows = window[:, : below - 2 * top, :-1]
+        if step.averages_frames:
+            average_frames(x[:, 2 * top : below], rows, single)
+        else:
+            rows.copy_(x[:, 2 * top : below])
+        zero_ends(window, below - 2 * top)
         out[:, top:bottom] = run.kernels.kernels.conv(window, step.space, step.bias, columns=0, stride=2)
     return out if step.time is None else halve_frames(step.time, past, out)
+
+
+def average_frames(x: Tensor, out: Tensor, single: int) -> None:  # [n, r, W, C], [n', r, W, C]
+    """Write the mean of each pair of frames to `out`. single: how many frames at the start, 0 or 1, are copied."""
+    out[:single] = x[:single]
+    torch.add(x[single::2], x[single + 1 :: 2], out=out[single:]).mul_(0.5)
+
+
+def zero_ends(window: Tensor, rows: int) -> None:  # [n, 2 r + 1, W + 1, C]
+    """Write zeros below so many rows of a window, and to the right of all."""
+    window[:, rows:] = 0
+    window[:, :, -1] = 0
 
 
 def halve_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n / 2, H, W, C]
@@ -76,24 +94,34 @@ def causal_downsample(
     frames = 1 + (len(before) + n - TAPS) // step.times
     out = x.new_empty(frames, height // 2, width // 2, step.out_channels)
     for top, bottom in run.bands(len(before) + n, height // 2, 2 * width * channels, x.element_size()):
-        window = downsampling_window(before, x, top, bottom)
+        window = downsampling_window(before, x, top, bottom, replicates=step.replicates)
         ends = [len(window) - TAPS + 1 + tap for tap in range(TAPS)]
         taps = torch.cat([window[tap : end : step.times] for tap, end in enumerate(ends)], -1)  # [n / T, ..., 3 C]
         out[:, top:bottom] = run.kernels.kernels.conv(taps, step.weight, step.bias, columns=0, stride=2)
     kept = TAPS - step.times
-    past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before, x])[-kept:])
+    past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before[n - kept :], x]))
     return out
 
 
 def downsampling_window(
-    before: Tensor, x: Tensor, top: int, bottom: int
+    before: Tensor, x: Tensor, top: int, bottom: int, *, replicates: bool
 ) -> Tensor:  # [k, H, W, C], [n, H, W, C] -> [k + n, 2 (bottom - top) + 1, W + 1, C]
-    """Return the rows of all frames that output rows [top, bottom) read, the row above and the column to the left."""
-    k, width = len(before), x.shape[2]
-    window = x.new_empty(k + len(x), 2 * (bottom - top) + 1, width + 1, x.shape[3])
-    above, edge = max(2 * top - 1, 0), int(top == 0)
-    window[:k, edge:, 1:] = before[:, above : 2 * bottom]
-    window[k:, edge:, 1:] = x[:, above : 2 * bottom]
+    """Return the rows of all frames that output rows [top, bottom) read, and what lies around the frames.
+
+    replicates: as `CausalDownsample` says.
+    """
+    k, (_, height, width, channels) = len(before), x.shape
+    window = x.new_empty(k + len(x), 2 * (bottom - top) + 1, width + 1, channels)
+    if replicates:
+        above, below = max(2 * top - 1, 0), 2 * bottom
+        rows = window[:, int(top == 0) :, 1:]
+    else:
+        above, below = 2 * top, min(2 * bottom + 1, height)
+        rows = window[:, : below - above, :-1]
+    rows[:k], rows[k:] = before[:, above:below], x[:, above:below]
+    if not replicates:
+        zero_ends(window, below - above)
+        return window
     if top == 0:
         window[:, 0] = window[:, 1]
     window[:, :, 0] = window[:, :, 1]

@@ -26,7 +26,7 @@ class PixelNorm:
 
 
 class Span(enum.Enum):
-    """The frames that share the statistics of a GroupNorm. CHUNK: those that diffusers decodes together."""
+    """The frames that share the statistics of a GroupNorm. CHUNK: those that diffusers computes together."""
 
     FRAME = enum.auto()
     CHUNK = enum.auto()

@@ -58,7 +58,7 @@ class Leg:
     """Stages [start, stop).
 
     slab_rows: how many latent rows are computed together; None for all.
-    frames: how many of the frames that enter are computed together, after the first one; None for the decoder's chunks.
+    frames: how many of the frames that enter are computed together, after the first one; None for diffusers' chunks.
         An encoder computes whole latent frames, so that every layer has all frames that it makes one of.
     """
 
@@ -157,18 +157,24 @@ class Network:
         """Return whether the first latent frame of a video of this length belongs to a single frame."""
         return isinstance(self.weights, CausalEncoder) or self.weights.starts_single(latent_frames)
 
-    @property
-    def chunk(self) -> int:
-        """The latent frames that diffusers computes together. No layer of an encoder depends on it."""
-        return 1 if isinstance(self.weights, CausalEncoder) else self.weights.chunk
+    def longest_chunk(self, latent_frames: int, frames: int) -> float:
+        """Return the most latent frames that diffusers computes together in a video of this length.
+
+        frames: those that a stage has of each latent frame. If the first chunk has a latent frame more than the others,
+            the first one is a single frame.
+        """
+        if isinstance(self.weights, CausalEncoder):
+            return self.weights.longest_chunk(latent_frames, frames)
+        chunk = self.weights.chunk
+        return chunk if chunk == 1 or latent_frames % chunk == 0 else chunk + 1 / frames
 
     @cached_property
     def is_divisible(self) -> bool:
         """Whether any number of frames can be computed at a time, because no norm spans those of a chunk."""
         if isinstance(self.weights, CausalEncoder):
-            return True
+            return self.weights.chunks is None
         norms = [norm for stage in self.stages if (norm := span_norm(stage)) is not None]
-        return self.chunk == 1 and all(norm.span is Span.VIDEO for norm in norms)
+        return self.weights.chunk == 1 and all(norm.span is Span.VIDEO for norm in norms)
 
     @cached_property
     def wholes(self) -> list[int]:
@@ -352,7 +358,7 @@ def _shrinking(step: Shrinking, grid: Grid) -> Need:
     entered, stored = grid.values, made.values
     match step:
         case Downsample():
-            halved = grid.frames * made.pixels * made.channels
+            halved = (made if step.time is None else grid).frames * made.pixels * made.channels
             past = 0 if step.time is None else made.pixels * made.channels
             # Where time shrinks: the halved frames, the same side by side, and the output.
             held = entered + halved + (0 if step.time is None else (TAPS + 1) * stored)
@@ -485,9 +491,6 @@ class Planner:
 
     def latent_frames(self, leg: Leg, need: Need) -> float:
         """Return how many latent frames a stage of a leg computes at a time, at most."""
-        chunk, entering = self.network.chunk, self.network.frames[leg.start]
-        if leg.frames is not None:
-            return min(leg.frames / entering, self.size.frames)
-        if chunk == 1 or self.size.frames % chunk == 0:
-            return chunk
-        return chunk + 1 / need.grid.frames  # the first chunk has one latent frame more, which becomes a single frame
+        if leg.frames is None:
+            return self.network.longest_chunk(self.size.frames, need.grid.frames)
+        return min(leg.frames / self.network.frames[leg.start], self.size.frames)

@@ -21,7 +21,8 @@ from .causal_layers import Span, SpanNorm
 class Place:
     """Where a chunk is in its video.
 
-    number: counts the chunks. is_single: the chunk's first frame is the first of the video and is not doubled in time.
+    number: counts the chunks.
+    is_single: the chunk's first frame is the first of the video and is not doubled or halved in time.
     latents: the chunk's latents `[F, h, w, Z]`, for norms of decoders that are scaled by them; None in an encoder.
     """
 

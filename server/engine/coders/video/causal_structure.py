@@ -67,6 +67,12 @@ def class_reasons(name: str, module: Any, kind: str, children: set[str]) -> Iter
         yield f"{name} has unknown parts: {', '.join(sorted(unknown))}."
 
 
+def chunk_reasons(frames: int, ratio: int) -> Iterator[str]:
+    """Check the frames that are encoded together. ratio: the frames that become one latent frame."""
+    if frames % ratio:
+        yield f"It encodes {frames} frames at a time, which is not a multiple of {ratio}."
+
+
 def weights_reasons(module: nn.Module) -> Iterator[str]:
     """Check that all weights have one dtype and are on one device."""
     if len({(weight.dtype, weight.device) for weight in module.parameters()}) != 1:

@@ -22,12 +22,12 @@ def take_causal_conv(conv: Any, kernels: CausalKernels, before: Before, *, repli
     return CausalConv(kernels.pack(weight), packed, bias, len(bias), before, replicates, len(first))
 
 
-def take_causal_downsample(conv: Any, kernels: CausalKernels) -> CausalDownsample:
-    """Take a 3x3x3 convolution of stride 2 in space, and 1 or 2 in time."""
+def take_causal_downsample(conv: Any, kernels: CausalKernels, *, replicates: bool) -> CausalDownsample:
+    """Take a 3x3x3 convolution of stride 2 in space, and 1 or 2 in time. replicates: as `CausalDownsample` says."""
     weight, bias, times = conv.weight.detach(), conv.bias.detach(), conv.stride[0]  # [O, I, 3, 3, 3], [O]
     empty(conv)
     packed = kernels.kernels.pack(torch.cat(list(weight.unbind(2)), 1), stride=2)  # [O, 3 I, 3, 3]
-    return CausalDownsample(packed, bias, times, len(bias))
+    return CausalDownsample(packed, bias, times, len(bias), replicates)
 
 
 def take_causal_upsample(

@@ -150,7 +150,7 @@ def _take_encoder_steps(encoder: Any, kernels: CausalKernels) -> Iterator[Encode
         for resnet in block.resnets:
             yield _take_resnet(resnet, kernels)
         for downsampler in block.downsamplers or ():
-            yield take_causal_downsample(downsampler.conv.conv, kernels)
+            yield take_causal_downsample(downsampler.conv.conv, kernels, replicates=True)
     for step in take_mid_block(encoder.mid_block, lambda resnet: _take_resnet(resnet, kernels)):
         yield _over_frames(step) if isinstance(step, image.Attention) else step
 
