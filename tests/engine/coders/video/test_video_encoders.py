@@ -291,8 +291,9 @@ def test_hunyuan_videos_encode_needs_less_than_one_of_its_largest_activations(
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_budget_is_kept_at_the_published_size(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tensors that have no data, and the lowest bands, so that only the slabs can save memory."""
+    """With tensors that have no data; bands and pieces are as small as can be, so that only slabs can save memory."""
     monkeypatch.setattr(causal_coder, "GPU_BAND_BYTES", 2 << 20)
+    monkeypatch.setattr(causal_coder, "GPU_PIECE_BYTES", 1)
     with torch.device("meta"):
         vae = PUBLISHED[name]().eval()
         spec = family_for(vae).describe(vae.config)
@@ -304,7 +305,8 @@ def test_a_budget_is_kept_at_the_published_size(name: str, share: float, monkeyp
         budget = int(share * held)
         assert peak_of(encoder, pixels, budget) < budget
         fastest = encoder.plan(3 if spec.kind == "video" else 1, 96, 2, AMPLE)
-        assert held < fastest.peak_bytes < (2.3 if name == "hunyuan-video" else 1.6) * held
+        # The plan counts 12 frames for these 9, which HunyuanVideo stores and computes whole.
+        assert held < fastest.peak_bytes < (1.8 if name == "hunyuan-video" else 1.6) * held
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
