@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,18 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .moments import Affine, Moments
-from .reference import Kernels
+from .reference import TAPS, Kernels
 from .trial import seconds
 
 _ONES = [1, 1]  # the dilation, and the stride of `add_conv_`
 _PADDING = [0, 1]  # rows, columns: the input has its halo rows already
 # Weights are packed for bands of this size. oneDNN packs most weights in the same way for every size, or packs them
-# again at each call, which takes about 40 µs. Some weights, however, take 3 to 300 ms: those with 96 channels, and some
-# with 288, 384 or 1152. They are found by timing a convolution of the small size below, and are not packed.
-_BAND_ROWS, _BAND_COLUMNS = 18, 256
+# again at each call, which takes about 40 µs. Some weights, however, take 3 to 700 ms: those with 96 channels, and many
+# with a multiple of 96. They are found by timing a convolution of the small size below, and are not packed. Every call
+# packs an unpacked weight: 0.2 ms for three taps of 256 channels, 20 ms for 1024 channels.
+_BAND_FRAMES, _BAND_ROWS, _BAND_COLUMNS = 6, 18, 256
 _SMALL_ROWS, _SMALL_COLUMNS = 10, 8
 # A packed weight is dropped if it makes the small convolution more than this many times slower.
 SLOW_REORDER = 5
+
+_is_packed: dict[tuple[object, ...], bool] = {}
+"""Whether weights are packed, by their shape, dtype and stride: found out with the first such weight of a process."""
 
 
 def preferred_cpu_dtype() -> torch.dtype:
@@ -64,21 +69,31 @@ class CpuKernels(Kernels):
         if not self.prepacks:
             return super().pack(weight)
         shape = [1, weight.shape[1], _BAND_ROWS, _BAND_COLUMNS]
-        strides = [stride, stride]
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, _PADDING, strides, _ONES, 1, shape)
-        plain = super().pack(weight)
-        x = torch.zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1], dtype=weight.dtype)  # [1, n, W, I]
-        slow, fast = (seconds(partial(self.conv, x, form, None, stride=stride)) for form in (packed, plain))
-        return plain if slow > SLOW_REORDER * fast else packed
+        x = weight.new_zeros(1, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1])  # [1, n, W, I]
+        return _packed(
+            weight, super().pack(weight), _PADDING, stride, shape, lambda form: self.conv(x, form, None, stride=stride)
+        )
+
+    def pack_frames(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
+        """Return the weight as `conv_frames` expects it, packed for oneDNN as `pack` says."""
+        if not (self.in_3d and self.prepacks):
+            return super().pack_frames(weight)
+        shape = [1, weight.shape[1], _BAND_FRAMES, _BAND_ROWS, _BAND_COLUMNS]
+        window = weight.new_zeros(TAPS, _SMALL_ROWS, _SMALL_COLUMNS, weight.shape[1])  # [3, n, W, I]
+        bias = weight.new_zeros(len(weight))  # [O]
+        return _packed(
+            weight,
+            super().pack_frames(weight),
+            [0, *_PADDING],
+            1,
+            shape,
+            lambda form: self.conv_frames(window, form, bias, 1),
+        )
 
     def conv_frames(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
     ) -> Tensor:  # [n + 2, r + 2, W + 2 - 2 columns, I] -> [n, r, W, O]
-        """Convolve as `Kernels.conv_frames` says, with oneDNN: torch's own 3-D convolution is slow for low bands.
-
-        In 3-D the weight is not packed. Packing would save 3 to 10 % of the time, but a weight with 96 or 384 channels
-        that was packed for another width takes 20 to 300 ms to be packed again, at each call.
-        """
+        """Convolve as `Kernels.conv_frames` says, with oneDNN: torch's own 3-D convolution is slow for low bands."""
         if not (self.in_3d and self.prepacks):
             return super().conv_frames(window, weight, bias, columns)
         ones = [1, 1, 1]
@@ -140,3 +155,21 @@ class CpuKernels(Kernels):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
         """Attend as `Kernels.attend` says, with torch's fused attention."""
         return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]
+
+
+def _packed(
+    weight: Tensor, plain: Tensor, padding: list[int], stride: int, shape: list[int], run: Callable[[Tensor], object]
+) -> Tensor:
+    """Return a weight packed for an input of a shape, or its plain form where packing makes small convolutions slow.
+
+    run: convolves an input of the small size with one of the forms.
+    """
+    key = tuple(weight.shape), weight.dtype, stride
+    if not _is_packed.get(key, True):
+        return plain
+    strides, ones = [stride] * len(padding), [1] * len(padding)
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, strides, ones, 1, shape)
+    if key not in _is_packed:
+        slow, fast = (seconds(partial(run, form)) for form in (packed, plain))
+        _is_packed[key] = slow <= SLOW_REORDER * fast
+    return packed if _is_packed[key] else plain
