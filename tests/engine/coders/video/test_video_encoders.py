@@ -49,6 +49,13 @@ LTX_095: dict[str, Any] = {
 }
 """The encoder of LTX-Video since 0.9.5."""
 NARROW_095 = LTX_095 | {"block_out_channels": (8, 16, 16, 32, 64), "layers_per_block": (1,) * 5}
+LTX_2: dict[str, Any] = {
+    "decoder_block_out_channels": (8,) * 3,
+    "decoder_layers_per_block": (1,) * 4,
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+"""An LTX-2 whose decoder has few layers."""
 VIDEOS: dict[str, Callable[[], Any]] = {
     "wan": vaes.wan,
     "wan-2.2-5b": vaes.wan_22,
@@ -86,11 +93,14 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "easy-animate": AutoencoderKLMagvit,
     "easy-animate-frame-norms": lambda: AutoencoderKLMagvit(spatial_group_norm=False),
     "ltx-video": AutoencoderKLLTXVideo,
-    "ltx-video-0.9.5": lambda: AutoencoderKLLTXVideo(**LTX_095),
-    "ltx-2": lambda: AutoencoderKLLTX2Video(spatial_compression_ratio=32, temporal_compression_ratio=8),
+    "ltx-2": lambda: AutoencoderKLLTX2Video(**LTX_2),  # its encoder has the layers of LTX-Video since 0.9.5
     "mochi": AutoencoderKLMochi,
     "qwen-image": AutoencoderKLQwenImage,
 }
+
+
+SHALLOW = {"ltx-2": lambda: AutoencoderKLLTX2Video(**LTX_2, layers_per_block=(1,) * 5)}
+"""With the published channels, but fewer layers: the published encoder has 694 million weights."""
 
 
 @cache
@@ -320,11 +330,13 @@ def test_memory_does_not_grow_with_the_clip(name: str) -> None:
     assert long < (1.1 if name == "hunyuan-video-1.5" else 1.01) * short
 
 
-def test_mochis_memory_grows_by_the_keys_and_values_alone() -> None:
-    encoder = ours("mochi")
-    short, long = (peak_of(encoder, pixels_for("mochi", frames)) for frames in (3, 11))
-    seen = sum(need.seen for need in encoder.network.needs) * 3 * 2 * 4  # bytes of a latent frame of 3x2
-    assert 0.95 * 8 * seen < long - short < 1.05 * 8 * seen
+def test_mochis_memory_grows_by_the_keys_and_values_of_its_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bands that take little. The plan says what is remembered of each frame and pixel of the latents."""
+    monkeypatch.setattr(causal_coder, "CPU_BAND_BYTES", 1 << 14)
+    encoder, height, itemsize = ours("mochi"), 12, 4
+    short, long = (peak_of(encoder, pixels_for("mochi", frames, height, 1)) for frames in (3, 11))
+    remembered = sum(need.seen for need in encoder.network.needs) * height * itemsize  # of a latent frame
+    assert long - short == pytest.approx(8 * remembered, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -346,10 +358,13 @@ def test_hunyuan_videos_encode_needs_less_than_one_of_its_largest_activations(
     assert peak_of(encoder, pixels, budget) <= budget
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_budget_is_kept_at_the_published_size(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tensors that have no data; bands and pieces are as small as can be, so that only slabs can save memory."""
+def test_a_budget_is_kept_at_the_published_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors that have no data; bands and pieces are as small as can be, so that only slabs can save memory.
+
+    LTX-Video's lowest slabs take more than half of the memory, because 22 of the 96 rows of latents around them, on
+    either side, have an influence.
+    """
     monkeypatch.setattr(causal_coder, "GPU_BAND_BYTES", 2 << 20)
     monkeypatch.setattr(causal_coder, "GPU_PIECE_BYTES", 1)
     with torch.device("meta"):
@@ -361,8 +376,9 @@ def test_a_budget_is_kept_at_the_published_size(name: str, share: float, monkeyp
         clip = (1, spec.image_channels, frames, 96 * ratio, 2 * ratio)
         pixels = torch.empty(clip if spec.kind == "video" else (*clip[:2], *clip[3:]))
         held = peak_of(encoder, pixels, AMPLE)
-        budget = int(share * held)
-        assert peak_of(encoder, pixels, budget) < budget
+        for share in (0.7, 0.9) if name == "ltx-video" else (0.5, 0.8):
+            budget = int(share * held)
+            assert peak_of(encoder, pixels, budget) < budget
         fastest = encoder.plan(3 if spec.kind == "video" else 1, 96, 2, AMPLE)
         # The plan of HunyuanVideo, which stores and computes videos whole, counts 12 frames for these 9.
         assert held < fastest.peak_bytes < (1.8 if name == "hunyuan-video" else 1.6) * held
@@ -371,7 +387,7 @@ def test_a_budget_is_kept_at_the_published_size(name: str, share: float, monkeyp
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_channels_equal_a_plain_encode(name: str) -> None:
     torch.manual_seed(0)
-    vae = PUBLISHED[name]().eval()
+    vae = (PUBLISHED | SHALLOW)[name]().eval()
     vae.decoder, vae.use_framewise_encoding, family = torch.nn.Identity(), False, family_for(vae)
     spec = family.describe(vae.config)
     side = 2 * spec.vae_scale_factor
