@@ -102,10 +102,10 @@ def cogvideox(**config: Any) -> Any:
     return seeded(AutoencoderKLCogVideoX, **small | config)
 
 
-def mochi() -> Any:
+def mochi(**config: Any) -> Any:
     """8 times smaller, 6 times shorter; the class's own 12 means and deviations. Its norms want 32 channels a block."""
     channels = {"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4}
-    return seeded(AutoencoderKLMochi, **channels, layers_per_block=(1,) * 5)
+    return seeded(AutoencoderKLMochi, **channels | {"layers_per_block": (1,) * 5} | config)
 
 
 def hunyuan_video() -> Any:
@@ -152,12 +152,12 @@ def temporal() -> Any:
     return seeded(AutoencoderKLTemporalDecoder, **blocks, layers_per_block=1)
 
 
-def ltx2() -> Any:
+def ltx2(**config: Any) -> Any:
     """LTX-2: 32 times smaller by patches of 4x4 pixels, 8 times shorter; statistics in buffers."""
     channels = {"block_out_channels": (8, 16, 32, 32), "decoder_block_out_channels": (8, 16, 32), "latent_channels": 16}
     layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4}
     ratios = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
-    vae = seeded(AutoencoderKLLTX2Video, **channels, **layers, **ratios)
+    vae = seeded(AutoencoderKLLTX2Video, **channels | layers | ratios | config)
     vae.latents_mean.normal_(std=0.5)
     vae.latents_std.uniform_(0.5, 3.0)
     return vae
@@ -195,7 +195,8 @@ def brightened(vae: Any, last: Any, gain: float = 4, bias: float = 0) -> Any:
     """The VAE with more contrast, where seeded weights give an even grey or black."""
     with torch.no_grad():
         last.weight.mul_(gain)
-        last.bias.add_(bias)
+        if bias:
+            last.bias.add_(bias)
     return vae
 
 

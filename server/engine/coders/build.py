@@ -46,7 +46,7 @@ def build_coder(
 
 def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
     encoder: type[ExactKLEncoder | ExactCausalEncoder] = (
-        ExactCausalEncoder if type(vae).__name__ in CAUSAL_CLASSES else ExactKLEncoder
+        ExactCausalEncoder if type(vae).__name__ in CAUSAL_CLASSES | ENCODED_CLASSES else ExactKLEncoder
     )
     reason = encoder.unsupported_reason(vae)
     return (None, reason) if reason else (encoder(vae), None)

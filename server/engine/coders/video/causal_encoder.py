@@ -13,7 +13,16 @@ from ...kernels.choice import causal_kernels_for
 from ...memory import free_bytes
 from ..interface import Check, Coded, go_on
 from ..layouts import Output
-from . import cogvideox_layers, hunyuan_video_15_layers, hunyuan_video_layers, magvit_layers, wan_layers
+from . import (
+    cogvideox_layers,
+    hunyuan_video_15_layers,
+    hunyuan_video_layers,
+    ltx_encoder_layers,
+    ltx_layers,
+    magvit_layers,
+    mochi_layers,
+    wan_layers,
+)
 from .causal_coder import CausalCoder
 from .causal_encoder_layers import CausalEncoder
 from .causal_run import Piece
@@ -26,6 +35,8 @@ STRUCTURES = {
     hunyuan_video_layers.NAME: hunyuan_video_layers,
     cogvideox_layers.NAME: cogvideox_layers,
     magvit_layers.NAME: magvit_layers,
+    mochi_layers.NAME: mochi_layers,
+    **dict.fromkeys(ltx_layers.PREFIXES, ltx_encoder_layers),
 }
 ENCODED_CLASSES = frozenset(STRUCTURES)
 

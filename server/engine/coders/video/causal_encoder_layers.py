@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from math import prod
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..image.layers import Linear
-from .causal_layers import Attention, CausalConv, Norm, Resnet
+from .causal_layers import Attention, CausalConv, Norm, Resnet, out_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +30,21 @@ class Downsample:
     averages_frames: bool = False
 
 
+class Beside(enum.Enum):
+    """What a 3x3 convolution of stride 2 reads beside a frame, which has an even number of rows and columns.
+
+    It reads one row above the frame and one column to its left, either of zeros or copies of the frame's edges, or a
+    row of zeros below and a column of zeros to the right.
+    """
+
+    EDGES_BEFORE = enum.auto()
+    ZEROS_BEFORE = enum.auto()
+    ZEROS_AFTER = enum.auto()
+
+
 @dataclass(frozen=True, eq=False)
 class CausalDownsample:
     """A causal 3x3x3 convolution of stride 2 in space, and of stride `times`, which is 1 or 2, in time.
-
-    replicates: the row above each frame and the column to its left repeat its edges. If not, the convolution sees a row
-        of zeros below the frame and a column of zeros to its right instead.
 
     The frames before a video repeat its first one.
     """
@@ -43,21 +53,56 @@ class CausalDownsample:
     bias: Tensor  # [O]
     times: int
     out_channels: int
-    replicates: bool
+    beside: Beside
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Halves rows, columns and, if `times` is 2, frames: the pixels of a convolution's output become channels.
+    """Halves rows and columns, frames, or all of them: the pixels of a convolution's output become channels.
 
-    Channels are ordered frame s, row p, column q, output channel of the convolution. The first frame of a video stays
-    single where time shrinks: its channels (p, q, o) are repeated once. The input is added as a shortcut: folded in the
-    same way, with neighbouring channels averaged.
+    times, side: how many frames, and how many rows and columns, become one: 1 or 2. Channels are ordered frame, row,
+    column, output channel of the convolution, or, with `channel_first`, output channel, frame, row, column. Where time
+    shrinks, the output of the convolution for the first frame of a video is folded with a copy of itself.
+
+    The input is added as a shortcut: folded in the same order, with neighbouring channels averaged. Where time shrinks,
+    the first frame of a video is folded with a copy of itself if `channel_first`, and alone if not, so that fewer
+    channels are averaged.
     """
 
     conv: CausalConv
     times: int
     out_channels: int
+    side: int = 2
+    channel_first: bool = False
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Makes one frame of `times` frames, and halves rows and columns: a linear map of blocks of pixels.
+
+    The channels of a block are ordered frame, row, column, input channel. The first frame of a video makes a frame with
+    copies of itself.
+    """
+
+    linear: Linear
+    times: int
+    out_channels: int
+
+
+@dataclass(frozen=True)
+class FrameAttention:
+    """x + out(softmax(q kᵀ / sqrt(D)) v) at each position, over its own frame and earlier ones, in heads of D channels.
+
+    Queries and keys are divided by their lengths, which are at least `eps`.
+    """
+
+    norm: Norm
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    heads: int
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -73,8 +118,8 @@ class Average:
     out_channels: int
 
 
-Shrinking = Downsample | CausalDownsample | Fold
-EncoderStep = Resnet | Attention | Shrinking
+Shrinking = Downsample | CausalDownsample | Fold | Contract
+EncoderStep = Resnet | Attention | FrameAttention | Shrinking
 
 
 @dataclass(frozen=True)
@@ -91,7 +136,7 @@ class EncoderBlock:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The frames of a video that diffusers encodes together.
+    """The frames of a video that are encoded together.
 
     length: the frames of a chunk.
     first_takes_rest: frames that fill no chunk are encoded with the first one. If not, the first frame of a video is a
@@ -114,29 +159,41 @@ class CausalEncoder:
 
     patch: side of the pixel blocks that become the first convolution's channels; 1 if these are the sample's own.
     averages_output: means of neighbouring channels before the last norm are added to the output.
+    repeats_last: how often the last channel of the output is repeated after it.
     ignored_chunk: diffusers encodes so many frames together, after the first one, and ignores frames at the end that
         fill no chunk. None if it ignores none.
-    chunks: how diffusers divides a video, if norms depend on it; None if any number of latent frames may be encoded at
-        a time. No chunk ends within the frames that become one latent frame.
+    chunks: how a video is divided, if norms span a frame or a chunk. Those that span a chunk need the chunks of
+        diffusers. None if any number of latent frames may be encoded at a time. No chunk ends within the frames that
+        become one latent frame.
+    waves: frequencies of sines and cosines, `[K]` in float32. They are computed of each channel of the pixels and come
+        after these channels.
     """
 
     patch: int
-    conv_in: CausalConv
+    conv_in: CausalConv | Linear
     in_channels: int
     blocks: tuple[EncoderBlock, ...]
     norm_out: Norm
-    conv_out: CausalConv
+    conv_out: CausalConv | Linear
     averages_output: bool
     quant: Linear | None
     dtype: torch.dtype
     device: torch.device
     ignored_chunk: int | None = None
     chunks: Chunks | None = None
+    repeats_last: int = 0
+    waves: Tensor | None = None
+
+    @property
+    def pixel_channels(self) -> int:
+        """The channels of the pixels."""
+        return self.in_channels // self.patch**2 // (1 if self.waves is None else 1 + 2 * len(self.waves))
 
     @property
     def channels(self) -> int:
         """The channels of the posterior's parameters."""
-        return self.conv_out.out_channels if self.quant is None else len(self.quant.weight)
+        made = out_channels(self.conv_out) if self.quant is None else len(self.quant.weight)
+        return made + self.repeats_last
 
     @property
     def steps(self) -> tuple[EncoderStep, ...]:
@@ -145,7 +202,7 @@ class CausalEncoder:
 
     def spatial_ratio(self) -> int:
         """Return the pixels per latent along one side."""
-        return self.patch * int(2 ** sum(isinstance(step, Shrinking) for step in self.steps))
+        return self.patch * prod(space_shrinkage(step) for step in self.steps)
 
     def temporal_ratio(self) -> int:
         """Return the frames per latent frame, except for the first one, which stays one frame."""
@@ -173,12 +230,19 @@ class CausalEncoder:
         return max((first - 1) / ratio + 1 / frames, *(length / ratio for length in others), 0)
 
 
+def space_shrinkage(step: EncoderStep) -> int:
+    """Return how many rows become one in a layer."""
+    if isinstance(step, Fold):
+        return step.side
+    return 2 if isinstance(step, Shrinking) else 1
+
+
 def time_shrinkage(step: EncoderStep) -> int:
     """Return how many frames become one in a layer, after the first frame of a video."""
     match step:
         case Downsample():
             return 1 if step.time is None and not step.averages_frames else 2
-        case CausalDownsample() | Fold():
+        case CausalDownsample() | Fold() | Contract():
             return step.times
         case _:
             return 1

@@ -25,6 +25,15 @@ class PixelNorm:
     bias: Tensor | None = None  # [C], float32
 
 
+@dataclass(frozen=True)
+class PixelRms:
+    """x / sqrt(mean(x²) + eps) over the channels of each pixel, then scale * x + shift, in float32."""
+
+    eps: float
+    scale: Tensor | None = None  # [C], float32
+    shift: Tensor | None = None  # [C], float32
+
+
 class Span(enum.Enum):
     """The frames that share the statistics of a GroupNorm. CHUNK: those that diffusers computes together."""
 
@@ -47,7 +56,7 @@ class SpanNorm:
     shift: Linear | None = None
 
 
-Norm = PixelNorm | SpanNorm
+Norm = PixelNorm | PixelRms | SpanNorm
 
 
 class Before(enum.Enum):
@@ -78,6 +87,16 @@ class CausalConv:
 
 
 @dataclass(frozen=True)
+class NormedLinear:
+    """A layer norm over the channels of each pixel, and a 1x1 convolution."""
+
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    eps: float
+    linear: Linear
+
+
+@dataclass(frozen=True)
 class Resnet:
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with x through `shortcut` where the channels change."""
 
@@ -85,7 +104,7 @@ class Resnet:
     conv1: CausalConv
     norm2: Norm
     conv2: CausalConv
-    shortcut: Linear | None
+    shortcut: Linear | NormedLinear | None
 
 
 @dataclass(frozen=True)

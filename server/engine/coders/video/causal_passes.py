@@ -30,8 +30,11 @@ from .causal_layers import (
     Duplicate,
     Expand,
     Norm,
+    NormedLinear,
     PixelNorm,
+    PixelRms,
     Resnet,
+    SpanNorm,
     Unfold,
     Upsample,
 )
@@ -50,9 +53,12 @@ class Past:
     """What the layers remember of earlier chunks: most of them the last frames of their input, `[n, H, W, C]`.
 
     An attention to all frames so far remembers their keys and values.
+
+    seen: what layers remember of all chunks, a tensor for each chunk.
     """
 
     frames: dict[int, Tensor] = field(default_factory=dict, kw_only=True)  # by layer, [2, H, W, C]
+    seen: dict[int, list[Tensor]] = field(default_factory=dict, kw_only=True)  # by layer, [n, H, W, C] each
 
     def of(self, layer: object) -> Tensor | None:
         """Return the last two frames that a layer saw; None before the first chunk."""
@@ -61,6 +67,12 @@ class Past:
     def keep(self, layer: object, frames: Tensor) -> None:
         """Remember the last two frames of a layer's input."""
         self.frames[id(layer)] = frames
+
+    def all_of(self, layer: object, latest: Tensor) -> list[Tensor]:  # [n, H, W, C]
+        """Remember what a layer made of a chunk, and return that of all chunks so far."""
+        chunks = self.seen.setdefault(id(layer), [])
+        chunks.append(latest)
+        return chunks
 
 
 @dataclass
@@ -95,13 +107,28 @@ def begin(stage: Begin, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, 
     """Run the first layer on latents or pixels."""
     x = patches(x, stage.patch)  # [n, H, W, Z p p]
     if isinstance(stage.conv, Linear):
-        return F.linear(x, stage.conv.weight, stage.conv.bias)
+        return begin_linear(stage.conv, stage.waves, run, x)
     # Bands are measured by a layer's input, which is much smaller here than its output.
     smaller = replace(run, band_bytes=max(1, run.band_bytes * x.shape[-1] // stage.conv.out_channels))
     y = conv(stage.conv, smaller, past, x, plain(x))
     if stage.repeats_input:
         y += x.repeat_interleave(stage.repeats_input, -1)
     return y
+
+
+def begin_linear(
+    layer: Linear, waves: Tensor | None, run: Run, x: Tensor
+) -> Tensor:  # [K], [n, H, W, C] -> [n, H, W, C']
+    """Run a linear layer on latents, or on pixels and their sines and cosines."""
+    if waves is None:
+        return F.linear(x, layer.weight, layer.bias)
+    out = x.new_empty(*x.shape[:3], len(layer.weight))
+    for top, bottom in run.bands(len(x), x.shape[1], x.shape[2] * out.shape[3], x.element_size()):
+        pixels = x[:, top:bottom].float()  # [n, r, W, C]
+        angles = (pixels[..., None] * waves).flatten(3)  # [n, r, W, C K]
+        features = torch.cat([pixels, angles.sin(), angles.cos()], -1)  # [n, r, W, C + 2 C K]
+        out[:, top:bottom] = F.linear(features.to(x.dtype), layer.weight, layer.bias)
+    return out
 
 
 def resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
@@ -114,8 +141,15 @@ def resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, H, 
 def enter_resnet(block: Resnet, run: Run, past: Past, x: Tensor) -> State:  # [n, H, W, C]
     """Run the first half of a residual block."""
     hidden = conv(block.conv1, run, past, x, normalized(block.norm1, run, past, x))  # [n, H, W, C']
-    shortcut = block.shortcut
-    return State(x if shortcut is None else F.linear(x, shortcut.weight, shortcut.bias), hidden)
+    return State(x if block.shortcut is None else through_shortcut(block.shortcut, x), hidden)
+
+
+def through_shortcut(shortcut: Linear | NormedLinear, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
+    """Mix the channels of each pixel, which are normalized first if the shortcut says so."""
+    if isinstance(shortcut, NormedLinear):
+        x = F.layer_norm(x, x.shape[-1:], shortcut.weight, shortcut.bias, shortcut.eps)  # [n, H, W, C]
+        shortcut = shortcut.linear
+    return F.linear(x, shortcut.weight, shortcut.bias)
 
 
 def leave_resnet(
@@ -150,7 +184,10 @@ def whole_block(block: Block, run: Run, past: VideoPast, x: Tensor) -> Tensor:
 def end(stage: End, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, p H, p W, C']
     """Run the last norm and the last layer."""
     if isinstance(stage.conv, Linear):
-        out = F.linear(F.silu(x), stage.conv.weight, stage.conv.bias)
+        y = F.silu(x) if stage.norm is None else torch.empty_like(x)  # [n, H, W, C]
+        if stage.norm is not None:
+            normalized(stage.norm, run, past, x)(0, x.shape[1], y)
+        out = F.linear(y, stage.conv.weight, stage.conv.bias)
     else:
         assert stage.norm is not None
         out = conv(stage.conv, run, past, x, normalized(stage.norm, run, past, x))
@@ -158,6 +195,8 @@ def end(stage: End, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W
         out += grouped_mean(x, out.shape[-1])
     if stage.quant is not None:
         out = F.linear(out, stage.quant.weight, stage.quant.bias)
+    if stage.repeats_last:
+        out = torch.cat([out, out[..., -1:].expand(-1, -1, -1, stage.repeats_last)], -1)
     out = unpatch(out, stage.patch)
     return out.clamp_(-1, 1) if stage.clamps else out
 
@@ -179,6 +218,12 @@ def normalized(norm: Norm, run: Run, past: Past, x: Tensor) -> Fill:
             run.kernels.norm_silu(x[:, top:bottom], norm.weight, norm.bias, out)
 
         return fill
+    if isinstance(norm, PixelRms):
+
+        def fill_rms(top: int, bottom: int, out: Tensor) -> None:
+            run.kernels.rms_norm_silu(x[:, top:bottom], norm.eps, norm.scale, norm.shift, out)
+
+        return fill_rms
     assert isinstance(past, VideoPast)
     affines = past.statistics.affines(norm, past.place, x)
     gain = None if norm.scale is None or norm.shift is None else Gain.of(norm.scale, norm.shift, past.place, x)
@@ -343,6 +388,7 @@ def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], T
     if isinstance(norm, PixelNorm):
         weight, bias = norm.weight, norm.bias
         return lambda frame: run.kernels.norm(x[frame].flatten(0, 1)[None, None], weight, bias)[0]
+    assert isinstance(norm, SpanNorm)
     assert isinstance(past, VideoPast)
     affines = past.statistics.affines(norm, past.place, x)
 

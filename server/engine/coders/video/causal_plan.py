@@ -18,14 +18,18 @@ from itertools import accumulate, pairwise
 from math import inf
 
 from ...kernels.causal_kernels import TAPS
+from ..image.layers import Linear
 from .causal_encoder_layers import (
     CausalDownsample,
     CausalEncoder,
+    Contract,
     Downsample,
     EncoderBlock,
     EncoderStep,
     Fold,
+    FrameAttention,
     Shrinking,
+    space_shrinkage,
     time_shrinkage,
 )
 from .causal_layers import (
@@ -34,6 +38,7 @@ from .causal_layers import (
     CausalDecoder,
     CausalUpsample,
     Expand,
+    NormedLinear,
     Resnet,
     Span,
     Step,
@@ -220,8 +225,8 @@ class Network:
 def _entry(weights: CausalDecoder | CausalEncoder, is_single: bool) -> Grid:
     """Return the size of the latents or pixels that enter."""
     if isinstance(weights, CausalEncoder):
-        channels, frames = weights.in_channels // weights.patch**2, 1 if is_single else weights.temporal_ratio()
-        return Grid(frames, weights.spatial_ratio(), channels, is_single)
+        frames = 1 if is_single else weights.temporal_ratio()
+        return Grid(frames, weights.spatial_ratio(), weights.pixel_channels, is_single)
     return Grid(1, 1, 1 if weights.post_quant is None else len(weights.post_quant.weight), is_single)
 
 
@@ -251,8 +256,10 @@ def _reach_of_step(step: Step | EncoderStep, rows: int) -> int:
         case Expand():
             return -(-rows // 2)
         case Downsample() | CausalDownsample() | Fold():
-            return 2 * rows + 1  # a 3x3 convolution, beside the halving
-        case Attention():
+            return space_shrinkage(step) * rows + 1  # a 3x3 convolution, beside the halving
+        case Contract():
+            return 2 * rows
+        case Attention() | FrameAttention():
             return rows
 
 
@@ -272,6 +279,7 @@ def _need(stage: Stage, grid: Grid) -> Need:
             to = resnet.conv1.out_channels
             residual = grid.channels if resnet.shortcut is None else to
             held = grid.frames * area * (grid.channels + to + (0 if resnet.shortcut is None else to))
+            held += grid.values if isinstance(resnet.shortcut, NormedLinear) else 0
             work = grid.values * to * 27
             return Need(replace(grid, channels=to), 2 * before, held, grid.frames * area * (residual + to), work)
         case Leave(resnet):
@@ -283,16 +291,18 @@ def _need(stage: Stage, grid: Grid) -> Need:
                 return _encoder_block_need(block, grid)
             return _block_need(list(_step_needs(block.steps, grid)), before if block.shortcut else 0, grid)
         case End():
-            channels = out_channels(stage.conv)
+            channels = out_channels(stage.conv) + stage.repeats_last
             made = grid.grown(1, stage.patch, channels // stage.patch**2)
             held = grid.frames * area * (grid.channels + 3 * channels)
-            return Need(made, 2 * before, held, grid.frames * area * channels, grid.values * channels * 27)
+            held += grid.values if isinstance(stage.conv, Linear) and stage.norm is not None else 0
+            past = 0 if isinstance(stage.conv, Linear) else 2 * before
+            return Need(made, past, held, grid.frames * area * channels, grid.values * channels * 27)
 
 
 def _need_of_begin(stage: Begin, grid: Grid) -> Need:
     made = grid.shrunk(1, stage.patch, out_channels(stage.conv))
     entered = grid.values * (2 if stage.patch > 1 else 1)  # and the blocks of pixels
-    past = 2 * max(made.channels, grid.pixels * grid.channels)
+    past = 0 if isinstance(stage.conv, Linear) else 2 * max(made.channels, grid.pixels * grid.channels)
     held = entered + (2 if stage.repeats_input else 1) * made.values
     return Need(made, past, held, made.values, grid.values * made.channels * 27)
 
@@ -326,11 +336,14 @@ def _step_needs(steps: Sequence[Step | EncoderStep], grid: Grid) -> Iterator[Nee
         grid = need.grid
 
 
-def _step(step: Attention | Upsample | CausalUpsample | Unfold | Expand, grid: Grid) -> Need:
+def _step(step: Attention | FrameAttention | Upsample | CausalUpsample | Unfold | Expand, grid: Grid) -> Need:
     area, entered = grid.pixels, grid.values
     if isinstance(step, Attention):
         seen = 2 * entered if step.sees_past else 0  # keys and values, which are copied to add a frame
         return Need(grid, 0, 5 * entered, entered, 4 * entered * grid.channels, 2 * seen)
+    if isinstance(step, FrameAttention):
+        # Keys and values of this chunk are among those that are remembered; the rest is a band at a time.
+        return Need(grid, 0, entered, entered, 4 * entered * grid.channels, 2 * entered)
     made = grid.grown(time_growth(step), space_growth(step), step.out_channels)
     stored = made.values
     past = TAPS - 1
@@ -354,7 +367,7 @@ def _step(step: Attention | Upsample | CausalUpsample | Unfold | Expand, grid: G
 
 
 def _shrinking(step: Shrinking, grid: Grid) -> Need:
-    made = grid.shrunk(time_shrinkage(step), 2, step.out_channels)
+    made = grid.shrunk(time_shrinkage(step), space_shrinkage(step), step.out_channels)
     entered, stored = grid.values, made.values
     match step:
         case Downsample():
@@ -369,6 +382,8 @@ def _shrinking(step: Shrinking, grid: Grid) -> Need:
         case Fold():
             past = (TAPS - 1) * grid.pixels * grid.channels
             held, work = entered + 2 * stored, entered * step.conv.out_channels * 27
+        case Contract():
+            past, held, work = 0, entered + stored, entered * step.out_channels
     return Need(made, past, held, stored, work)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..image.layers import Linear
-from .causal_encoder_layers import CausalEncoder, EncoderBlock
+from .causal_encoder_layers import CausalEncoder, EncoderBlock, FrameAttention
 from .causal_layers import Attention, Block, CausalConv, CausalDecoder, Norm, Resnet, SpanNorm
 
 
@@ -32,12 +32,13 @@ class State(NamedTuple):
 class Begin:
     """The first layer, which takes the latents or the pixels.
 
-    patch: side of the pixel blocks that become channels before the layer; 1 for none.
+    patch: side of the pixel blocks that become channels before the layer; 1 for none. waves: as `CausalEncoder` says.
     """
 
     conv: CausalConv | Linear
     repeats_input: int = 0
     patch: int = 1
+    waves: Tensor | None = None  # [K]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Whole:
 class End:
     """The last norm and layer, which makes the sample, or the parameters of the posterior.
 
-    patch, clamps: as `CausalDecoder` says. averages, quant: `averages_output` and `quant` of a `CausalEncoder`.
+    patch, clamps: as `CausalDecoder` says. averages, quant, repeats_last: `averages_output`, `quant` and `repeats_last`
+    of a `CausalEncoder`.
     """
 
     norm: Norm | None
@@ -74,6 +76,7 @@ class End:
     clamps: bool = False
     averages: bool = False
     quant: Linear | None = None
+    repeats_last: int = 0
 
 
 Stage = Begin | Enter | Leave | Whole | End
@@ -85,8 +88,14 @@ def stages_of(coder: CausalDecoder | CausalEncoder) -> tuple[Stage, ...]:
         first = Begin(coder.conv_in, repeats_input=coder.repeats_input)
         last = End(coder.norm_out, coder.conv_out, patch=coder.patch, clamps=coder.clamps)
     else:
-        first = Begin(coder.conv_in, patch=coder.patch)
-        last = End(coder.norm_out, coder.conv_out, averages=coder.averages_output, quant=coder.quant)
+        first = Begin(coder.conv_in, patch=coder.patch, waves=coder.waves)
+        last = End(
+            coder.norm_out,
+            coder.conv_out,
+            averages=coder.averages_output,
+            quant=coder.quant,
+            repeats_last=coder.repeats_last,
+        )
     return first, *(stage for block in coder.blocks for stage in _stages(block)), last
 
 
@@ -110,7 +119,7 @@ def span_norm(stage: Stage) -> SpanNorm | None:
             norm = resnet.norm1
         case Leave(resnet):
             norm = resnet.norm2
-        case Whole(block) if isinstance(first := block.steps[0], Attention):
+        case Whole(block) if isinstance(first := block.steps[0], Attention | FrameAttention):
             norm = first.norm
         case End():
             norm = stage.norm

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.causal_kernels import CausalKernels
 from ..image.layers import empty, fold_upsample
-from .causal_encoder_layers import CausalDownsample
+from .causal_encoder_layers import Beside, CausalDownsample
 from .causal_layers import Before, CausalConv, CausalUpsample, Doubling
 
 
@@ -22,12 +22,12 @@ def take_causal_conv(conv: Any, kernels: CausalKernels, before: Before, *, repli
     return CausalConv(kernels.pack(weight), packed, bias, len(bias), before, replicates, len(first))
 
 
-def take_causal_downsample(conv: Any, kernels: CausalKernels, *, replicates: bool) -> CausalDownsample:
-    """Take a 3x3x3 convolution of stride 2 in space, and 1 or 2 in time. replicates: as `CausalDownsample` says."""
+def take_causal_downsample(conv: Any, kernels: CausalKernels, beside: Beside) -> CausalDownsample:
+    """Take a 3x3x3 convolution of stride 2 in space, and 1 or 2 in time. beside: what it reads beside each frame."""
     weight, bias, times = conv.weight.detach(), conv.bias.detach(), conv.stride[0]  # [O, I, 3, 3, 3], [O]
     empty(conv)
     packed = kernels.kernels.pack(torch.cat(list(weight.unbind(2)), 1), stride=2)  # [O, 3 I, 3, 3]
-    return CausalDownsample(packed, bias, times, len(bias), replicates)
+    return CausalDownsample(packed, bias, times, len(bias), beside)
 
 
 def take_causal_upsample(

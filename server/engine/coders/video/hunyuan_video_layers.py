@@ -17,7 +17,7 @@ from ...kernels.causal_kernels import CausalKernels
 from ..image import layers as image
 from ..image.layers import take_linear, take_mid_block, take_norm, take_steps
 from ..image.structure import attention_reasons, norm_reasons
-from .causal_encoder_layers import CausalEncoder, EncoderBlock, EncoderStep
+from .causal_encoder_layers import Beside, CausalEncoder, EncoderBlock, EncoderStep
 from .causal_layers import (
     Attention,
     Before,
@@ -150,7 +150,7 @@ def _take_encoder_steps(encoder: Any, kernels: CausalKernels) -> Iterator[Encode
         for resnet in block.resnets:
             yield _take_resnet(resnet, kernels)
         for downsampler in block.downsamplers or ():
-            yield take_causal_downsample(downsampler.conv.conv, kernels, replicates=True)
+            yield take_causal_downsample(downsampler.conv.conv, kernels, Beside.EDGES_BEFORE)
     for step in take_mid_block(encoder.mid_block, lambda resnet: _take_resnet(resnet, kernels)):
         yield _over_frames(step) if isinstance(step, image.Attention) else step
 

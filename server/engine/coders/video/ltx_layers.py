@@ -1,4 +1,4 @@
-"""The layers of LTX-Video and LTX-2 as plain data: check that the structure is known, and take the weights.
+"""The decoders of LTX-Video and LTX-2 as plain data: check that the structure is known, and take the weights.
 
 A convolution reads the frames t - 2 to t where the decoder is causal, else t - 1 to t + 1. Before and after the video,
 its first and last frame are repeated. A convolution that reads one frame ahead makes each frame one frame late.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...kernels.causal_kernels import TAPS, CausalKernels
 from ..image.layers import Linear, empty, take_linear
+from .causal_layers import NormedLinear, PixelRms
 from .causal_passes import REFLECTED, REPEATED, ZERO
 from .causal_structure import class_reasons, conv_reasons, silu_reasons, weights_reasons
 from .wan_layers import take_pointwise
@@ -27,15 +28,6 @@ PREFIXES = {"AutoencoderKLLTXVideo": "LTXVideo", "AutoencoderKLLTX2Video": "LTX2
 
 EDGES: dict[str, int] = {"zeros": ZERO, "replicate": REPEATED, "reflect": REFLECTED}
 SINES = 256  # sines and cosines that a timestep is embedded as
-
-
-@dataclass(frozen=True)
-class PixelRms:
-    """x / sqrt(mean(x²) + eps) over the channels of each pixel, then scale * x + shift, in float32."""
-
-    eps: float
-    scale: Tensor | None = None  # [C], float32
-    shift: Tensor | None = None  # [C], float32
 
 
 @dataclass(frozen=True)
@@ -65,16 +57,6 @@ class FramesConv:
 
 
 @dataclass(frozen=True)
-class Shortcut:
-    """A layer norm over the channels of each pixel, and a 1x1 convolution."""
-
-    weight: Tensor  # [C]
-    bias: Tensor  # [C]
-    eps: float
-    linear: Linear
-
-
-@dataclass(frozen=True)
 class FramesResnet:
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with x through `shortcut` where the channels change.
 
@@ -85,7 +67,7 @@ class FramesResnet:
     conv1: FramesConv
     norm2: PixelRms
     conv2: FramesConv
-    shortcut: Shortcut | None
+    shortcut: NormedLinear | None
     table: Tensor | None  # [4, C]
 
     @property
@@ -252,10 +234,10 @@ def _reasons(vae: Any) -> Iterator[str]:
     yield from class_reasons("decoder", decoder, f"{prefix}Decoder3d", parts)
     if decoder.patch_size_t != 1:
         yield "Its decoder makes patches of more than one frame."
-    yield from _conv("conv_in", decoder.conv_in, prefix)
-    yield from _norm("norm_out", decoder.norm_out)
+    yield from frames_conv_reasons("conv_in", decoder.conv_in, prefix)
+    yield from rms_reasons("norm_out", decoder.norm_out)
     yield from silu_reasons("conv_act", decoder.conv_act)
-    yield from _conv("conv_out", decoder.conv_out, prefix)
+    yield from frames_conv_reasons("conv_out", decoder.conv_out, prefix)
     yield from _embedder("time_embedder", decoder.time_embedder)
     yield from class_reasons("mid_block", decoder.mid_block, f"{prefix}MidBlock3d", {"resnets", "time_embedder"})
     yield from _block("mid_block", decoder.mid_block, prefix)
@@ -270,12 +252,12 @@ def _reasons(vae: Any) -> Iterator[str]:
 
 def _up_block(name: str, block: Any, prefix: str) -> Iterator[str]:
     if block.conv_in is not None:
-        yield from _resnet(f"{name}.conv_in", block.conv_in, prefix)
+        yield from resnet_reasons(f"{name}.conv_in", block.conv_in, prefix)
         if block.time_embedder is not None:
             yield f"{name}.conv_in takes a timestep."
     for upsampler in block.upsamplers or ():
         yield from class_reasons(f"{name}.upsampler", upsampler, f"{prefix}Upsampler3d", {"conv"})
-        yield from _conv(f"{name}.upsampler.conv", upsampler.conv, prefix)
+        yield from frames_conv_reasons(f"{name}.upsampler.conv", upsampler.conv, prefix)
         if upsampler.stride[1] != upsampler.stride[2]:
             yield f"{name} upsamples rows and columns by different factors."
 
@@ -283,28 +265,30 @@ def _up_block(name: str, block: Any, prefix: str) -> Iterator[str]:
 def _block(name: str, block: Any, prefix: str) -> Iterator[str]:
     yield from _embedder(f"{name}.time_embedder", block.time_embedder)
     for index, resnet in enumerate(block.resnets):
-        yield from _resnet(f"{name}.resnets.{index}", resnet, prefix)
+        yield from resnet_reasons(f"{name}.resnets.{index}", resnet, prefix)
         if (resnet.scale_shift_table is None) != (block.time_embedder is None):
             yield f"{name}.resnets.{index} takes a timestep, but its block does not, or the other way round."
 
 
-def _resnet(name: str, resnet: Any, prefix: str) -> Iterator[str]:
+def resnet_reasons(name: str, resnet: Any, prefix: str) -> Iterator[str]:
+    """Check a residual block. prefix: what the names of its layers begin with."""
     parts = {"nonlinearity", "norm1", "conv1", "norm2", "dropout", "conv2", "norm3", "conv_shortcut"}
     yield from class_reasons(name, resnet, f"{prefix}ResnetBlock3d", parts)
     if resnet.per_channel_scale1 is not None or resnet.per_channel_scale2 is not None:
         yield "Its decoder adds noise that all frames of a video share."
     yield from silu_reasons(f"{name}.nonlinearity", resnet.nonlinearity)
     for part in ("norm1", "norm2"):
-        yield from _norm(f"{name}.{part}", resnet.get_submodule(part))
+        yield from rms_reasons(f"{name}.{part}", resnet.get_submodule(part))
     for part in ("conv1", "conv2"):
-        yield from _conv(f"{name}.{part}", resnet.get_submodule(part), prefix)
+        yield from frames_conv_reasons(f"{name}.{part}", resnet.get_submodule(part), prefix)
     if resnet.conv_shortcut is not None:
         if type(resnet.norm3) is not nn.LayerNorm or resnet.norm3.weight is None or resnet.norm3.bias is None:
             yield f"{name}.norm3 is not a layer norm with weight and bias."
         yield from conv_reasons(f"{name}.conv_shortcut", _inner(resnet.conv_shortcut), (1, 1, 1), modes=EDGES)
 
 
-def _norm(name: str, norm: Any) -> Iterator[str]:
+def rms_reasons(name: str, norm: Any) -> Iterator[str]:
+    """Check a norm over the channels of each pixel."""
     if type(norm) is RMSNorm:
         known = norm.weight is None and norm.bias is None
     else:
@@ -313,10 +297,11 @@ def _norm(name: str, norm: Any) -> Iterator[str]:
         yield f"{name} is not an RMS norm over the channels without weights."
 
 
-def _conv(name: str, conv: Any, prefix: str) -> Iterator[str]:
+def frames_conv_reasons(name: str, conv: Any, prefix: str, stride: tuple[int, ...] | None = None) -> Iterator[str]:
+    """Check a 3x3x3 convolution. stride: by axis; None means 1."""
     yield from class_reasons(name, conv, f"{prefix}CausalConv3d", {"conv"})
     mode = conv.conv.padding_mode
-    yield from conv_reasons(f"{name}.conv", conv.conv, (3, 3, 3), (0, 1, 1), modes=(mode,))
+    yield from conv_reasons(f"{name}.conv", conv.conv, (3, 3, 3), (0, 1, 1), stride, modes=(mode,))
     if mode not in EDGES:
         yield f"{name} pads by {mode}."
 
@@ -351,7 +336,7 @@ def take_decoder(vae: Any, kernels: CausalKernels) -> FramesDecoder:
     def resnet(module: Any) -> FramesResnet:
         convs = conv(module.conv1), conv(module.conv2)
         norms = PixelRms(module.norm1.eps), PixelRms(module.norm2.eps)
-        return FramesResnet(norms[0], convs[0], norms[1], convs[1], _take_shortcut(module), _table_of(module))
+        return FramesResnet(norms[0], convs[0], norms[1], convs[1], take_shortcut(module), _table_of(module))
 
     def steps(block: Any) -> Iterator[Step]:
         if block.conv_in is not None:
@@ -389,13 +374,14 @@ def _take_conv(module: Any, kernels: CausalKernels, is_causal: bool, parts: int)
     return FramesConv(kernels.pack(weight), bias, in_channels, out_channels, 0 if is_causal else 1, edge)
 
 
-def _take_shortcut(resnet: Any) -> Shortcut | None:
+def take_shortcut(resnet: Any) -> NormedLinear | None:
+    """Take the shortcut around a residual block; None if it changes nothing."""
     if resnet.conv_shortcut is None:
         return None
     norm = resnet.norm3
     weight, bias = norm.weight.detach(), norm.bias.detach()  # [C] twice
     empty(norm)
-    return Shortcut(weight, bias, norm.eps, take_pointwise(_inner(resnet.conv_shortcut)))
+    return NormedLinear(weight, bias, norm.eps, take_pointwise(_inner(resnet.conv_shortcut)))
 
 
 def _table_of(module: Any) -> Tensor | None:  # [k, C]

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.causal_kernels import TAPS
-from .causal_passes import Fill, Past, Run, fill_edges, plain, unpatch
-from .ltx_layers import Enlarge, FramesConv, FramesDecoder, FramesResnet, Last, PixelRms, Shortcut, Step
+from .causal_passes import Fill, Past, Run, fill_edges, normalized, plain, through_shortcut, unpatch
+from .ltx_layers import Enlarge, FramesConv, FramesDecoder, FramesResnet, Last, Step
 
 Chunks = Iterator[tuple[Tensor, bool]]
 """Chunks `[n, H, W, C]` of a video, from its first frame on, and whether each is the last one. n may be 0."""
@@ -63,17 +62,8 @@ def _advance(step: Step, run: Run, past: Past, x: Tensor, is_last: bool) -> Tens
         case Enlarge():
             return enlarge(step, run, past, x, is_last)
         case Last():
-            sample = conv(step.conv, run, past, x, normalized(step.norm, run, x), is_last)
+            sample = conv(step.conv, run, past, x, normalized(step.norm, run, past, x), is_last)
             return unpatch(sample, step.patch)
-
-
-def normalized(norm: PixelRms, run: Run, x: Tensor) -> Fill:
-    """Return how silu(norm(x)) is written for a band."""
-
-    def fill(top: int, bottom: int, out: Tensor) -> None:
-        run.kernels.rms_norm_silu(x[:, top:bottom], norm.eps, norm.scale, norm.shift, out)
-
-    return fill
 
 
 def conv(
@@ -129,18 +119,12 @@ def conv_bands(
 
 def resnet(step: FramesResnet, run: Run, past: Past, x: Tensor, is_last: bool) -> Tensor:  # [n, H, W, C]
     """Run a residual block. x is overwritten."""
-    hidden = conv(step.conv1, run, past, x, normalized(step.norm1, run, x), is_last)  # [n', H, W, C']
+    hidden = conv(step.conv1, run, past, x, normalized(step.norm1, run, past, x), is_last)  # [n', H, W, C']
     if step.shortcut is not None:
         x = through_shortcut(step.shortcut, x)  # [n, H, W, C']
     total = delayed(step, past, x, is_last)  # [n'', H, W, C']
     del x
-    return conv(step.conv2, run, past, hidden, normalized(step.norm2, run, hidden), is_last, total)
-
-
-def through_shortcut(shortcut: Shortcut, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n, H, W, C']
-    """Normalize the channels of each pixel, and mix them."""
-    y = F.layer_norm(x, x.shape[-1:], shortcut.weight, shortcut.bias, shortcut.eps)  # [n, H, W, C]
-    return F.linear(y, shortcut.linear.weight, shortcut.linear.bias)
+    return conv(step.conv2, run, past, hidden, normalized(step.norm2, run, past, hidden), is_last, total)
 
 
 def delayed(step: FramesResnet, past: Past, x: Tensor, is_last: bool) -> Tensor:  # [n, H, W, C] -> [n', H, W, C]

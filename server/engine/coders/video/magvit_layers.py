@@ -14,7 +14,7 @@ from torch import nn
 from ...kernels.causal_kernels import CausalKernels
 from ..image.layers import take_linear, take_norm
 from ..image.structure import norm_reasons
-from .causal_encoder_layers import CausalEncoder, Chunks, EncoderBlock, EncoderStep
+from .causal_encoder_layers import Beside, CausalEncoder, Chunks, EncoderBlock, EncoderStep
 from .causal_layers import (
     Before,
     Block,
@@ -162,7 +162,7 @@ def _take_encoder_steps(encoder: Any, kernels: CausalKernels) -> Iterator[Encode
         for resnet in block.convs:
             yield _take_resnet(resnet, kernels)
         if block.downsampler is not None:
-            yield take_causal_downsample(block.downsampler.conv, kernels, replicates=False)
+            yield take_causal_downsample(block.downsampler.conv, kernels, Beside.ZEROS_AFTER)
     for resnet in encoder.mid_block.convs:
         yield _take_resnet(resnet, kernels)
 
