@@ -14,12 +14,12 @@ from .image.decoder import ExactKLDecoder
 from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
 from .stock import StockDecoder, StockEncoder
-from .video.causal_decoder import CAUSAL_CLASSES, ExactCausalDecoder
+from .video.causal_decoder import DECODED_CLASSES, ExactCausalDecoder
 from .video.causal_encoder import ENCODED_CLASSES, ExactCausalEncoder
 from .video.ltx_decoder import LTX_CLASSES, ExactLTXDecoder
 
 EXACT_CLASSES = {
-    Direction.DECODE: structure.CLASSES | CAUSAL_CLASSES | LTX_CLASSES,
+    Direction.DECODE: structure.CLASSES | DECODED_CLASSES | LTX_CLASSES,
     Direction.ENCODE: structure.CLASSES | ENCODED_CLASSES,
 }
 ExactDecoder = ExactKLDecoder | ExactCausalDecoder | ExactLTXDecoder
@@ -46,7 +46,7 @@ def build_coder(
 
 def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
     encoder: type[ExactKLEncoder | ExactCausalEncoder] = (
-        ExactCausalEncoder if type(vae).__name__ in CAUSAL_CLASSES | ENCODED_CLASSES else ExactKLEncoder
+        ExactCausalEncoder if type(vae).__name__ in DECODED_CLASSES | ENCODED_CLASSES else ExactKLEncoder
     )
     reason = encoder.unsupported_reason(vae)
     return (None, reason) if reason else (encoder(vae), None)
@@ -55,7 +55,7 @@ def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
 def _own_decoder(vae: Any) -> tuple[Decoder | None, str | None]:
     name = type(vae).__name__
     decoder: type[ExactDecoder] = (
-        ExactCausalDecoder if name in CAUSAL_CLASSES else ExactLTXDecoder if name in LTX_CLASSES else ExactKLDecoder
+        ExactCausalDecoder if name in DECODED_CLASSES else ExactLTXDecoder if name in LTX_CLASSES else ExactKLDecoder
     )
     reason = decoder.unsupported_reason(vae)
     return (None, reason) if reason else (decoder(vae), None)

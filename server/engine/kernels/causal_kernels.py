@@ -15,14 +15,14 @@ SMALLEST_NORM = 1e-12  # as F.normalize
 
 
 class CausalKernels:
-    """The operations of a causal coder. kernels: the 2-D operations of the same device."""
+    """The operations of a causal coder. planar: the operations on images of the same device."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
+    def __init__(self, planar: Kernels) -> None:
+        self.planar = planar
 
     def pack(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
-        """Return a weight as `conv` wants it."""
-        return self.kernels.pack_frames(weight)
+        """Return a weight in the layout that `conv` expects, as `Kernels.pack_frames` says."""
+        return self.planar.pack_frames(weight)
 
     def conv(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int
@@ -31,7 +31,7 @@ class CausalKernels:
 
         The window contains a row above and one below. columns: how many columns of zeros are added left and right.
         """
-        return self.kernels.conv_frames(window, weight, bias, columns)
+        return self.planar.conv_frames(window, weight, bias, columns)
 
     def conv_first(
         self, window: Tensor, weight: Tensor, bias: Tensor, columns: int, terms: int = 1
@@ -40,13 +40,13 @@ class CausalKernels:
 
         columns: as for `conv`. terms: the weight is the sum of this many weights, which are side by side.
         """
-        return self.kernels.conv(torch.cat([window] * terms, -1) if terms > 1 else window, weight, bias, columns)
+        return self.planar.conv(torch.cat([window] * terms, -1) if terms > 1 else window, weight, bias, columns)
 
     def side_by_side(
         self, window: Tensor, frames: int, taps: int
     ) -> Tensor:  # [n + taps - 1, r, W, C] -> [n, r, W, taps C]
         """Return every frame with those before it, oldest first, as channels."""
-        return self.kernels.side_by_side(window, frames, taps)
+        return self.planar.side_by_side(window, frames, taps)
 
     def interleave(self, phases: Tensor, times: int) -> Tensor:  # [n, r + 1, W + 1, T 2 2 C] -> [n T, 2 r, 2 W, C]
         """Return the upsampled frames.
@@ -61,18 +61,18 @@ class CausalKernels:
             out[:, s, :, p, :, q] = phase[:, p : rows + p, q : width + q]
         return out.view(n * times, 2 * rows, 2 * width, channels)
 
-    def norm_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:  # [n, r, W, C] twice
-        """Write silu(x / ||x|| * weight + bias) to `out`, computed in float32."""
-        y = self._normalized(x, weight, bias)
+    def norm_silu(self, x: Tensor, weight: Tensor, out: Tensor) -> None:  # [n, r, W, C], [C], [n, r, W, C]
+        """Write silu(x / ||x|| * weight) to `out`, computed in float32."""
+        y = self._normalized(x, weight)
         out.copy_(F.silu(y, inplace=True))
 
     def affine_silu(self, x: Tensor, affine: Affine, out: Tensor) -> None:  # [r, W, C] twice
         """Write silu(scale * x + shift) to `out`. affine: the map of one image."""
         if out.is_contiguous():
-            self.kernels.normalize(x[None], affine, out[None], silu=True)
+            self.planar.normalize(x[None], affine, out[None], silu=True)
         else:
             y = torch.empty_like(x)  # [r, W, C]
-            self.kernels.normalize(x[None], affine, y[None], silu=True)
+            self.planar.normalize(x[None], affine, y[None], silu=True)
             out.copy_(y)
 
     def scaled_silu(
@@ -85,9 +85,9 @@ class CausalKernels:
         y = torch.addcmul(summand[:, :, None], x.float().view(rows, width, -1, channels), factor[:, :, None])
         out.copy_(F.silu(y, inplace=True).flatten(1, 2))
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, r, W, C]
-        """Return x / ||x|| * weight + bias, computed in float32."""
-        return self._normalized(x, weight, bias).to(x.dtype)
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:  # [n, r, W, C], [C] -> [n, r, W, C]
+        """Return x / ||x|| * weight, computed in float32."""
+        return self._normalized(x, weight).to(x.dtype)
 
     def rms_norm_silu(
         self, x: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, out: Tensor
@@ -104,8 +104,7 @@ class CausalKernels:
         if z is not out:
             out.copy_(z)
 
-    def _normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _normalized(self, x: Tensor, weight: Tensor) -> Tensor:
         y = x.float() if x.dtype != torch.float32 else x.clone()  # [n, r, W, C]
         length = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(SMALLEST_NORM)  # [n, r, W, 1]
-        y.mul_(length.reciprocal_()).mul_(weight)
-        return y if bias is None else y.add_(bias)
+        return y.mul_(length.reciprocal_()).mul_(weight)

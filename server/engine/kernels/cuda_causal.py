@@ -1,4 +1,4 @@
-"""The kernels of a causal coder on a CUDA GPU: convolutions by cuDNN, everything between them by Triton."""
+"""The kernels of a causal coder on a CUDA GPU: norms with SiLU and interleaving by Triton, convolutions by cuDNN."""
 
 # Triton has no types, and is not installed everywhere.
 # mypy: disable-error-code="import-untyped, import-not-found"
@@ -12,7 +12,7 @@ from . import triton_causal_kernels as programs
 from .causal_kernels import SMALLEST_NORM, CausalKernels
 from .moments import Affine
 
-VALUES = 8192  # of a program's pixels and channels
+VALUES = 8192  # pixels times channels that a program computes
 BLOCK_P, BLOCK_C = 32, 128
 NONE, LENGTH, MEAN_SQUARE = range(3)
 """How `norm_silu_kernel` normalizes a pixel."""
@@ -21,14 +21,14 @@ NONE, LENGTH, MEAN_SQUARE = range(3)
 class TritonCausalKernels(CausalKernels):
     """Causal kernels for a CUDA GPU. Inputs have contiguous rows; outputs may be parts of larger windows."""
 
-    def norm_silu(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:  # [n, r, W, C] twice
+    def norm_silu(self, x: Tensor, weight: Tensor, out: Tensor) -> None:  # [n, r, W, C], [C], [n, r, W, C]
         """Normalize as `CausalKernels.norm_silu` says, in one launch."""
-        _normalize(x, weight, bias, out, LENGTH, SMALLEST_NORM, silu=True)
+        _normalize(x, weight, None, out, LENGTH, SMALLEST_NORM, silu=True)
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, r, W, C]
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:  # [n, r, W, C], [C] -> [n, r, W, C]
         """Normalize as `CausalKernels.norm` says, in one launch."""
         out = torch.empty_like(x)  # [n, r, W, C]
-        _normalize(x, weight, bias, out, LENGTH, SMALLEST_NORM, silu=False)
+        _normalize(x, weight, None, out, LENGTH, SMALLEST_NORM, silu=False)
         return out
 
     def rms_norm_silu(
@@ -45,7 +45,7 @@ class TritonCausalKernels(CausalKernels):
     def scaled_silu(
         self, x: Tensor, affine: Affine, scale: Tensor, shift: Tensor, out: Tensor
     ) -> None:  # [r, W, C], [r, w, C] twice, [r, W, C]
-        """Compute as `CausalKernels.scaled_silu` says, in one launch for the whole activation."""
+        """Compute as `CausalKernels.scaled_silu` says, in one launch for these rows."""
         rows, width, channels = x.shape
         factor = (affine.scale * scale.float()).contiguous()  # [r, w, C]
         summand = (affine.shift * scale.float() + shift.float()).contiguous()  # [r, w, C]

@@ -24,7 +24,8 @@ _found: dict[tuple[str, torch.dtype], bool] = {}
 def is_faster_in_3d(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether a 3-D convolution is clearly faster than a 2-D one over three frames side by side.
 
-    kernels: those of the device, which are tried in both forms. The answer is kept for the process.
+    kernels: those of the device, which are tried in both forms and left in 2-D; the caller sets `in_3d` before any
+    weight is packed. The answer is kept for the process.
     """
     key = str(device), dtype
     if key not in _found:
@@ -48,7 +49,7 @@ def _tried(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def seconds(run: Callable[[], object], device: torch.device | None = None) -> float:
-    """Return the time of a call, the best of three, in seconds. device: a GPU that runs it, if one does."""
+    """Return the shortest of three runs of a call, in seconds. device: waited for after each run if it is a GPU."""
     times = []
     for _ in range(3):
         started = time.perf_counter()

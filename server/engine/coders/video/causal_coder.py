@@ -33,14 +33,14 @@ class CausalCoder:
         """Do nothing, because this coder caches nothing between calls."""
 
     def plan(self, frames: int, height: int, width: int, budget_bytes: int) -> Plan:
-        """Plan a run with latents of this size. budget_bytes: the memory limit of everything but the output."""
+        """Plan a run with so many latent frames of this size. budget_bytes: the limit of everything but the output."""
         on_cpu = self.network.weights.device.type == "cpu"
         planner = Planner(self.network, Size(frames, height, width), CPU_PIECE_BYTES if on_cpu else GPU_PIECE_BYTES)
         return planner.plan(budget_bytes, CPU_BAND_BYTES if on_cpu else GPU_BAND_BYTES)
 
     def run(self, plan: Plan, pieces: list[Piece], write: Write, check: Check) -> None:
         """Run a plan on the latents or pixels of one video, in pieces. write: receives the output."""
-        on_cpu = self.network.weights.device.type == "cpu"  # where attention is fused and stores no scores
+        on_cpu = self.network.weights.device.type == "cpu"  # whose attention stores no scores and may take more queries
         query_bytes = QUERY_BYTES if on_cpu else min(QUERY_BYTES, 2 * plan.band_bytes)
         video = VideoRun(self.network, Run(self.kernels, plan.band_bytes, query_bytes, check), pieces, write)
         for leg in plan.legs:

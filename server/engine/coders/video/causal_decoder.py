@@ -28,7 +28,7 @@ STRUCTURES = {
     mochi_layers.NAME: mochi_layers,
     magvit_layers.NAME: magvit_layers,
 }
-CAUSAL_CLASSES = frozenset(STRUCTURES)
+DECODED_CLASSES = frozenset(STRUCTURES)
 
 
 class ExactCausalDecoder(CausalCoder):
@@ -39,7 +39,7 @@ class ExactCausalDecoder(CausalCoder):
         """Return the first reason why this decoder cannot run a VAE; None if it can."""
         structure = STRUCTURES.get(type(vae).__name__)
         if structure is None:
-            return f"{type(vae).__name__} is not one of {', '.join(sorted(CAUSAL_CLASSES))}."
+            return f"{type(vae).__name__} is not one of {', '.join(sorted(DECODED_CLASSES))}."
         reason: str | None = structure.decoder_reason(vae)
         return reason
 
@@ -60,7 +60,10 @@ class ExactCausalDecoder(CausalCoder):
         check: Check = go_on,
         **arguments: float,
     ) -> Coded:
-        """Decode as `Decoder.decode` says; equals diffusers' `decode` within the dtype's rounding."""
+        """Decode as `Decoder.decode` says; equals diffusers' `decode` within the dtype's rounding.
+
+        arguments: ignored.
+        """
         weights = self.weights
         latents = latents.to(weights.device, weights.dtype)
         videos = latents if latents.ndim == 5 else latents[:, :, None]  # [B, C, F, h, w]
@@ -91,7 +94,7 @@ class ExactCausalDecoder(CausalCoder):
 
 
 def _writer(output: Output, first: int, dropped: int, height: int, emit: Emit | None) -> Write:
-    """Return what writes finished rows of one video to the frames of the output from `first` on.
+    """Return a function that writes finished rows of one video, whose first frame is frame `first` of the output.
 
     dropped: how many frames at the start are not part of the video. emit: is given frames once their last row is done.
     """

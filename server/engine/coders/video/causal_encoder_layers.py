@@ -160,8 +160,8 @@ class CausalEncoder:
     patch: side of the pixel blocks that become the first convolution's channels; 1 if these are the sample's own.
     averages_output: means of neighbouring channels before the last norm are added to the output.
     repeats_last: how often the last channel of the output is repeated after it.
-    ignored_chunk: diffusers encodes so many frames together, after the first one, and ignores frames at the end that
-        fill no chunk. None if it ignores none.
+    only_multiples_of: after the first frame, diffusers encodes so many frames at a time and ignores a remainder; None
+        if it ignores none.
     chunks: how a video is divided, if norms span a frame or a chunk. Those that span a chunk need the chunks of
         diffusers. None if any number of latent frames may be encoded at a time. No chunk ends within the frames that
         become one latent frame.
@@ -179,7 +179,7 @@ class CausalEncoder:
     quant: Linear | None
     dtype: torch.dtype
     device: torch.device
-    ignored_chunk: int | None = None
+    only_multiples_of: int | None = None
     chunks: Chunks | None = None
     repeats_last: int = 0
     waves: Tensor | None = None
@@ -210,7 +210,7 @@ class CausalEncoder:
 
     def frames(self, frames: int) -> int:
         """Return how many frames of a video of this length are encoded."""
-        return frames if self.ignored_chunk is None else frames - (frames - 1) % self.ignored_chunk
+        return frames if self.only_multiples_of is None else frames - (frames - 1) % self.only_multiples_of
 
     def latent_frames(self, frames: int) -> int:
         """Return the latent frames of a video of this length."""

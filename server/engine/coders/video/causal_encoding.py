@@ -1,8 +1,8 @@
 """The layers that only causal encoders have, on one chunk of frames. Nothing here is approximate.
 
-The convolutions, residual blocks and other attentions are in `causal_passes.py`. No layer halves the first frame of a
-video in time: it is a chunk of its own, except for layers that average frames, which also take it with others after it.
-Beside it, chunks have a multiple of the frames that become one.
+The convolutions, residual blocks and other attentions are in `causal_passes.py`. The first frame of a video is not
+halved in time. It is a chunk of its own, except for layers that average frames, which also take it together with later
+frames. Not counting it, every chunk has a multiple of the frames that become one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def encoder_block(block: EncoderBlock, run: Run, past: VideoPast, x: Tensor) -> 
 
 
 def downsample(step: Downsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', H/2, W/2, C']
-    """Halve the rows, the columns and the frames."""
+    """Halve rows and columns, and frames if the layer has `time` or `averages_frames`.
+
+    The first frame of a video stays a single frame.
+    """
     _, height, width, channels = x.shape
     single = int(past.place.is_single)
     n = single + (len(x) - single) // 2 if step.averages_frames else len(x)
@@ -66,7 +69,7 @@ def downsample(step: Downsample, run: Run, past: VideoPast, x: Tensor) -> Tensor
         else:
             rows.copy_(x[:, 2 * top : below])
         zero_ends(window, below - 2 * top)
-        out[:, top:bottom] = run.kernels.kernels.conv(window, step.space, step.bias, columns=0, stride=2)
+        out[:, top:bottom] = run.kernels.planar.conv(window, step.space, step.bias, columns=0, stride=2)
     return out if step.time is None else halve_frames(step.time, past, out)
 
 
@@ -83,7 +86,7 @@ def zero_ends(window: Tensor, rows: int) -> None:  # [n, 2 r + 1, W + 1, C]
 
 
 def halve_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n / 2, H, W, C]
-    """Compute one frame from each pair of frames and the frame before it. The first frame of a video stays as it is."""
+    """Compute one frame from each pair of frames and the frame before it. A video's first frame stays as it is."""
     before = past.of(time)  # [1, H, W, C]
     past.keep(time, x[-1:].clone())
     if past.place.is_single:
@@ -112,7 +115,7 @@ def causal_downsample(
         window = downsampling_window(before, x, top, bottom, step.beside)
         ends = [len(window) - TAPS + 1 + tap for tap in range(TAPS)]
         taps = torch.cat([window[tap : end : step.times] for tap, end in enumerate(ends)], -1)  # [n / T, ..., 3 C]
-        out[:, top:bottom] = run.kernels.kernels.conv(taps, step.weight, step.bias, columns=0, stride=2)
+        out[:, top:bottom] = run.kernels.planar.conv(taps, step.weight, step.bias, columns=0, stride=2)
     kept = TAPS - step.times
     past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before[n - kept :], x]))
     return out
@@ -199,7 +202,7 @@ def frame_attention(step: FrameAttention, run: Run, past: VideoPast, x: Tensor) 
             bottom = min(top + rows, stop)
             tokens = x.new_empty(n, bottom - top, width, channels)  # [n, r, W, C]
             for frame, affine in enumerate(affines):
-                run.kernels.kernels.normalize(x[frame, top:bottom][None], affine, tokens[frame][None], silu=False)
+                run.kernels.planar.normalize(x[frame, top:bottom][None], affine, tokens[frame][None], silu=False)
             key = F.linear(tokens, step.key.weight, step.key.bias)  # [n, r, W, C]
             keys[-1][:, top:bottom] = normalized_heads(step, key)
             values[-1][:, top:bottom] = F.linear(tokens, step.value.weight, step.value.bias)

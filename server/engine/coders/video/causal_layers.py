@@ -22,7 +22,6 @@ class PixelNorm:
     """x / ||x|| * weight over the channels of each pixel, in float32. `weight` contains the factor sqrt(C)."""
 
     weight: Tensor  # [C], float32
-    bias: Tensor | None = None  # [C], float32
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Resnet:
 
 @dataclass(frozen=True)
 class Attention:
-    """x + softmax(q kᵀ / sqrt(C)) v. The output projection is folded into v.
+    """x + softmax(q kᵀ / sqrt(C)) v + bias. The output projection is folded into `value` and `bias`.
 
     sees_past: a position attends to all positions of its own frame and of earlier ones; if not, only to its own frame.
     """
@@ -153,7 +152,11 @@ class Upsample:
 
 
 class Doubling(enum.Enum):
-    """How the frames of a chunk are doubled: each frame is repeated, or frames are interpolated in between."""
+    """How the frames of a chunk are doubled.
+
+    NEAREST: each frame is repeated. LINEAR: frame t becomes frames at t - 1/4 and t + 1/4, interpolated linearly, as
+    `F.interpolate` does.
+    """
 
     NEAREST = enum.auto()
     LINEAR = enum.auto()
@@ -161,7 +164,12 @@ class Doubling(enum.Enum):
 
 @dataclass(frozen=True, eq=False)
 class CausalUpsample:
-    """Nearest upsampling and the causal 3x3x3 convolution after it, folded into one convolution to phases.
+    """Nearest upsampling of rows, columns and maybe frames, and the causal 3x3x3 convolution after it.
+
+    Both are folded into one convolution to phases.
+
+    times: T, 1 or 2: the frames made of each frame but the first of a video.
+    taps: k, 2 or 3: the frames that each output frame reads.
 
     weight: packed [T 4 O, k I, 2, 2]; its inputs are a frame and the k - 1 before it, side by side, and its outputs the
         phases (frame s of T, row p of 2, column q of 2). T is 2 where the upsampling doubles the frames, too, except
@@ -227,7 +235,7 @@ class Block:
 class CausalDecoder:
     """The weights of a decoder, in the order in which they are used.
 
-    norm_out: None if only SiLU comes before the last layer.
+    norm_out: None if only SiLU comes before the last layer, which is a `Linear` then.
     patch: side of the pixel blocks that the last layer's channels contain; 1 if they are the sample's own.
     clamps: the sample is clamped to [-1, 1].
     repeats_input: how often each latent channel is repeated to be added to conv_in's output; 0 for never.
@@ -263,7 +271,7 @@ class CausalDecoder:
         return self.patch * prod(space_growth(step) for step in self.steps)
 
     def temporal_ratio(self) -> int:
-        """Return the frames per latent frame, except for the first one."""
+        """Return the frames per latent frame. The first one becomes a single frame if `starts_single` says so."""
         return prod(time_growth(step) for step in self.steps)
 
     def chunk_lengths(self, latent_frames: int) -> list[int]:
@@ -290,12 +298,12 @@ def out_channels(layer: CausalConv | Linear) -> int:
 
 
 def space_growth(step: Step) -> int:
-    """Return how many rows a layer makes of one."""
+    """Return how many rows a layer computes from one."""
     return 1 if isinstance(step, Resnet | Attention) else 2
 
 
 def time_growth(step: Step) -> int:
-    """Return how many frames a layer makes of one that is not the first of a video."""
+    """Return how many frames a layer computes from one that is not the first of a video."""
     match step:
         case Upsample():
             return 2 if step.time is not None or step.repeats else 1

@@ -10,8 +10,9 @@ band at the edge. Columns of zeros around it are the convolution's own padding.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,17 @@ from .causal_layers import (
 from .causal_stages import Begin, End, State
 from .causal_statistics import Place, Statistics
 
-ZERO, REPEATED, REFLECTED = range(3)
-"""What lies around an image: zeros, its first and last rows and columns, or those next to them, as in a mirror."""
+
+class Edge(enum.IntEnum):
+    """What lies around an image: zeros, its first and last rows and columns, or those next to them, as in a mirror.
+
+    The value is also how far from the edge of a window the row or column is that is copied to the edge.
+    """
+
+    ZERO = 0
+    REPEATED = 1
+    REFLECTED = 2
+
 
 Fill = Callable[[int, int, Tensor], None]
 """Writes rows [top, bottom) of a layer's input, for all frames of the chunk, into a tensor `[n, rows, W, C]`."""
@@ -50,23 +60,23 @@ Fill = Callable[[int, int, Tensor], None]
 
 @dataclass
 class Past:
-    """What the layers remember of earlier chunks: most of them the last frames of their input, `[n, H, W, C]`.
+    """What each layer keeps from earlier chunks, by the layer's identity.
 
-    An attention to all frames so far remembers their keys and values.
-
-    seen: what layers remember of all chunks, a tensor for each chunk.
+    kept: what each layer chooses: usually the last frames of its input `[k, H, W, C]`; attention over all frames so far
+        keeps its keys or values `[1, N, C]`.
+    seen: what layers made of every chunk, a tensor for each.
     """
 
-    frames: dict[int, Tensor] = field(default_factory=dict, kw_only=True)  # by layer, [2, H, W, C]
+    kept: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
     seen: dict[int, list[Tensor]] = field(default_factory=dict, kw_only=True)  # by layer, [n, H, W, C] each
 
     def of(self, layer: object) -> Tensor | None:
-        """Return the last two frames that a layer saw; None before the first chunk."""
-        return self.frames.get(id(layer))
+        """Return what a layer kept; None before its first chunk."""
+        return self.kept.get(id(layer))
 
-    def keep(self, layer: object, frames: Tensor) -> None:
-        """Remember the last two frames of a layer's input."""
-        self.frames[id(layer)] = frames
+    def keep(self, layer: object, kept: Tensor) -> None:
+        """Keep a tensor until the layer's next chunk. It must not share memory with one that will be overwritten."""
+        self.kept[id(layer)] = kept
 
     def all_of(self, layer: object, latest: Tensor) -> list[Tensor]:  # [n, H, W, C]
         """Remember what a layer made of a chunk, and return that of all chunks so far."""
@@ -88,7 +98,11 @@ class VideoPast(Past):
 
 @dataclass(frozen=True)
 class Run:
-    """One decode or encode: its kernels, the size of a band, and the check between bands."""
+    """One decode or encode.
+
+    band_bytes: the wanted bytes of the widest activation of a band. query_bytes: the most bytes of attention scores at
+    a time; 0 if there is no attention. check: called before each band; raises Stopped if nobody waits for the result.
+    """
 
     kernels: CausalKernels
     band_bytes: int
@@ -96,7 +110,11 @@ class Run:
     check: Check
 
     def bands(self, frames: int, height: int, row_values: int, itemsize: int) -> Iterator[tuple[int, int]]:
-        """Yield bands [top, bottom) of an image. row_values: values of one row of one frame at the layer's widest."""
+        """Yield bands [top, bottom) of an image of `height` rows.
+
+        frames: those of a band. row_values: the values of one row of one frame at the layer's widest. itemsize: the
+        bytes of a value.
+        """
         rows = max(1, self.band_bytes // (frames * row_values * itemsize))
         for top in range(0, height, rows):
             self.check()
@@ -108,9 +126,7 @@ def begin(stage: Begin, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, 
     x = patches(x, stage.patch)  # [n, H, W, Z p p]
     if isinstance(stage.conv, Linear):
         return begin_linear(stage.conv, stage.waves, run, x)
-    # Bands are measured by a layer's input, which is much smaller here than its output.
-    smaller = replace(run, band_bytes=max(1, run.band_bytes * x.shape[-1] // stage.conv.out_channels))
-    y = conv(stage.conv, smaller, past, x, plain(x))
+    y = conv(stage.conv, run, past, x, plain(x))
     if stage.repeats_input:
         y += x.repeat_interleave(stage.repeats_input, -1)
     return y
@@ -159,8 +175,8 @@ def leave_resnet(
     return conv(block.conv2, run, past, hidden, normalized(block.norm2, run, past, hidden), total=x)
 
 
-def whole_block(block: Block, run: Run, past: VideoPast, x: Tensor) -> Tensor:
-    """Run the layers of a decoder's block, and add its shortcut."""
+def whole_block(block: Block, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C]
+    """Run the layers of a decoder's block, and add its shortcut: `[n', S H, S W, C']`. x is overwritten."""
     entered = x.clone() if block.shortcut is not None else None  # resnets add to x in place
     for step in block.steps:
         match step:
@@ -215,7 +231,7 @@ def normalized(norm: Norm, run: Run, past: Past, x: Tensor) -> Fill:
     if isinstance(norm, PixelNorm):
 
         def fill(top: int, bottom: int, out: Tensor) -> None:
-            run.kernels.norm_silu(x[:, top:bottom], norm.weight, norm.bias, out)
+            run.kernels.norm_silu(x[:, top:bottom], norm.weight, out)
 
         return fill
     if isinstance(norm, PixelRms):
@@ -298,11 +314,12 @@ def conv(
 def windows(
     layer: CausalConv | CausalUpsample, run: Run, past: Past, x: Tensor, fill: Fill
 ) -> Iterator[tuple[int, int, Tensor, bool]]:  # [n, H, W, C]
-    """Yield bands [top, bottom) of a causal layer's input with all that its convolution reads.
+    """Yield (top, bottom, window, is_first_frame) for each band [top, bottom) of a causal layer's input.
 
-    Each comes as a window `[n + k - 1, r + 2, W, C]`: a row above and below, the frames before, and, if the layer
-    repeats edges, a column left and right. The last value tells that the window is the first frame of a video, without
-    those before it. Afterwards `past` has the last frames of the input.
+    The window `[n + k - 1, r + 2, W, C]` is all that the convolution reads for the band: also a row above and below,
+    the k - 1 frames before the chunk and, if the layer repeats edges, a column left and right. is_first_frame: the
+    window `[1, r + 2, W, C]` is the first frame of a video, without frames before it. Afterwards `past` has the last
+    frames of the input.
     """
     n, height, width, channels = x.shape
     before, edge, history = past.of(layer), int(layer.replicates), history_of(layer)
@@ -321,7 +338,9 @@ def windows(
         elif not is_first:
             window[:history, rows, columns] = window[history, rows, columns] if repeats else 0
         kept[:, top:bottom] = _last(window[:, 1:-1, columns], history, repeats)
-        fill_edges(window, REPEATED if layer.replicates else ZERO, is_top=top == 0, is_bottom=bottom == height)
+        fill_edges(
+            window, Edge.REPEATED if layer.replicates else Edge.ZERO, is_top=top == 0, is_bottom=bottom == height
+        )
         yield top, bottom, window, is_first
     past.keep(layer, kept)
 
@@ -345,17 +364,14 @@ def _last(window: Tensor, history: int, repeats: bool) -> Tensor:
     return torch.cat([before] * (history - len(window)) + [window])
 
 
-def fill_edges(window: Tensor, edge: int, *, is_top: bool, is_bottom: bool) -> None:  # [n, r + 2, W (+ 2), C]
-    """Write the rows and columns around the image into a window; columns of zeros are the convolution's own.
-
-    edge: what lies around the image: ZERO, REPEATED or REFLECTED.
-    """
-    if edge != ZERO:
+def fill_edges(window: Tensor, edge: Edge, *, is_top: bool, is_bottom: bool) -> None:  # [n, r + 2, W (+ 2), C]
+    """Write the rows and columns around the image into a window; columns of zeros are the convolution's own."""
+    if edge:
         window[:, :, 0], window[:, :, -1] = window[:, :, edge], window[:, :, -1 - edge]
     if is_top:
-        window[:, 0] = window[:, edge] if edge != ZERO else 0
+        window[:, 0] = window[:, edge] if edge else 0
     if is_bottom:
-        window[:, -1] = window[:, -1 - edge] if edge != ZERO else 0
+        window[:, -1] = window[:, -1 - edge] if edge else 0
 
 
 def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, h, w, C]
@@ -371,7 +387,7 @@ def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [
         for start in range(0, len(frame), rows):
             run.check()
             query = F.linear(tokens[:, start : start + rows], block.query.weight, block.query.bias)  # [1, t, C]
-            frame[start : start + rows] += run.kernels.kernels.attend(query, key, value)[0].add_(block.bias)
+            frame[start : start + rows] += run.kernels.planar.attend(query, key, value)[0].add_(block.bias)
     return x
 
 
@@ -386,21 +402,21 @@ def _with_past(past: Past, layer: Linear, latest: Tensor) -> Tensor:  # [1, h w,
 def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], Tensor]:  # [n, h, w, C]
     """Return how a frame of x is normalized to tokens `[1, h w, C]`."""
     if isinstance(norm, PixelNorm):
-        weight, bias = norm.weight, norm.bias
-        return lambda frame: run.kernels.norm(x[frame].flatten(0, 1)[None, None], weight, bias)[0]
+        weight = norm.weight
+        return lambda frame: run.kernels.norm(x[frame].flatten(0, 1)[None, None], weight)[0]
     assert isinstance(norm, SpanNorm)
     assert isinstance(past, VideoPast)
     affines = past.statistics.affines(norm, past.place, x)
 
     def tokens(frame: int) -> Tensor:
         out = torch.empty_like(x[frame])  # [h, w, C]
-        run.kernels.kernels.normalize(x[frame][None], affines[frame], out[None], silu=False)
+        run.kernels.planar.normalize(x[frame][None], affines[frame], out[None], silu=False)
         return out.flatten(0, 1)[None]
 
     return tokens
 
 
-def upsample(step: Upsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
+def upsample(step: Upsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', 2 H, 2 W, C']
     """Double the frames (except the first one of a video), the rows and the columns."""
     if step.time is not None:
         x = double_frames(step.time, run, past, x)
@@ -415,15 +431,17 @@ def upsample(step: Upsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
         if bottom == height:
             window[:, -1] = 0
         window[:, above - top + 1 : below - top + 1] = x[:, above:below]
-        phases = run.kernels.kernels.conv(window, step.space, None)  # [n, r + 1, W + 1, 4 C']
-        band, _ = run.kernels.kernels.interleave(phases, step.bias, 2 * (bottom - top))  # [n, 2 r, 2 W, C']
+        phases = run.kernels.planar.conv(window, step.space, None)  # [n, r + 1, W + 1, 4 C']
+        band, _ = run.kernels.planar.interleave(phases, step.bias, 2 * (bottom - top))  # [n, 2 r, 2 W, C']
         out[:, 2 * top : 2 * bottom] = band
     if not step.repeats:
         return out
     return out.repeat_interleave(2, 0)[int(past.place.is_single) :]
 
 
-def causal_upsample(step: CausalUpsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:
+def causal_upsample(
+    step: CausalUpsample, run: Run, past: VideoPast, x: Tensor
+) -> Tensor:  # [n, H, W, C] -> [n', 2 H, 2 W, C']
     """Double rows and columns, and the frames before or after the convolution, as the layer says."""
     n, height, width, _ = x.shape
     is_first = past.of(step) is None
@@ -436,14 +454,14 @@ def causal_upsample(step: CausalUpsample, run: Run, past: VideoPast, x: Tensor) 
             phases = run.kernels.conv_first(window, step.first, bias, columns, step.first_terms)
         else:
             frames = run.kernels.side_by_side(window, n, step.taps)  # [n, r + 2, W, k C]
-            phases = run.kernels.kernels.conv(frames, step.weight, step.bias, columns)
+            phases = run.kernels.planar.conv(frames, step.weight, step.bias, columns)
         band = run.kernels.interleave(phases, 1 if is_first_frame else step.times)  # [n T, 2 r, 2 W, C]
         out[:, 2 * top : 2 * bottom] = band if is_first_frame else band[skipped:]
     return out if is_first or step.after is None else doubled(out, step.after)
 
 
 def doubled(x: Tensor, way: Doubling) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
-    """Double the frames of a chunk. LINEAR: as `F.interpolate` does, at a quarter before and after each frame."""
+    """Double the frames of a chunk as `Doubling` says."""
     pairs = x.new_empty(len(x), 2, *x.shape[1:])  # [n, 2, H, W, C]
     if way is Doubling.NEAREST:
         pairs[:] = x[:, None]
@@ -456,19 +474,19 @@ def doubled(x: Tensor, way: Doubling) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, 
 def double_frames(time: Linear, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
     """Compute two frames from each frame and the two before it. The first frame of a video stays single."""
     if past.place.is_single:
-        past.keep(time, x.new_zeros(2, *x.shape[1:]))  # the first frame is no past of the others
+        past.keep(time, x.new_zeros(2, *x.shape[1:]))  # later frames must not see the first one
         return x
     before = past.of(time)
     assert before is not None
     window = torch.cat([before, x])  # [n + 2, H, W, C]
     past.keep(time, window[-2:].clone())
-    doubled = F.linear(run.kernels.side_by_side(window, len(x), TAPS), time.weight, time.bias)  # [n, H, W, 2 C]
+    both = F.linear(run.kernels.side_by_side(window, len(x), TAPS), time.weight, time.bias)  # [n, H, W, 2 C]
     n, height, width, channels = x.shape
-    pairs = doubled.view(n, height, width, 2, channels).permute(0, 3, 1, 2, 4)  # [n, 2, H, W, C]
+    pairs = both.view(n, height, width, 2, channels).permute(0, 3, 1, 2, 4)  # [n, 2, H, W, C]
     return pairs.reshape(2 * n, height, width, channels)
 
 
-def unfold(step: Unfold, run: Run, past: VideoPast, x: Tensor) -> Tensor:
+def unfold(step: Unfold, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n', 2 H, 2 W, C']
     """Double rows and columns, and the frames except the first one of a video."""
     times = 1 if past.place.is_single else step.times
     unfolded = conv(step.conv, run, past, x, plain(x))  # [n, H, W, T 2 2 C']

@@ -2,7 +2,7 @@
 
 A plan is a list of legs. A leg runs some stages on the whole video, chunk by chunk, and stores what they make for the
 next leg; the last leg makes the sample, or the parameters of the posterior. A leg may also be computed in slabs of
-rows, each with some rows around it.
+rows, each with its halo: the rows around it that its output depends on.
 
 Statistics that are not known when a leg starts are collected first: for each such norm, the stages before it run once
 more and their output is thrown away. A short leg therefore saves time and a long leg saves memory, because only the
@@ -60,11 +60,11 @@ SLABS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96)  # the heights of slabs that are c
 
 @dataclass(frozen=True)
 class Leg:
-    """Stages [start, stop).
+    """A part of a plan: it runs stages [start, stop) on the whole video.
 
-    slab_rows: how many latent rows are computed together; None for all.
-    frames: how many of the frames that enter are computed together, after the first one; None for diffusers' chunks.
-        An encoder computes whole latent frames, so that every layer has all frames that it makes one of.
+    slab_rows: latent rows computed at a time; None for all.
+    frames: frames, counted at the input of the leg, computed at a time after the first one; None for the chunks of
+        diffusers. In an encoder it is a multiple of the frames that become one latent frame.
     """
 
     start: int
@@ -75,7 +75,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to split one run. band_bytes: size of a band of rows. peak_bytes: the memory beside the output."""
+    """How to split one run. band_bytes: size of a band of rows. peak_bytes: memory in bytes, without the output."""
 
     legs: tuple[Leg, ...]
     band_bytes: int
@@ -120,13 +120,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage takes, for each latent pixel of a latent frame. Memory is counted in values.
+    """What a stage needs for each latent pixel. Memory is counted in values.
 
-    past: what its layers remember of earlier chunks, whatever the length of a chunk.
-    seen: what its layers remember of each latent frame of the video.
-    held: the largest activations at one time, those that enter included, for each latent frame of a chunk.
-    stored: the activations after it.
-    work: multiplications.
+    grid: the size of its output.
+    past: what its layers keep from earlier chunks, whatever the length of a chunk.
+    held: the largest activations at one time, its input included, for each latent frame of a chunk.
+    stored: its output, for each latent frame.
+    work: multiplications, for each latent frame.
+    seen: what its layers keep of every latent frame of the video.
     """
 
     grid: Grid
@@ -163,10 +164,10 @@ class Network:
         return isinstance(self.weights, CausalEncoder) or self.weights.starts_single(latent_frames)
 
     def longest_chunk(self, latent_frames: int, frames: int) -> float:
-        """Return the most latent frames that diffusers computes together in a video of this length.
+        """Return the length of diffusers' longest chunk of a video of this length, in latent frames.
 
-        frames: those that a stage has of each latent frame. If the first chunk has a latent frame more than the others,
-            the first one is a single frame.
+        frames: those that a stage has of each latent frame. A first chunk that is longer than the others starts with a
+            latent frame that has a single one, and counts as 1 / `frames`.
         """
         if isinstance(self.weights, CausalEncoder):
             return self.weights.longest_chunk(latent_frames, frames)
@@ -175,14 +176,17 @@ class Network:
 
     @cached_property
     def is_divisible(self) -> bool:
-        """Whether any number of frames can be computed at a time, because no norm spans those of a chunk."""
+        """Whether any number of frames can be computed at a time.
+
+        If not, a norm spans a frame or a chunk: its statistics are stored by the number of diffusers' chunk.
+        """
         if isinstance(self.weights, CausalEncoder):
             return self.weights.chunks is None
         norms = [norm for stage in self.stages if (norm := span_norm(stage)) is not None]
         return self.weights.chunk == 1 and all(norm.span is Span.VIDEO for norm in norms)
 
     @cached_property
-    def wholes(self) -> list[int]:
+    def whole_frame_stages(self) -> list[int]:
         """The stages that need whole frames."""
         return [index for index, stage in enumerate(self.stages) if needs_whole_frames(stage)]
 
@@ -206,14 +210,14 @@ class Network:
         return max(1, self.frames[start] // self.frames[-1])
 
     def halo_rows(self, start: int, stop: int) -> int:
-        """Return how many latent rows above and below a slab have an influence on what stages [start, stop) make."""
+        """Return the halo of stages [start, stop): latent rows above and below a slab that its output depends on."""
         rows = 0
         for stage in reversed(self.stages[start:stop]):
             rows = _reach(stage, rows)
         return -(-rows // self.scales[start])
 
     def norms(self, start: int, stop: int, *, in_slabs: bool) -> list[int]:
-        """Return the stages inside a leg whose statistics must be collected before it runs."""
+        """Return the stages whose statistics must be collected before a leg runs; its first stage has its own."""
         found = []
         for index in range(start + 1, stop):
             norm = span_norm(self.stages[index])
@@ -231,7 +235,7 @@ def _entry(weights: CausalDecoder | CausalEncoder, is_single: bool) -> Grid:
 
 
 def _reach(stage: Stage, rows: int) -> int:
-    """Return how many rows around a slab a stage reads to make some rows around the slab of its output."""
+    """Return the halo of a stage's input, in rows, that `rows` rows of halo of its output need."""
     match stage:
         case Begin():
             return stage.patch * (rows + int(isinstance(stage.conv, CausalConv)))
@@ -256,7 +260,7 @@ def _reach_of_step(step: Step | EncoderStep, rows: int) -> int:
         case Expand():
             return -(-rows // 2)
         case Downsample() | CausalDownsample() | Fold():
-            return space_shrinkage(step) * rows + 1  # a 3x3 convolution, beside the halving
+            return space_shrinkage(step) * rows + 1  # a 3x3 convolution and the halving
         case Contract():
             return 2 * rows
         case Attention() | FrameAttention():
@@ -407,7 +411,11 @@ class Planner:
         self.itemsize = network.weights.dtype.itemsize
 
     def plan(self, budget_bytes: int, band_bytes: int) -> Plan:
-        """Return the fastest plan that fits; if none fits, the smallest one, because the run may still succeed."""
+        """Return the plan with the least work that fits; if none fits, the one that needs the least memory.
+
+        budget_bytes: the limit of everything but the output. band_bytes: the largest useful band. If no plan fits, its
+        `peak_bytes` exceeds the budget; the run may still succeed.
+        """
         smallest = band_bytes // SMALLEST_BAND
         room = budget_bytes - WORKING_BANDS * smallest
         legs = self.ideal
@@ -455,7 +463,7 @@ class Planner:
         """
         stages = self.network.stages
         norms = {i for i, stage in enumerate(stages) if span_norm(stage) is not None}
-        borders = {border for whole in self.network.wholes for border in (whole, whole + 1)}
+        borders = {border for whole in self.network.whole_frame_stages for border in (whole, whole + 1)}
         return sorted({0, len(stages)} | norms | borders)
 
     def legs_from(self, start: int) -> Iterator[Leg]:
@@ -463,11 +471,11 @@ class Planner:
         for stop in self.nodes:
             if stop > start:
                 yield self.leg(start, stop)
-                if not any(start <= whole < stop for whole in self.network.wholes):
+                if not any(start <= whole < stop for whole in self.network.whole_frame_stages):
                     yield from (self.leg(start, stop, rows) for rows in SLABS if rows < self.size.height)
 
     def leg_work(self, leg: Leg) -> float:
-        """Return the multiplications of a leg, the passes that collect statistics included."""
+        """Return the multiplications of a leg for each latent pixel and frame, those for statistics included."""
         done = [0, *accumulate(need.work for need in self.network.needs[leg.start : leg.stop])]
         in_slabs = leg.slab_rows is not None
         passes = [index - leg.start for index in self.network.norms(leg.start, leg.stop, in_slabs=in_slabs)]

@@ -18,7 +18,10 @@ from .causal_stages import Begin, End, Enter, Leave, Stage, State, Whole, norm_i
 from .causal_statistics import Place, Statistics
 
 Write = Callable[[int, int, Tensor], None]
-"""Takes finished rows `[n, rows, W, C]` of the output: the number of their first frame, and their first row."""
+"""`write(frame, top, rows)` receives finished rows `[n, r, W, C]` of the output.
+
+frame, top: the numbers of their first frame and of their first row.
+"""
 
 
 class Piece(NamedTuple):
@@ -30,7 +33,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Slab:
-    """Latent rows [top, bottom) of a video, and [above, below) with the rows around them that have an influence."""
+    """Latent rows [top, bottom) of a video, and [above, below): the same with their halo."""
 
     top: int
     bottom: int
@@ -51,7 +54,7 @@ class Slab:
 
 
 Take = Callable[[Piece, Slab, int], None]
-"""Takes what stages made of some frames: the frames, the rows that they have, and the number of the first one."""
+"""`take(piece, slab, frame)` receives the output of a leg for some frames. frame: the number of the first one."""
 
 
 class VideoRun:
@@ -63,7 +66,7 @@ class VideoRun:
 
     def __init__(self, network: Network, run: Run, pieces: list[Piece], write: Write) -> None:
         self.network, self.run, self.pieces, self.write = network, run, pieces, write
-        self.statistics = Statistics(run.kernels.kernels)
+        self.statistics = Statistics(run.kernels.planar)
         self.height = pieces[0].state.x.shape[1] // network.scales[0]
 
     def run_leg(self, leg: Leg) -> None:
@@ -105,7 +108,7 @@ class VideoRun:
             yield Slab(top, bottom, max(top - halo, 0), min(bottom + halo, self.height))
 
     def _entering(self, leg: Leg, slab: Slab, *, consumes: bool) -> Iterator[Piece]:
-        """Yield what is stored before a leg, as many frames at a time as the leg computes. It may be overwritten."""
+        """Yield the input of a leg, as many frames at a time as it computes. All stages but 0 may overwrite it."""
         pieces = self.pieces if consumes else list(self.pieces)
         pieces.reverse()
         while pieces:
@@ -118,7 +121,7 @@ class VideoRun:
         return Piece(piece.place, piece.state.map(partial(self._rows, leg, slab)))
 
     def _rows(self, leg: Leg, slab: Slab, x: Tensor) -> Tensor:  # [n, s h, W, C] -> [n, s (below - above), W, C]
-        """Return the rows of a slab and around it: a copy, or what the first stage takes, which it does not change."""
+        """Return the rows of a slab with its halo: converted for stage 0, which does not change them, else a copy."""
         rows = slab.around(x, self.network.scales[leg.start])
         if leg.start > 0:
             return rows.clone()
@@ -178,7 +181,7 @@ def advance(stage: Stage, run: Run, past: VideoPast, state: State) -> State:
 
 
 def _split(piece: Piece, frames: int | None) -> Iterator[Piece]:
-    """Split stored frames into as many as are computed at a time. The first frame of a video is a part by itself."""
+    """Split a piece into parts of at most `frames` frames; None: do not. A single first frame is a part by itself."""
     if frames is None:
         yield piece
         return

@@ -135,5 +135,5 @@ def norm_input(stage: Stage, state: State) -> Tensor:
 
 
 def needs_whole_frames(stage: Stage) -> bool:
-    """Return whether a stage reads all rows of a frame, beside statistics."""
+    """Return whether a stage reads all rows of a frame for more than statistics."""
     return isinstance(stage, Whole) and any(isinstance(step, Attention) for step in stage.block.steps)

@@ -60,7 +60,7 @@ class Statistics:
             self.collected[_span(norm, place, frame)].append(self._moments(rows))
 
     def settle(self, norm: SpanNorm) -> None:
-        """Make what was collected the statistics of a norm."""
+        """Turn what was collected into the norm's affine maps, and forget it."""
         for span, parts in self.collected.items():
             self.known[id(norm), span] = self.kernels.affine(norm.norm, parts)
         self.collected.clear()

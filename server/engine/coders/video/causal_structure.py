@@ -1,6 +1,8 @@
-"""Check that a causal VAE has exactly the layers that the causal coder computes.
+"""Check that a video VAE has exactly the layers that our coders compute.
 
-The checks of one family are in its own module. Everything unknown is a reason to run diffusers' own layers.
+Each function yields a sentence for every difference, and nothing if there is none. name: what the module is called in
+these sentences. The checks of one family are in its own module. Everything unknown is a reason to run diffusers' own
+layers.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def norm_reasons(name: str, norm: Any, kind: str) -> Iterator[str]:
 
 
 def silu_reasons(name: str, activation: Any) -> Iterator[str]:
-    """Check an activation function."""
+    """Check that an activation function is SiLU."""
     if type(activation) is not nn.SiLU:
         yield f"{name} is a {type(activation).__name__}, not SiLU."
 

@@ -18,7 +18,7 @@ def take_causal_conv(conv: Any, kernels: CausalKernels, before: Before, *, repli
     weight, bias = conv.weight.detach(), conv.bias.detach()  # [O, I, 3, 3, 3], [O]
     empty(conv)
     first = [weight[:, :, -1]] if before is Before.ZEROS else terms_of(weight.float().sum(2), weight.dtype)
-    packed = kernels.kernels.pack(torch.cat(first, 1).contiguous())  # [O, I, 3, 3] or [O, 2 I, 3, 3]
+    packed = kernels.planar.pack(torch.cat(first, 1).contiguous())  # [O, I, 3, 3] or [O, 2 I, 3, 3]
     return CausalConv(kernels.pack(weight), packed, bias, len(bias), before, replicates, len(first))
 
 
@@ -26,7 +26,7 @@ def take_causal_downsample(conv: Any, kernels: CausalKernels, beside: Beside) ->
     """Take a 3x3x3 convolution of stride 2 in space, and 1 or 2 in time. beside: what it reads beside each frame."""
     weight, bias, times = conv.weight.detach(), conv.bias.detach(), conv.stride[0]  # [O, I, 3, 3, 3], [O]
     empty(conv)
-    packed = kernels.kernels.pack(torch.cat(list(weight.unbind(2)), 1), stride=2)  # [O, 3 I, 3, 3]
+    packed = kernels.planar.pack(torch.cat(list(weight.unbind(2)), 1), stride=2)  # [O, 3 I, 3, 3]
     return CausalDownsample(packed, bias, times, len(bias), beside)
 
 
@@ -44,8 +44,8 @@ def take_causal_upsample(
     first = terms_of(fold_upsample(weight.float().sum(2)), weight.dtype)  # each [4 O, I, 2, 2]
     # The convolution adds the bias to every phase. Adding it afterwards would round once more.
     return CausalUpsample(
-        weight=kernels.kernels.pack(phases.to(weight.dtype)),
-        first=kernels.kernels.pack(torch.cat(first, 1)),
+        weight=kernels.planar.pack(phases.to(weight.dtype)),
+        first=kernels.planar.pack(torch.cat(first, 1)),
         first_terms=len(first),
         bias=bias.repeat(4 * times),
         taps=in_time[0].shape[2],

@@ -159,7 +159,7 @@ def _take_encoder_steps(encoder: Any, kernels: CausalKernels) -> Iterator[Encode
             yield _take_resnet(resnet, kernels)
         for downsampler in block.downsamplers or ():
             weight, bias = take_weights(downsampler.conv)  # [O, I, 3, 3], [O]
-            space, averages = kernels.kernels.pack(weight, stride=2), bool(downsampler.compress_time)
+            space, averages = kernels.planar.pack(weight, stride=2), bool(downsampler.compress_time)
             yield Downsample(space, bias, len(bias), averages_frames=averages)
     for resnet in encoder.mid_block.resnets:
         yield _take_resnet(resnet, kernels)
@@ -190,7 +190,7 @@ def _take_upsample(upsampler: Any, kernels: CausalKernels) -> Upsample:
     """
     weight, bias = upsampler.conv.weight.detach(), upsampler.conv.bias.detach()  # [O, I, 3, 3], [O]
     empty(upsampler.conv)
-    space = kernels.kernels.pack(fold_upsample(weight))
+    space = kernels.planar.pack(fold_upsample(weight))
     return Upsample(None, space, bias, len(bias), repeats=bool(upsampler.compress_time))
 
 

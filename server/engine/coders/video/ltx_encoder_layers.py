@@ -99,7 +99,7 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
     prefix, encoder = PREFIXES[type(vae).__name__], vae.encoder
     weight = encoder.conv_in.conv.weight
     dtype, device, in_channels = weight.dtype, weight.device, weight.shape[1]
-    conv_in, ignored_chunk = _take_conv(encoder.conv_in, kernels), _ignored_chunk(encoder, prefix)
+    conv_in, only_multiples_of = _take_conv(encoder.conv_in, kernels), _ignored_chunk(encoder, prefix)
     blocks = tuple(EncoderBlock((step,)) for step in _take_steps(encoder, kernels, prefix))
     conv_out = _take_conv(encoder.conv_out, kernels)
     return CausalEncoder(
@@ -113,7 +113,7 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
         quant=None,
         dtype=dtype,
         device=device,
-        ignored_chunk=ignored_chunk,
+        only_multiples_of=only_multiples_of,
         # The last channel is the variance of all channels of the mean.
         repeats_last=conv_out.out_channels - 2,
     )

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from ...kernels.causal_kernels import TAPS, CausalKernels
 from ..image.layers import Linear, empty, take_linear
 from .causal_layers import NormedLinear, PixelRms
-from .causal_passes import REFLECTED, REPEATED, ZERO
+from .causal_passes import Edge
 from .causal_structure import class_reasons, conv_reasons, silu_reasons, weights_reasons
 from .wan_layers import take_pointwise
 
 PREFIXES = {"AutoencoderKLLTXVideo": "LTXVideo", "AutoencoderKLLTX2Video": "LTX2Video"}
 """The classes that are known, and what the names of their layers begin with."""
 
-EDGES: dict[str, int] = {"zeros": ZERO, "replicate": REPEATED, "reflect": REFLECTED}
+EDGES = {"zeros": Edge.ZERO, "replicate": Edge.REPEATED, "reflect": Edge.REFLECTED}
 SINES = 256  # sines and cosines that a timestep is embedded as
 
 
@@ -34,8 +34,8 @@ SINES = 256  # sines and cosines that a timestep is embedded as
 class FramesConv:
     """A 3x3x3 convolution.
 
-    weight: packed by `CausalKernels.pack`. lag: how many frames after the current one it reads, 0 or 1.
-    edge: what lies around a frame, as `fill_edges` takes it.
+    weight: packed by `CausalKernels.pack`. lag: how many frames after the current one it reads, 0 or 1: its output is
+    so many frames late. edge: what lies around a frame.
     """
 
     weight: Tensor
@@ -43,7 +43,7 @@ class FramesConv:
     in_channels: int
     out_channels: int
     lag: int
-    edge: int
+    edge: Edge
 
     @property
     def widest(self) -> int:
@@ -51,7 +51,7 @@ class FramesConv:
         return max(self.in_channels, self.out_channels)
 
     @property
-    def lead(self) -> int:
+    def frames_before(self) -> int:
         """How many frames before the current one it reads."""
         return TAPS - 1 - self.lag
 
@@ -178,7 +178,7 @@ class FramesDecoder:
     @property
     def mirrors(self) -> bool:
         """Whether the rows and columns around a frame are its own, mirrored, which needs two of each."""
-        return self.last.conv.edge == REFLECTED
+        return self.last.conv.edge is Edge.REFLECTED
 
     def spatial_ratio(self) -> int:
         """Return the pixels per latent along one side."""

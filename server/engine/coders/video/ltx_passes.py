@@ -89,18 +89,18 @@ def frames_made(layer: FramesConv, past: Past, frames: int, is_last: bool) -> in
 def conv_bands(
     layer: FramesConv, run: Run, past: Past, x: Tensor, fill: Fill, is_last: bool
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:  # [n, H, W, C]
-    """Yield a convolution band by band: first and last row, the input `[n', r, W, C]` in place, the output.
+    """Yield (top, bottom, current, output) for each band of rows [top, bottom).
 
-    The input is that of the frames `[n', r, W, C']` of the output, which may be earlier than those of x.
+    output: `[n', r, W, C']`. current: the input of the same frames, `[n', r, W, C]`, which may be before those of x.
     """
     n, height, width, channels = x.shape
-    count, before, edge = frames_made(layer, past, n, is_last), past.of(layer), int(layer.edge > 0)
+    count, before, edge = frames_made(layer, past, n, is_last), past.of(layer), int(bool(layer.edge))
     if not n:
         return
-    lead, columns = layer.lead if before is None else TAPS - 1, slice(edge, width + edge)
+    lead, columns = layer.frames_before if before is None else TAPS - 1, slice(edge, width + edge)
     frames = count + TAPS - 1
     kept = None if is_last else x.new_empty(TAPS - 1, height, width, channels)  # [2, H, W, C]
-    for top, bottom in run.bands(frames, height, width * channels, x.element_size()):
+    for top, bottom in run.bands(frames, height, width * layer.widest, x.element_size()):
         above, below = max(top - 1, 0), min(bottom + 1, height)
         window = x.new_empty(frames, bottom - top + 2, width + 2 * edge, channels)  # [n' + 2, r + 2, W (+ 2), C]
         inner = window[:, above - top + 1 : below - top + 1, columns]  # [n' + 2, r (+ 2), W, C]
@@ -140,7 +140,10 @@ def delayed(step: FramesResnet, past: Past, x: Tensor, is_last: bool) -> Tensor:
 
 
 def enlarge(step: Enlarge, run: Run, past: Past, x: Tensor, is_last: bool) -> Tensor:
-    """Unfold channels to frames, rows and columns: `[n, H, W, C]` -> `[T n, P H, P W, C']`, P being `step.size`."""
+    """Unfold channels to frames, rows and columns: `[n, H, W, C]` -> `[n', P H, P W, C']`, P being `step.size`.
+
+    n' is T times the frames that the convolution makes, without the first T - 1 of the video.
+    """
     n, height, width, _ = x.shape
     times, size, channels = step.times, step.size, step.out_channels
     count = frames_made(step.conv, past, n, is_last)

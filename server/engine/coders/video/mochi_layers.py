@@ -202,7 +202,7 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
         dtype=dtype,
         device=device,
         # Convolutions ignore frames at the end that fill no step of their stride.
-        ignored_chunk=vae.temporal_compression_ratio,
+        only_multiples_of=vae.temporal_compression_ratio,
         chunks=Chunks(vae.temporal_compression_ratio, first_takes_rest=False),
         waves=_waves(encoder.fourier_features, device),
     )

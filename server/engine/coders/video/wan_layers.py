@@ -1,6 +1,6 @@
 """Wan 2.1, Wan 2.2, Qwen-Image and Qwen-Image 2.1: check that the structure is known, and take the weights.
 
-The classes have the same layers under different names. Qwen-Image 2.1 decodes only images: its convolutions are 2-D.
+The classes have the same layers under different names. Qwen-Image 2.1 takes only images: its convolutions are 2-D.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def take_encoder(vae: Any, kernels: CausalKernels) -> CausalEncoder:
         quant=take_pointwise(vae.quant_conv),
         dtype=dtype,
         device=device,
-        ignored_chunk=CHUNK_FRAMES,
+        only_multiples_of=CHUNK_FRAMES,
     )
 
 
@@ -234,7 +234,7 @@ def _take_downsample(downsampler: Any, kernels: CausalKernels) -> Downsample:
     weight, bias = take_weights(downsampler.resample[1])  # [O, I, 3, 3], [O]
     time = getattr(downsampler, "time_conv", None)
     return Downsample(
-        space=kernels.kernels.pack(weight, stride=2),
+        space=kernels.planar.pack(weight, stride=2),
         bias=bias,
         out_channels=len(bias),
         time=_take_time(time) if isinstance(time, nn.Conv3d) else None,
@@ -278,9 +278,9 @@ def take_conv(conv: Any, kernels: CausalKernels) -> CausalConv:
     weight, bias = conv.weight.detach(), conv.bias.detach()  # [O, I, 3, 3, 3] or [O, I, 3, 3], [O]
     empty(conv)
     if weight.ndim == 4:  # for images only
-        packed = kernels.kernels.pack(weight)
+        packed = kernels.planar.pack(weight)
         return CausalConv(packed, packed, bias, len(bias))
-    first = kernels.kernels.pack(weight[:, :, -1].contiguous())  # [O, I, 3, 3]
+    first = kernels.planar.pack(weight[:, :, -1].contiguous())  # [O, I, 3, 3]
     return CausalConv(kernels.pack(weight), first, bias, len(bias))
 
 
@@ -335,7 +335,7 @@ def _take_upsample(upsampler: Any, kernels: CausalKernels) -> Upsample:
     time = getattr(upsampler, "time_conv", None)
     return Upsample(
         time=_take_time(time) if isinstance(time, nn.Conv3d) else None,
-        space=kernels.kernels.pack(fold_upsample(weight)),
+        space=kernels.planar.pack(fold_upsample(weight)),
         bias=bias,
         out_channels=len(bias),
     )
