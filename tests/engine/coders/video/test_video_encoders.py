@@ -106,12 +106,12 @@ SHALLOW = {"ltx-2": lambda: AutoencoderKLLTX2Video(**LTX_2, layers_per_block=(1,
 @cache
 def made(name: str) -> tuple[Any, Family]:
     """The VAE, with enough contrast in its latents that a wrong neighbour shows, and its family."""
-    vae, has_few_channels = (VIDEOS | IMAGES)[name](), name.startswith(("hunyuan", "cogvideox", "easy"))
+    vae, is_sensitive = (VIDEOS | IMAGES)[name](), name.startswith(("hunyuan", "cogvideox", "easy", "mochi"))
     vae.use_framewise_encoding = False
     vary_norms(vae.encoder, seed=0)
     layer = vae.encoder.proj_out if name == "mochi" else vae.encoder.conv_out
     last = getattr(layer, "conv", layer)
-    return vaes.brightened(vae, last, gain=2 if has_few_channels else 8), family_for(vae)
+    return vaes.brightened(vae, last, gain=2 if is_sensitive else 8), family_for(vae)
 
 
 def vary_norms(network: torch.nn.Module, seed: int) -> None:
