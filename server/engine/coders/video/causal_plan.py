@@ -409,6 +409,10 @@ class Planner:
     def __init__(self, network: Network, size: Size, piece_bytes: int) -> None:
         self.network, self.size, self.piece_bytes = network.for_frames(size.frames), size, piece_bytes
         self.itemsize = network.weights.dtype.itemsize
+        # The most latent frames of a chunk, by the frames that a stage has of each latent frame.
+        self.longest_chunk = {
+            frames: self.network.longest_chunk(size.frames, frames) for frames in set(self.network.frames)
+        }
 
     def plan(self, budget_bytes: int, band_bytes: int) -> Plan:
         """Return the plan with the least work that fits; if none fits, the one that needs the least memory.
@@ -515,5 +519,5 @@ class Planner:
     def latent_frames(self, leg: Leg, need: Need) -> float:
         """Return how many latent frames a stage of a leg computes at a time, at most."""
         if leg.frames is None:
-            return self.network.longest_chunk(self.size.frames, need.grid.frames)
+            return self.longest_chunk[need.grid.frames]
         return min(leg.frames / self.network.frames[leg.start], self.size.frames)
