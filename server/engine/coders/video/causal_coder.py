@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ....model_info import EXACT
 from ...kernels.causal_kernels import CausalKernels
 from ..interface import Check
@@ -15,9 +13,6 @@ from .causal_run import Piece, VideoRun, Write
 
 CPU_BAND_BYTES = 4 << 20
 GPU_BAND_BYTES = 256 << 20
-# A convolution reads all of its weights once for each band. On a CPU that takes longer than the multiplications if the
-# band has few pixels. So a band has at least as many as fit its size at so many bytes a pixel.
-CPU_PIXEL_BYTES = 2 << 10
 # The size of the largest activation of the frames that are computed together.
 CPU_PIECE_BYTES = 1  # as few frames as possible: longer pieces do not make bands of rows faster
 GPU_PIECE_BYTES = 1 << 30
@@ -47,12 +42,6 @@ class CausalCoder:
         """Run a plan on the latents or pixels of one video, in pieces. write: receives the output."""
         on_cpu = self.network.weights.device.type == "cpu"  # whose attention stores no scores and may take more queries
         query_bytes = QUERY_BYTES if on_cpu else min(QUERY_BYTES, 2 * plan.band_bytes)
-        least = least_pixels(plan.band_bytes, self.network.weights.device)
-        video = VideoRun(self.network, Run(self.kernels, plan.band_bytes, least, query_bytes, check), pieces, write)
+        video = VideoRun(self.network, Run(self.kernels, plan.band_bytes, query_bytes, check), pieces, write)
         for leg in plan.legs:
             video.run_leg(leg)
-
-
-def least_pixels(band_bytes: int, device: torch.device) -> int:
-    """Return how many pixels a band has at least, unless the activation is smaller."""
-    return band_bytes // CPU_PIXEL_BYTES if device.type == "cpu" else 1

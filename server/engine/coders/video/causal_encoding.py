@@ -60,7 +60,7 @@ def downsample(step: Downsample, run: Run, past: VideoPast, x: Tensor) -> Tensor
     single = int(past.place.is_single)
     n = single + (len(x) - single) // 2 if step.averages_frames else len(x)
     out = x.new_empty(n, height // 2, width // 2, step.out_channels)
-    for top, bottom in run.bands(n, height // 2, width, 2 * channels, x.element_size()):
+    for top, bottom in run.bands(n, height // 2, 2 * width * channels, x.element_size()):
         window = x.new_empty(n, 2 * (bottom - top) + 1, width + 1, channels)  # [n, 2 r + 1, W + 1, C]
         below = min(2 * bottom + 1, height)
         rows = window[:, : below - 2 * top, :-1]
@@ -111,7 +111,7 @@ def causal_downsample(
         before = x.expand(TAPS - 1, -1, -1, -1)  # the first frame of a video comes as a chunk of its own
     frames = 1 + (len(before) + n - TAPS) // step.times
     out = x.new_empty(frames, height // 2, width // 2, step.out_channels)
-    for top, bottom in run.bands(len(before) + n, height // 2, width, 2 * channels, x.element_size()):
+    for top, bottom in run.bands(len(before) + n, height // 2, 2 * width * channels, x.element_size()):
         window = downsampling_window(before, x, top, bottom, step.beside)
         ends = [len(window) - TAPS + 1 + tap for tap in range(TAPS)]
         taps = torch.cat([window[tap : end : step.times] for tap, end in enumerate(ends)], -1)  # [n / T, ..., 3 C]
@@ -155,7 +155,7 @@ def fold(step: Fold, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, 
     _, height, width, channels = x.shape
     for index, part in enumerate(torch.split(x, times)):  # [T, H, W, C], or the first frame
         frames = part.expand(step.times, -1, -1, -1) if step.channel_first else part
-        for top, bottom in run.bands(step.times, height // side, width, side * channels, x.element_size()):
+        for top, bottom in run.bands(step.times, height // side, side * width * channels, x.element_size()):
             rows = frames[:, side * top : side * bottom]  # [T, S r, W, C]
             shortcut = folded_channels(rows, len(rows), side, channel_first=step.channel_first)[0]
             out[index, top:bottom] += grouped_mean(shortcut, step.out_channels)
@@ -181,7 +181,7 @@ def contract(step: Contract, run: Run, past: VideoPast, x: Tensor) -> Tensor:  #
         x = x.expand(step.times, -1, -1, -1)  # the first frame, and copies of it
     frames, height, width, channels = x.shape
     out = x.new_empty(frames // step.times, height // 2, width // 2, step.out_channels)
-    for top, bottom in run.bands(frames, height // 2, width, 2 * channels, x.element_size()):
+    for top, bottom in run.bands(frames, height // 2, 2 * width * channels, x.element_size()):
         blocks = folded_channels(x[:, 2 * top : 2 * bottom], step.times, 2, channel_first=False)
         out[:, top:bottom] = F.linear(blocks, step.linear.weight, step.linear.bias)
     return out
@@ -196,7 +196,7 @@ def frame_attention(step: FrameAttention, run: Run, past: VideoPast, x: Tensor) 
     frames = sum(map(len, keys))  # so far
     mask = None if n == 1 else torch.ones(n, frames, dtype=torch.bool, device=x.device).tril_(frames - n)  # [n, F]
     # Twice the keys and queries: they are copied to their order by position.
-    for start, stop in run.bands(2 * (frames + n), height, width, channels, x.element_size()):
+    for start, stop in run.bands(2 * (frames + n), height, width * channels, x.element_size()):
         rows = max(1, MOST_POSITIONS // width)
         for top in range(start, stop, rows):
             bottom = min(top + rows, stop)
@@ -236,7 +236,7 @@ def averaged(shortcut: Average, run: Run, x: Tensor) -> Tensor:  # [n T, S H, S 
     _, height, width, channels = x.shape
     out = x.new_empty(-(-len(x) // times), height // side, width // side, shortcut.out_channels)
     for index, frames in enumerate(torch.split(x, times)):  # [T, S H, S W, C]
-        for top, bottom in run.bands(times, height // side, width, side * channels, x.element_size()):
+        for top, bottom in run.bands(times, height // side, side * width * channels, x.element_size()):
             rows = frames[:, side * top : side * bottom]  # [T, S r, S W, C]
             missing = times - len(rows)  # before the first frame of a video
             rows = torch.cat([rows.new_zeros(missing, *rows.shape[1:]), rows]) if missing else rows

@@ -100,24 +100,22 @@ class VideoPast(Past):
 class Run:
     """One decode or encode.
 
-    band_bytes: the wanted bytes of the widest activation of a band. least_pixels: those that a band has nevertheless,
-    unless the activation is smaller. query_bytes: the most bytes of attention scores at a time; 0 if there is no
-    attention. check: called before each band; raises Stopped if nobody waits for the result.
+    band_bytes: the wanted bytes of the widest activation of a band. query_bytes: the most bytes of attention scores at
+    a time; 0 if there is no attention. check: called before each band; raises Stopped if nobody waits for the result.
     """
 
     kernels: CausalKernels
     band_bytes: int
-    least_pixels: int
     query_bytes: int
     check: Check
 
-    def bands(self, frames: int, height: int, width: int, values: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    def bands(self, frames: int, height: int, row_values: int, itemsize: int) -> Iterator[tuple[int, int]]:
         """Yield bands [top, bottom) of an image of `height` rows.
 
-        frames: those of a band. values: those of a pixel at the layer's widest. itemsize: the bytes of a value.
+        frames: those of a band. row_values: the values of one row of one frame at the layer's widest. itemsize: the
+        bytes of a value.
         """
-        row = frames * width
-        rows = max(1, self.band_bytes // (row * values * itemsize), self.least_pixels // row)
+        rows = max(1, self.band_bytes // (frames * row_values * itemsize))
         for top in range(0, height, rows):
             self.check()
             yield top, min(top + rows, height)
@@ -141,7 +139,7 @@ def begin_linear(
     if waves is None:
         return F.linear(x, layer.weight, layer.bias)
     out = x.new_empty(*x.shape[:3], len(layer.weight))
-    for top, bottom in run.bands(len(x), x.shape[1], x.shape[2], out.shape[3], x.element_size()):
+    for top, bottom in run.bands(len(x), x.shape[1], x.shape[2] * out.shape[3], x.element_size()):
         pixels = x[:, top:bottom].float()  # [n, r, W, C]
         angles = (pixels[..., None] * waves).flatten(3)  # [n, r, W, C K]
         features = torch.cat([pixels, angles.sin(), angles.cos()], -1)  # [n, r, W, C + 2 C K]
@@ -330,7 +328,7 @@ def windows(
     repeats = not isinstance(layer, CausalConv) or layer.before is Before.FIRST_FRAME
     columns = slice(edge, width + edge)
     kept = x.new_empty(history, height, width, channels)  # [k - 1, H, W, C]
-    for top, bottom in run.bands(frames, height, width, widest(layer, channels), x.element_size()):
+    for top, bottom in run.bands(frames, height, width * widest(layer, channels), x.element_size()):
         above, below = max(top - 1, 0), min(bottom + 1, height)
         window = x.new_empty(frames, bottom - top + 2, width + 2 * edge, channels)  # [n + k - 1, r + 2, W (+ 2), C]
         rows = slice(above - top + 1, below - top + 1)
@@ -424,7 +422,8 @@ def upsample(step: Upsample, run: Run, past: VideoPast, x: Tensor) -> Tensor:  #
         x = double_frames(step.time, run, past, x)
     n, height, width, _ = x.shape
     out = x.new_empty(n, 2 * height, 2 * width, step.out_channels)
-    for top, bottom in run.bands(n, height, width, max(x.shape[-1], 4 * step.out_channels), x.element_size()):
+    widest = width * max(x.shape[-1], 4 * step.out_channels)
+    for top, bottom in run.bands(n, height, widest, x.element_size()):
         above, below = max(top - 1, 0), min(bottom + 1, height)
         window = x.new_empty(n, bottom - top + 2, width, x.shape[-1])  # [n, r + 2, W, C]
         if top == 0:

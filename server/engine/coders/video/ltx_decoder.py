@@ -15,7 +15,7 @@ from ...memory import free_bytes
 from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
 from . import ltx_layers
-from .causal_coder import CPU_BAND_BYTES, GPU_BAND_BYTES, least_pixels
+from .causal_coder import CPU_BAND_BYTES, GPU_BAND_BYTES
 from .causal_passes import Run
 from .ltx_layers import FramesDecoder
 from .ltx_passes import decode_frames
@@ -80,7 +80,7 @@ class ExactLTXDecoder:
         output = Output(layout, (batch * frames, ratio * height, ratio * width, weights.channels), videos)
         budget = free - output.tensor.nbytes if budget_bytes is None else budget_bytes
         plan = self.plan(latent_frames, height, width, budget)
-        run = Run(self.kernels, plan.band_bytes, least_pixels(plan.band_bytes, weights.device), 0, check)
+        run = Run(self.kernels, plan.band_bytes, 0, check)
         decoder = weights.at(arguments.get("timestep", 0.0))
         for index, video in enumerate(videos):  # [F, h, w, C]
             _decode(decoder, run, plan, video, output, index * frames, emit)

@@ -100,7 +100,7 @@ def conv_bands(
     lead, columns = layer.frames_before if before is None else TAPS - 1, slice(edge, width + edge)
     frames = count + TAPS - 1
     kept = None if is_last else x.new_empty(TAPS - 1, height, width, channels)  # [2, H, W, C]
-    for top, bottom in run.bands(frames, height, width, layer.widest, x.element_size()):
+    for top, bottom in run.bands(frames, height, width * layer.widest, x.element_size()):
         above, below = max(top - 1, 0), min(bottom + 1, height)
         window = x.new_empty(frames, bottom - top + 2, width + 2 * edge, channels)  # [n' + 2, r + 2, W (+ 2), C]
         inner = window[:, above - top + 1 : below - top + 1, columns]  # [n' + 2, r (+ 2), W, C]
