@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
+from .graphs import graph_bytes
+
 FREE_MEMORY_SHARE = 0.8  # other processes need some of the free memory too
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
     """Return how many bytes a run may plan to use on a device: a share of what is free, or cached by torch."""
     if device.type != "cuda":
-        return int(FREE_MEMORY_SHARE * psutil.virtual_memory().available)
+        return int(FREE_MEMORY_SHARE * min(psutil.virtual_memory().available, container_bytes()))
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(FREE_MEMORY_SHARE * (free + cached))
+    # The memory of CUDA graphs counts as cached, but no other tensor can use it.
+    return int(FREE_MEMORY_SHARE * (free + max(0, cached - graph_bytes(device))))
+
+
+def container_bytes(root: Path = CGROUP) -> float:
+    """Return how many bytes this container may still use; infinity without a limit. root: its control group.
+
+    The system takes file pages that nobody has used for a while away before it ends a process.
+    """
+    try:
+        limit = float((root / "memory.max").read_text().replace("max", "inf"))
+        used = int((root / "memory.current").read_text())
+        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        taken_away = int(statistics.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return float("inf")
+    return max(0, limit - used + taken_away)

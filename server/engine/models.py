@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import Settings
-from ..errors import ModelUnavailable, NonFiniteInput, ServerError
+from ..errors import ModelUnavailable, NonFiniteInput, ServerError, TooLargeForDevice
 from ..families import FAMILIES
 from ..model_info import CoderId, Direction, LoadedInfo, ModelInfo
 from ..values import Layout, Request, Result, TensorResult
 from .coders.build import EXACT_CLASSES, build_coder
 from .coders.interface import Check, Coder, Decoder, go_on
+from .device_errors import is_lost_device, is_out_of_memory
 from .loaded_model import LoadedModel
 from .pipeline import NonFiniteOutput, Stream, run
 from .tensors import NAMES
@@ -122,7 +123,8 @@ class LoadedModels:
     ) -> list[TensorResult | Exception]:
         """Run requests of one batch now, after loading the model if needed.
 
-        Requests that overflow half precision are run again in float32.
+        Requests that overflow half precision are run again in float32. Those that do not fit the device's memory are
+        run again each time that another model was unloaded, the least recently used one first.
 
         check: called between the steps of the work. Other threads that want the device get it there too. `check` may
             call `run` for another coder, or for the same one if `LoadedInfo.may_run_inside_itself`. Such a run loads
@@ -134,6 +136,11 @@ class LoadedModels:
         key = Key(*requests[0].job.coder)
         model = self._get(key)
         outcomes = self._run(key, model, requests, stream, check)
+        while any(isinstance(outcome, TooLargeForDevice) for outcome in outcomes) and self._unload_another(key, model):
+            outcomes = [
+                self._run(key, model, [request], None, check)[0] if isinstance(outcome, TooLargeForDevice) else outcome
+                for request, outcome in zip(requests, outcomes, strict=True)
+            ]
         is_single = model.dtype is torch.float32
         return [
             self._run_upcast(request, is_single, check) if isinstance(outcome, NonFiniteOutput) else outcome
@@ -169,7 +176,9 @@ class LoadedModels:
             return NonFiniteInput(overflow.format(" even in float32"))
         try:
             model = self._get(key)
-        except ModelUnavailable:
+        except ModelUnavailable as error:
+            if is_lost_device(error.__cause__):
+                raise
             return NonFiniteInput(overflow.format(" in half precision, and the model could not be loaded in float32"))
         outcome = self._run(key, model, [request], None, check)[0]
         if isinstance(outcome, NonFiniteOutput):
@@ -184,6 +193,17 @@ class LoadedModels:
         oldest = time.monotonic() - limit
         idle = [key for key, used_at in list(self._used_at.items()) if used_at < oldest]
         return self._unload(idle) if idle else []
+
+    def _unload_another(self, key: Key, model: LoadedModel[Any]) -> bool:
+        """Unload the least recently used of the other models on a model's device. Return whether there was one.
+
+        Between the steps of other work nothing is unloaded, because that work may use any of them.
+        """
+        others = [other for other, loaded in self._loaded.items() if other != key and loaded.device == model.device]
+        if not others or self._turn.is_mine:
+            return False
+        self._unload(others[:1])
+        return True
 
     def _keep(self, key: Key, model: LoadedModel[Coder]) -> LoadedModel[Coder]:
         self._loaded[key] = model
@@ -232,12 +252,12 @@ class LoadedModels:
         located = self._locate(key.name)
         try:
             model = self._read(located, key)
-        except (torch.OutOfMemoryError, MemoryError):
-            detail = f"{key.name}: its weights do not fit the memory of {located.device}"
-            raise ModelUnavailable(key.name, detail) from None
         except ModelUnavailable:
             raise
         except Exception as error:  # the border of a load: whatever fails, the model is reported as unavailable
+            if is_out_of_memory(error):
+                detail = f"{key.name}: its weights do not fit the memory of {located.device}"
+                raise ModelUnavailable(key.name, detail) from None
             log.debug("%s failed to load", key.name, exc_info=True)
             detail = f"{key.name}: {key.direction} does not load or warm up: {where(error)}"
             raise ModelUnavailable(key.name, detail) from error
@@ -295,7 +315,10 @@ class LoadedModels:
         entry = self._settings.models[located.info.name]
         is_exact = entry.decodes_exactly and located.info.class_name in EXACT_CLASSES[direction]
         wanted = entry.dtype or self._settings.options.dtype
-        return placement.choose_precision(wanted, located.info, located.device, is_exact=is_exact)
+        try:
+            return placement.choose_precision(wanted, located.info, located.device, is_exact=is_exact)
+        except ValueError as error:
+            raise ModelUnavailable(located.info.name, f"{located.info.name}: {error}") from None
 
 
 def on(device: torch.device) -> Any:

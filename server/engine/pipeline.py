@@ -14,13 +14,13 @@ from ..values import Job, RawTensor, Request, Result, TensorResult
 from .coders.interface import Check, Coded, Decoder, Emit, Encoder, Stopped, go_on
 from .coders.layouts import in_dtype
 from .coders.posterior import latents_of
+from .device_errors import is_out_of_memory
+from .graphs import clear_graphs
 from .input_tensors import input_tensor
 from .loaded_model import LoadedModel
 from .memory import free_bytes
 from .tensors import NAMES, to_host
 
-# Words in the errors of torch's CPU allocator, cuBLAS and Triton.
-NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
 SMALLEST_BUDGET_BYTES = 1  # makes an exact decoder use its lowest bands and recompute
 
 
@@ -182,19 +182,11 @@ def _abandon(stream: Stream | None) -> None:
         stream.abandon()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out.
-
-    torch's CPU allocator, cuBLAS and Triton raise a plain RuntimeError for it, which only its text identifies.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
-
-
 def _free_caches(model: LoadedModel[Any]) -> None:
+    """Free what this model's coder caches, the CUDA graphs of all models on its device, and torch's own cache."""
+    model.coder.free_caches()
+    clear_graphs(model.device)
     if model.device.type == "cuda":
-        model.coder.free_caches()
         torch.cuda.empty_cache()
 
 

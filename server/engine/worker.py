@@ -18,8 +18,8 @@ from ..logs import write_logs
 from ..model_info import LoadedInfo, ModelInfo
 from ..values import RenderedResult
 from ..workers import messages
+from .device_errors import is_lost_device
 from .host import Host
-from .pipeline import is_out_of_memory
 from .weights.placement import choose_device
 
 log = logging.getLogger(__name__)
@@ -163,10 +163,3 @@ def failure_of(error: BaseException) -> messages.Failure:
         logging.shutdown()
         os._exit(LOST_DEVICE_STATUS)
     return messages.Failure.of(error)
-
-
-def is_lost_device(error: BaseException | None) -> bool:
-    """Return whether it is an error of CUDA after which every later call of this process fails too."""
-    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
-        return False
-    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)

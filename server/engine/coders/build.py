@@ -23,12 +23,13 @@ EXACT_CLASSES = {
     Direction.ENCODE: structure.CLASSES | ENCODED_CLASSES,
 }
 ExactDecoder = ExactKLDecoder | ExactCausalDecoder | ExactLTXDecoder
+ExactEncoder = ExactKLEncoder | ExactCausalEncoder
 
 
 def build_coder(
     vae: Any, family: Family, direction: Direction, choice: str, tiling: str
 ) -> tuple[Decoder | Encoder, str | None]:
-    """Return the coder for one direction of a VAE, and the reason if it is diffusers' own.
+    """Return the coder for one direction of a VAE, and a sentence if it is diffusers' own or has slower kernels.
 
     choice: the entry's `decoder`. `auto` prefers this server's own coders, which take over the weights of `vae`;
         `diffusers` and `plain` run diffusers' own, bit for bit.
@@ -41,18 +42,18 @@ def build_coder(
     if choice != "auto":
         return stock(vae, family), f"models.yaml asks for diffusers' own {direction}r"
     coder, reason = _own_encoder(vae) if direction is Direction.ENCODE else _own_decoder(vae)
-    return (coder, None) if coder else (stock(vae, family), reason)
+    return (coder, coder.kernels.note) if coder else (stock(vae, family), reason)
 
 
-def _own_encoder(vae: Any) -> tuple[Encoder | None, str | None]:
-    encoder: type[ExactKLEncoder | ExactCausalEncoder] = (
+def _own_encoder(vae: Any) -> tuple[ExactEncoder | None, str | None]:
+    encoder: type[ExactEncoder] = (
         ExactCausalEncoder if type(vae).__name__ in DECODED_CLASSES | ENCODED_CLASSES else ExactKLEncoder
     )
     reason = encoder.unsupported_reason(vae)
     return (None, reason) if reason else (encoder(vae), None)
 
 
-def _own_decoder(vae: Any) -> tuple[Decoder | None, str | None]:
+def _own_decoder(vae: Any) -> tuple[ExactDecoder | None, str | None]:
     name = type(vae).__name__
     decoder: type[ExactDecoder] = (
         ExactCausalDecoder if name in DECODED_CLASSES else ExactLTXDecoder if name in LTX_CLASSES else ExactKLDecoder

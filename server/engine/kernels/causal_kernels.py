@@ -20,6 +20,11 @@ class CausalKernels:
     def __init__(self, planar: Kernels) -> None:
         self.planar = planar
 
+    @property
+    def note(self) -> str | None:
+        """Why these are not the fastest kernels, as `Kernels.note` says."""
+        return self.planar.note
+
     def pack(self, weight: Tensor) -> Tensor:  # [O, I, 3, 3, 3]
         """Return a weight in the layout that `conv` expects, as `Kernels.pack_frames` says."""
         return self.planar.pack_frames(weight)

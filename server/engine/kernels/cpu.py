@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ _BAND_FRAMES, _BAND_ROWS, _BAND_COLUMNS = 6, 18, 256
 _SMALL_ROWS, _SMALL_COLUMNS = 10, 8
 # A packed weight is dropped if it makes the small convolution more than this many times slower.
 SLOW_REORDER = 5
+_SUMS = 16  # into how many sums the values of a channel are divided for its mean, if the width allows it
 
 _is_packed: dict[tuple[object, ...], bool] = {}
 """Whether weights are packed, by their shape, dtype and stride: found out with the first such weight of a process."""
@@ -63,6 +65,9 @@ class CpuKernels(Kernels):
             and dtype in (torch.float32, preferred_cpu_dtype())
             and all(hasattr(torch.ops.mkldnn, operator) for operator in operators)
         )
+        name = str(dtype).removeprefix("torch.")
+        slower = f"oneDNN cannot pack weights in {name} here, so plain convolutions run, which are slower."
+        super().__init__(None if self.prepacks else slower)
 
     def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
         """Return the weight as `conv` expects it, packed for oneDNN unless that makes small convolutions slow."""
@@ -122,20 +127,26 @@ class CpuKernels(Kernels):
         return self.moments(total, unit)
 
     def moments(self, x: Tensor, unit: int) -> Moments:  # [B, n, W, C]
-        """Return the moments of x, one part for each `unit` of rows, so that they do not depend on the band height."""
+        """Return the moments of x, one part for each `unit` of rows, so that they do not depend on the band height.
+
+        A batch norm adds up the values of a channel one after the other, and the rounding of a long sum matters where
+        the mean is much larger than the deviation. So neighbouring columns are given to it as channels of their own.
+        """
         batch, rows, width, channels = x.shape
+        columns = gcd(width, _SUMS)
+        narrow = x.view(batch, rows, width // columns, columns * channels).permute(0, 3, 1, 2)  # [B, s C, n, W / s]
         # The results have the dtype of the running statistics, which are otherwise unused here.
-        running = torch.zeros(2, channels, dtype=torch.float32)  # [2, C]
-        parts = [
-            part for image in torch.split(x.permute(0, 3, 1, 2), 1) for part in torch.split(image, unit, 2)
-        ]  # [1, C, unit, W]
-        statistics = [torch.batch_norm_update_stats(part, running[0], running[1], 0.0) for part in parts]  # [C] twice
+        running = torch.zeros(2, columns * channels, dtype=torch.float32)  # [2, s C]
+        parts = [part for image in torch.split(narrow, 1) for part in torch.split(image, unit, 2)]
+        statistics = [torch.batch_norm_update_stats(part, running[0], running[1], 0.0) for part in parts]  # [s C] twice
         count = torch.tensor(
             [min(unit, rows - top) * width for top in range(0, rows, unit)], dtype=torch.float32
         )  # [K]
-        shape = batch, len(count), channels
-        mean = torch.stack([mean for mean, _ in statistics]).view(shape).transpose(0, 1)  # [K, B, C]
-        variance = torch.stack([variance for _, variance in statistics]).view(shape).transpose(0, 1)  # [K, B, C]
+        shape = batch, len(count), columns, channels
+        means = torch.stack([mean for mean, _ in statistics]).view(shape).transpose(0, 1)  # [K, B, s, C]
+        variances = torch.stack([variance for _, variance in statistics]).view(shape).transpose(0, 1)  # [K, B, s, C]
+        mean = means.mean(2)  # [K, B, C]: every sum has the same number of pixels
+        variance = (variances + (means - mean[:, :, None]).square()).mean(2)  # [K, B, C]
         return Moments(count, mean, variance * count[:, None, None])
 
     def normalize(self, x: Tensor, affine: Affine, out: Tensor, *, silu: bool) -> None:
@@ -151,10 +162,6 @@ class CpuKernels(Kernels):
             )  # fmt: skip
         if silu:
             F.silu(out, inplace=True)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
-        """Attend as `Kernels.attend` says, with torch's fused attention."""
-        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]
 
 
 def _packed(

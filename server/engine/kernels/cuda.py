@@ -22,6 +22,7 @@ BLOCK_P, BLOCK_C = 32, 128
 PROGRAMS = 1024
 BLOCK_K = 128  # how many parts of the statistics one step of a program merges
 SOFTMAX_BLOCK = 4096  # how many scores one step of a program reads
+HAS_FLOAT32_OUTPUT = hasattr(torch.ops.aten.bmm, "dtype")  # whether torch multiplies half precision to float32
 
 
 class TritonKernels(Kernels):
@@ -108,15 +109,22 @@ class TritonKernels(Kernels):
         return out
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
-        """Attend as `Kernels.attend` says. The softmax overwrites the scores."""
-        # Scaled before the product, which would overflow float16.
-        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(1, 2))  # [B, t, N]
-        columns = scores.shape[2]
+        """Attend as `Kernels.attend` says, with scores in float32: in half precision they may overflow or be coarse."""
+        scores = _products(query, key.transpose(1, 2))  # [B, t, N]
+        columns, weights = scores.shape[2], torch.empty_like(scores, dtype=query.dtype)  # [B, t, N]
         block = min(SOFTMAX_BLOCK, triton.next_power_of_2(columns))
         triton_kernels.softmax_kernel[(scores.shape[0] * scores.shape[1],)](
-            scores, columns, TILES=_rounded(triton.cdiv(columns, block)), BLOCK=block, num_warps=8
-        )
-        return scores @ value  # [B, t, C]
+            scores, weights, columns, query.shape[-1] ** -0.5,
+            TILES=_rounded(triton.cdiv(columns, block)), BLOCK=block, num_warps=8,
+        )  # fmt: skip
+        return weights @ value  # [B, t, C]
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:  # [B, t, C], [B, C, N] -> [B, t, N]
+    """Return a product of matrices in float32, which is also what the GPU adds up in for half precision."""
+    if a.is_cuda and a.dtype != torch.float32 and HAS_FLOAT32_OUTPUT:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def _rounded(tiles: int) -> int:

@@ -54,7 +54,9 @@ class GroupNorm:
         n = count.view(-1, 1, 1, 1)  # [K, 1, 1, 1]
         mean, m2 = mean.view(grouped), m2.view(grouped)  # [K, B, G, C/G]
         total = count.sum() * mean.shape[-1]  # pixels times channels of a group
-        centre = (n * mean).sum((0, 3), keepdim=True) / total  # [1, B, G, 1]
+        rough = (n * mean).sum((0, 3), keepdim=True) / total  # [1, B, G, 1]
+        # The sum of what differs from it is smaller, and rounded less.
+        centre = rough + (n * (mean - rough)).sum((0, 3), keepdim=True) / total  # [1, B, G, 1]
         variance = (m2 + n * (mean - centre).square()).sum((0, 3), keepdim=True) / total  # [1, B, G, 1]
         rstd = torch.rsqrt(variance + self.eps)  # [1, B, G, 1]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .moments import Affine, GroupNorm, Moments
 
 TAPS = 3  # the frames that a convolution over time reads
+SCORE_BYTES = 8  # what `attend` may hold for each query and key: a score and its weight, in float32
 
 
 class Kernels:
@@ -22,9 +23,13 @@ class Kernels:
 
     in_3d: `conv_frames` is a 3-D convolution, not a 2-D one of frames side by side. It must not change once weights
         were packed.
+    note: why these are not the fastest kernels for such a device, a sentence for `GET /models`; None if they are.
     """
 
     in_3d = False
+
+    def __init__(self, note: str | None = None) -> None:
+        self.note = note
 
     def pack(self, weight: Tensor, stride: int = 1) -> Tensor:  # [O, I, k, k]
         """Return the weight of a convolution in the layout that `conv` expects. stride: its stride."""
@@ -103,6 +108,5 @@ class Kernels:
         return upsampled, self.moments(upsampled, unit)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, t, C], [B, N, C] twice -> [B, t, C]
-        """Return softmax(q kᵀ / √C) v for a chunk of t queries and all N keys and values."""
-        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(1, 2))  # [B, t, N]
-        return torch.softmax(scores, -1) @ value  # [B, t, C]
+        """Return softmax(q kᵀ / √C) v for a chunk of t queries and all N keys and values, with scores in float32."""
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]  # [B, t, C]

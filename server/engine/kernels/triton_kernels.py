@@ -14,16 +14,29 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_moments(s1, s2, reference, pixels, mean_ptr, m2_ptr, offset, mask):
-    """Store the mean and M2 of one chunk.
+def _merged(count, mean, m2, x, mask):
+    """Return the count `[]`, mean and M2 `[C']` of a chunk with one more tile of pixels x `[P', C']`.
 
-    s1, s2: the sums of x - reference and of its square. The reference is a value near the mean, such as one pixel of
-    the chunk, so that no two large numbers are subtracted.
+    The tile's own mean is subtracted before anything is squared, and two means are merged as in Chan, Golub, LeVeque
+    (1979). So no two large numbers are subtracted, whatever the mean of x and whichever pixels are far from it.
     """
-    s1 = tl.sum(s1, 0)  # [C']
-    s2 = tl.sum(s2, 0)  # [C']
-    tl.store(mean_ptr + offset, reference + s1 / pixels, mask=mask)
-    tl.store(m2_ptr + offset, tl.maximum(s2 - s1 * s1 / pixels, 0.0), mask=mask)
+    n = tl.sum(mask.to(tl.float32), 0)  # [C']: the same in every known channel, 0 in the others
+    tile_mean = tl.sum(tl.where(mask, x, 0.0), 0) / tl.maximum(n, 1.0)  # [C']
+    d = tl.where(mask, x - tile_mean[None, :], 0.0)  # [P', C']
+    # What rounding left of the mean: the mean of the deviations.
+    rest = tl.sum(d, 0) / tl.maximum(n, 1.0)  # [C']
+    tile_m2 = tl.sum(d * d, 0) - n * rest * rest  # [C']
+    delta = (tile_mean - mean) + rest  # [C']
+    total = count + n  # [C']
+    share = n / tl.maximum(total, 1.0)  # [C']
+    return total, mean + delta * share, m2 + tile_m2 + delta * delta * count * share
+
+
+@triton.jit
+def _store_moments(mean, m2, mean_ptr, m2_ptr, offset, mask):
+    """Store the mean and M2 of one chunk."""
+    tl.store(mean_ptr + offset, mean, mask=mask)
+    tl.store(m2_ptr + offset, tl.maximum(m2, 0.0), mask=mask)
 
 
 @triton.jit
@@ -41,11 +54,11 @@ def moments_kernel(
     add_ptr += b.to(tl.int64) * add_stride
     first = k.to(tl.int64) * TILES * BLOCK_P
     last = tl.minimum(first + TILES * BLOCK_P, pixels)
-    reference = tl.load(x_ptr + first * channels + c, mask=known, other=0.0).to(tl.float32)  # [C']
     if ADD:
         bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)  # [C']
-    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    count = tl.zeros([BLOCK_C], tl.float32)
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
     for tile in range(TILES):
         p = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
         mask = (p < last)[:, None] & known[None, :]  # [P', C']
@@ -54,11 +67,9 @@ def moments_kernel(
         if ADD:
             x += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
             tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
-        d = tl.where(mask, x - reference[None, :], 0.0)  # [P', C']
-        s1 += d
-        s2 += d * d
+        count, mean, m2 = _merged(count, mean, m2, x, mask)
     offset = (k * tl.num_programs(2) + b) * channels + c
-    _store_moments(s1, s2, reference, (last - first).to(tl.float32), mean_ptr, m2_ptr, offset, known)
+    _store_moments(mean, m2, mean_ptr, m2_ptr, offset, known)
 
 
 @triton.jit
@@ -75,8 +86,9 @@ def interleave_kernel(
     first = k.to(tl.int64) * TILES * BLOCK_P
     last = tl.minimum(first + TILES * BLOCK_P, pixels)
     bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)  # [C']
-    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    count = tl.zeros([BLOCK_C], tl.float32)
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
     for tile in range(TILES):
         pixel = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
         mask = (pixel < last)[:, None] & known[None, :]  # [P', C']
@@ -84,13 +96,12 @@ def interleave_kernel(
         p, q = y % 2, x % 2  # [P'] the phase
         source = ((y // 2 + p) * (width + 1) + x // 2 + q) * 4 + 2 * p + q  # [P']
         value = tl.load(phases_ptr + source[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        d = tl.where(mask, value, 0.0)  # [P', C']: the value without the bias, which is the reference of these moments
-        s1 += d
-        s2 += d * d
+        # The moments are those without the bias, which is added to the mean at the end.
+        count, mean, m2 = _merged(count, mean, m2, value, mask)
         value = (value + bias[None, :]).to(out_ptr.dtype.element_ty)  # [P', C']
         tl.store(out_ptr + pixel[:, None] * channels + c[None, :], value, mask=mask)
     offset = (k * tl.num_programs(2) + b) * channels + c
-    _store_moments(s1, s2, bias, (last - first).to(tl.float32), mean_ptr, m2_ptr, offset, known)
+    _store_moments(mean + bias, m2, mean_ptr, m2_ptr, offset, known)
 
 
 @triton.jit
@@ -114,16 +125,20 @@ def affine_kernel(
         pixels += n
         s += tl.where(known[None, :], n[:, None] * (mean + offset[None, :]), 0.0)
     total = tl.sum(pixels, 0) * group
-    centre = tl.sum(tl.sum(s, 0), 0) / total
+    rough = tl.sum(tl.sum(s, 0), 0) / total
+    rest = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)  # what rounding left of the centre: the mean of the deviations
     s = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
     for tile in range(TILES):
         k = tile * BLOCK_K + tl.arange(0, BLOCK_K)  # [K']
         n = tl.load(count_ptr + k, mask=k < parts, other=0.0)  # [K']
         at = (k[:, None] * tl.num_programs(1) + b) * channels + c[None, :]  # [K', C']
         mask = (k < parts)[:, None] & known[None, :]  # [K', C']
-        d = tl.load(mean_ptr + at, mask=mask, other=0.0) + offset[None, :] - centre  # [K', C']
+        d = tl.load(mean_ptr + at, mask=mask, other=0.0) + offset[None, :] - rough  # [K', C']
+        rest += tl.where(mask, n[:, None] * d, 0.0)
         s += tl.where(mask, tl.load(m2_ptr + at, mask=mask, other=0.0) + n[:, None] * d * d, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(s, 0), 0) / total + eps)
+    left = tl.sum(tl.sum(rest, 0), 0) / total
+    centre = rough + left
+    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(s, 0), 0) / total - left * left + eps)
     scale = tl.load(weight_ptr + c, mask=known, other=0.0) * rstd  # [C']
     shift = tl.load(bias_ptr + c, mask=known, other=0.0) + scale * (offset - centre)  # [C']
     tl.store(scale_ptr + b * channels + c, scale, mask=known)
@@ -150,14 +165,15 @@ def normalize_kernel(
 
 
 @triton.jit
-def softmax_kernel(scores_ptr, columns, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace each row with its softmax. One read finds both the maximum and the sum. Grid: [rows]."""
+def softmax_kernel(scores_ptr, out_ptr, columns, scale, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the softmax of each row times `scale`. One read finds both the maximum and the sum. Grid: [rows]."""
     row_ptr = scores_ptr + tl.program_id(0).to(tl.int64) * columns
+    out_ptr += tl.program_id(0).to(tl.int64) * columns
     peak = tl.full([BLOCK], -1e30, tl.float32)  # finite, because -inf - -inf of a lane past the end would be NaN
     total = tl.zeros([BLOCK], tl.float32)
     for tile in range(TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']
-        s = tl.load(row_ptr + at, mask=at < columns, other=float("-inf")).to(tl.float32)  # [N']
+        s = tl.load(row_ptr + at, mask=at < columns, other=float("-inf")) * scale  # [N']
         higher = tl.maximum(peak, s)  # [N']
         total = total * tl.exp(peak - higher) + tl.exp(s - higher)  # [N']
         peak = higher
@@ -165,6 +181,6 @@ def softmax_kernel(scores_ptr, columns, TILES: tl.constexpr, BLOCK: tl.constexpr
     rsum = 1.0 / tl.sum(total * tl.exp(peak - highest), 0)
     for tile in range(TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']
-        s = tl.load(row_ptr + at, mask=at < columns, other=0.0).to(tl.float32)  # [N']
+        s = tl.load(row_ptr + at, mask=at < columns, other=0.0) * scale  # [N']
         p = tl.exp(s - highest) * rsum  # [N']
-        tl.store(row_ptr + at, p.to(scores_ptr.dtype.element_ty), mask=at < columns)
+        tl.store(out_ptr + at, p.to(out_ptr.dtype.element_ty), mask=at < columns)

@@ -61,10 +61,14 @@ def choose_precision(wanted: str, info: ModelInfo, device: torch.device, *, is_e
 
     If config.json has `force_upcast`, float16 would overflow: `auto` then means bfloat16 instead of float16, and an
     explicit float16 becomes float32, as in `StableDiffusionXLPipeline`.
+
+    Raises ValueError, with a sentence for the operator, for a dtype that the device lacks.
     """
     must_upcast = info.latents.force_upcast
     if wanted == "float16" and must_upcast:
         return Precision(torch.float32, "config.json has force_upcast: float16, which was asked for, would overflow.")
+    if wanted == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
+        raise ValueError("dtype bfloat16: this GPU is too old to compute in it; set dtype: auto, float16 or float32")
     if wanted != "auto":
         return Precision(DTYPES[wanted], "It was asked for in models.yaml or with --dtype.")
     if device.type == "cpu":

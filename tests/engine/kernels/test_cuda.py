@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.engine.coders.image.graphs import GRAPHS
+from server.engine.graphs import GRAPHS
 from server.values import Layout
 from tests.engine.coders.image.networks import (
     build,

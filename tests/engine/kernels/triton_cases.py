@@ -79,6 +79,34 @@ def test_phases_interleave_to_the_upsampled_image(kernels: Kernels, shape: tuple
     assert_same_norm(moments, expected_moments)
 
 
+def normalized_error(moments: Moments, x: Tensor) -> float:
+    """How far a norm with these moments is from the same norm in float64; of values above 1, as a share of them."""
+    channels = x.shape[3]
+    norm = GroupNorm(8, 1e-6, torch.ones(channels, device=DEVICE), torch.zeros(channels, device=DEVICE))
+    affine = norm.affine([moments])
+    grouped = x.double().unflatten(3, (8, -1))  # [B, n, W, G, C / G]
+    variance, mean = torch.var_mean(grouped, (1, 2, 4), correction=0, keepdim=True)
+    expected = ((grouped - mean) / (variance + 1e-6).sqrt()).flatten(3)
+    got = x.double() * affine.scale[:, None, None].double() + affine.shift[:, None, None].double()
+    return float(((got - expected) / expected.abs().clamp(min=1)).abs().max())
+
+
+@pytest.mark.parametrize("mean", [10, 100, 1000, 10_000])
+def test_statistics_do_not_suffer_from_a_large_mean(kernels: Kernels, mean: float) -> None:
+    """Neither those of an activation nor those of an upsampled one; the bias, which is near zero, says nothing of it."""
+    phases, bias = randn(1, 41, 71, 4 * 96) + mean, randn(96)
+    image, moments = kernels.interleave(phases, bias, 1)
+    limit = 2 * normalized_error(PLAIN.moments(image, 1), image) + 1e-6
+    assert normalized_error(moments, image) < limit
+    assert normalized_error(kernels.moments(image, 1), image) < limit
+
+
+def test_statistics_do_not_suffer_from_a_pixel_far_from_the_others(kernels: Kernels) -> None:
+    x = randn(1, 40, 70, 96)
+    x[:, 0, 0] = 6e4
+    assert normalized_error(kernels.moments(x, 1), x) < 2 * normalized_error(PLAIN.moments(x, 1), x) + 1e-6
+
+
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_norm_is_applied_between_halo_rows_and_leaves_them_alone(
@@ -109,6 +137,19 @@ def test_attention_equals_torch(kernels: Kernels, positions: int) -> None:
     query, key, value = randn(2, 6, 32), 3 * randn(2, positions, 32), randn(2, positions, 32)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(kernels.attend(query, key, value), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [3, 10, 30])
+def test_attention_in_half_precision_is_as_exact_as_torch(kernels: Kernels, size: float, dtype: torch.dtype) -> None:
+    """With products of queries and keys up to 80,000, which exceed float16 before they are scaled."""
+    query, key, value = (randn(1, n, 512)[:, :64] for n in (64, 65, 66))
+    query, key, value = (size * query).to(dtype), (size * key).to(dtype), value.to(dtype)
+    exact_q, exact_k, exact_v = query.double(), key.double(), value.double()
+    expected = torch.softmax(exact_q @ exact_k.transpose(1, 2) / 512**0.5, -1) @ exact_v  # [1, 64, 512]
+    theirs = torch.nn.functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+    error = (kernels.attend(query, key, value).double() - expected).abs().max()
+    assert error < 2 * (theirs.double() - expected).abs().max() + 1e-4
 
 
 def test_attention_of_large_values_stays_finite_in_half_precision(kernels: Kernels) -> None:

@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ....values import Layout
+from ...graphs import GRAPH_PIXELS
 from ..interface import Check, Coded, go_on
 from ..layouts import Output
 from .exact_coder import ExactCoder
-from .graphs import GRAPH_PIXELS
 from .layers import EncoderWeights
 from .passes import encode
 from .plan import Plan

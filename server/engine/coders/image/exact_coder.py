@@ -8,10 +8,10 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from ....model_info import EXACT
+from ...graphs import CudaRecorder, Graphs
 from ...kernels.choice import kernels_for
 from ...kernels.reference import Kernels
 from ...memory import free_bytes
-from .graphs import GRAPHS, Graphs
 from .plan import LayeredWeights, Plan, fit, footprint, wanted
 
 N = TypeVar("N", bound=LayeredWeights)
@@ -31,7 +31,7 @@ class ExactCoder(Generic[N]):
         """
         self.kernels = kernels_for(weight.device, weight.dtype)
         self.network = take(self.kernels)
-        self.graphs = Graphs(GRAPHS) if weight.device.type == "cuda" else None
+        self.graphs = Graphs(CudaRecorder(weight.device)) if weight.device.type == "cuda" else None
 
     def free_caches(self) -> None:
         """Free the memory of the recorded CUDA graphs."""

@@ -10,12 +10,15 @@ from typing import Protocol
 
 import torch
 
+from ...kernels.reference import SCORE_BYTES
 from .layers import Attention, Conv, Downsample, Resnet, Upsample
 
 # Bands of this size stay in a CPU's caches from the norm through the convolution to the statistics. On two cores an
 # image of 512² takes 0.7 of the time that it takes as one band. Twice the size is no faster and takes 100 MB more at
 # 1024².
 CPU_BAND_BYTES = 4 << 20
+# The largest band on a GPU. cuDNN is not to be relied on beyond 2^31 values, and higher bands are hardly faster.
+GPU_BAND_BYTES = 1 << 30
 # Small images are computed together, so that the weights are read from memory once for all of them. Eight images of
 # 64x64 pixels take 0.55 of the time that they take one by one, eight of 128x128 pixels 0.85.
 CPU_TOGETHER_BYTES = 16 << 20
@@ -74,7 +77,7 @@ class Plan:
 
     def query_rows(self, positions: int) -> int:
         """Return how many queries of an attention over this many positions are computed at a time, at least one."""
-        return max(1, self.scores_bytes // (self.images * positions * self.itemsize))
+        return max(1, self.scores_bytes // (self.images * positions * SCORE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def footprint(network: LayeredWeights, height: int, width: int) -> Footprint:
 def wanted(need: Footprint, batch: int, network: LayeredWeights) -> Plan:
     """Return the fastest plan, whatever memory it needs. batch: how many images the run has."""
     if network.device.type != "cpu":
-        return Plan(batch, network.dtype.itemsize, batch * need.largest, SCORES_BYTES)
+        return Plan(batch, network.dtype.itemsize, min(batch * need.largest, GPU_BAND_BYTES), SCORES_BYTES)
     images = max(1, min(batch, CPU_TOGETHER_BYTES // need.largest))
     return Plan(images, network.dtype.itemsize, CPU_BAND_BYTES, SCORES_BYTES)
 
@@ -194,7 +197,12 @@ def fit(need: Footprint, wanted: Plan, budget_bytes: int) -> Plan:
 
 
 def _lowered(need: Footprint, plan: Plan, budget_bytes: int) -> Plan:
-    """Return the plan with the highest bands that fit the budget, between SMALLEST_BAND_BYTES and its own."""
+    """Return the plan with the highest bands that fit the budget, between SMALLEST_BAND_BYTES and its own.
+
+    Bands that are lower than wanted have a power of two of bytes, so that budgets that differ a little give one plan,
+    which a CUDA graph may be recorded for.
+    """
     count = RECOMPUTING_BANDS if plan.recomputes else WORKING_BANDS
-    band_bytes = (budget_bytes - plan.images * need.whole(plan)) // count
-    return replace(plan, band_bytes=max(SMALLEST_BAND_BYTES, min(band_bytes, plan.band_bytes)))
+    room = max(1, (budget_bytes - plan.images * need.whole(plan)) // count)
+    band_bytes = plan.band_bytes if room >= plan.band_bytes else 1 << (room.bit_length() - 1)
+    return replace(plan, band_bytes=max(SMALLEST_BAND_BYTES, band_bytes))

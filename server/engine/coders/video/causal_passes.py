@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.causal_kernels import TAPS, CausalKernels
+from ...kernels.reference import SCORE_BYTES
 from ..image.layers import Linear
 from ..interface import Check
 from .causal_layers import (
@@ -383,7 +384,7 @@ def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [
         value = F.linear(tokens, block.value.weight, block.value.bias)  # [1, h w, C]
         if block.sees_past:
             key, value = _with_past(past, block.key, key), _with_past(past, block.value, value)  # [1, F h w, C] each
-        rows = max(1, run.query_bytes // (key.shape[1] * x.element_size()))
+        rows = max(1, run.query_bytes // (key.shape[1] * SCORE_BYTES))
         for start in range(0, len(frame), rows):
             run.check()
             query = F.linear(tokens[:, start : start + rows], block.query.weight, block.query.bias)  # [1, t, C]

@@ -1,0 +1,37 @@
+"""What the errors of a device mean. CUDA's libraries tell them apart only by their texts."""
+
+from __future__ import annotations
+
+import torch
+
+# Words in the errors of torch's CPU allocator, cuBLAS, cuDNN and Triton. cuDNN finds no engine when it gets no memory
+# to work in, and cuBLAS and cuDNN are not initialized when their own memory cannot be allocated.
+NO_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "alloc_failed",
+    "unable to find an engine to execute",
+    "cublas_status_not_initialized",
+    "cudnn_status_not_initialized",
+)
+# Words in errors after which every later call of the process fails too.
+LOST = ("cuda error", "triton error [cuda]", "cudnn_status_execution_failed", "cublas_status_execution_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _has(error, NO_MEMORY)
+
+
+def is_lost_device(error: BaseException | None) -> bool:
+    """Return whether it is an error of CUDA after which every later call of this process fails too."""
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or _has(error, LOST)
+
+
+def _has(error: BaseException, words: tuple[str, ...]) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in words)
