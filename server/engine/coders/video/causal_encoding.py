@@ -88,7 +88,8 @@ def zero_ends(window: Tensor, rows: int) -> None:  # [n, 2 r + 1, W + 1, C]
 def halve_frames(time: Linear, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [n / 2, H, W, C]
     """Compute one frame from each pair of frames and the frame before it. A video's first frame stays as it is."""
     before = past.of(time)  # [1, H, W, C]
-    past.keep(time, x[-1:].clone())
+    if not past.is_last:
+        past.keep(time, x[-1:].clone())
     if past.place.is_single:
         return x
     assert before is not None
@@ -117,7 +118,8 @@ def causal_downsample(
         taps = torch.cat([window[tap : end : step.times] for tap, end in enumerate(ends)], -1)  # [n / T, ..., 3 C]
         out[:, top:bottom] = run.kernels.planar.conv(taps, step.weight, step.bias, columns=0, stride=2)
     kept = TAPS - step.times
-    past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before[n - kept :], x]))
+    if not past.is_last:
+        past.keep(step, x[-kept:].clone() if n >= kept else torch.cat([before[n - kept :], x]))
     return out
 
 

@@ -66,8 +66,10 @@ class Past:
     kept: what each layer chooses: usually the last frames of its input `[k, H, W, C]`; attention over all frames so far
         keeps its keys or values `[1, N, C]`.
     seen: what layers made of every chunk, a tensor for each.
+    is_last: no chunk follows, so nothing is kept.
     """
 
+    is_last: bool = field(default=False, kw_only=True)
     kept: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
     seen: dict[int, list[Tensor]] = field(default_factory=dict, kw_only=True)  # by layer, [n, H, W, C] each
 
@@ -77,7 +79,8 @@ class Past:
 
     def keep(self, layer: object, kept: Tensor) -> None:
         """Keep a tensor until the layer's next chunk. It must not share memory with one that will be overwritten."""
-        self.kept[id(layer)] = kept
+        if not self.is_last:
+            self.kept[id(layer)] = kept
 
     def all_of(self, layer: object, latest: Tensor) -> list[Tensor]:  # [n, H, W, C]
         """Remember what a layer made of a chunk, and return that of all chunks so far."""
@@ -328,7 +331,7 @@ def windows(
     frames = n if is_first else n + history
     repeats = not isinstance(layer, CausalConv) or layer.before is Before.FIRST_FRAME
     columns = slice(edge, width + edge)
-    kept = x.new_empty(history, height, width, channels)  # [k - 1, H, W, C]
+    kept = None if past.is_last else x.new_empty(history, height, width, channels)  # [k - 1, H, W, C]
     for top, bottom in run.bands(frames, height, width * widest(layer, channels), x.element_size()):
         above, below = max(top - 1, 0), min(bottom + 1, height)
         window = x.new_empty(frames, bottom - top + 2, width + 2 * edge, channels)  # [n + k - 1, r + 2, W (+ 2), C]
@@ -338,12 +341,14 @@ def windows(
             window[:history, rows, columns] = before[:, above:below]
         elif not is_first:
             window[:history, rows, columns] = window[history, rows, columns] if repeats else 0
-        kept[:, top:bottom] = _last(window[:, 1:-1, columns], history, repeats)
+        if kept is not None:
+            kept[:, top:bottom] = _last(window[:, 1:-1, columns], history, repeats)
         fill_edges(
             window, Edge.REPEATED if layer.replicates else Edge.ZERO, is_top=top == 0, is_bottom=bottom == height
         )
         yield top, bottom, window, is_first
-    past.keep(layer, kept)
+    if kept is not None:
+        past.keep(layer, kept)
 
 
 def widest(layer: CausalConv | CausalUpsample, channels: int) -> int:
@@ -475,12 +480,14 @@ def doubled(x: Tensor, way: Doubling) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, 
 def double_frames(time: Linear, run: Run, past: VideoPast, x: Tensor) -> Tensor:  # [n, H, W, C] -> [2 n, H, W, C]
     """Compute two frames from each frame and the two before it. The first frame of a video stays single."""
     if past.place.is_single:
-        past.keep(time, x.new_zeros(2, *x.shape[1:]))  # later frames must not see the first one
+        if not past.is_last:
+            past.keep(time, x.new_zeros(2, *x.shape[1:]))  # later frames must not see the first one
         return x
     before = past.of(time)
     assert before is not None
     window = torch.cat([before, x])  # [n + 2, H, W, C]
-    past.keep(time, window[-2:].clone())
+    if not past.is_last:
+        past.keep(time, window[-2:].clone())
     both = F.linear(run.kernels.side_by_side(window, len(x), TAPS), time.weight, time.bias)  # [n, H, W, 2 C]
     n, height, width, channels = x.shape
     pairs = both.view(n, height, width, 2, channels).permute(0, 3, 1, 2, 4)  # [n, 2, H, W, C]

@@ -503,6 +503,7 @@ class Planner:
         needs = network.needs[leg.start : leg.stop]
         # The layer that runs holds the frames that it remembers, and those that it will remember.
         past = sum(need.past + size.frames * need.seen for need in needs) + max(need.past for need in needs)
+        past = 0 if network.is_single else past  # nothing is kept of a single frame
         values = past + max(self.latent_frames(leg, need) * need.held for need in needs)
         return int(row * (stored * size.frames * size.height + values * self.slab_with_halo(leg)))
 

@@ -89,7 +89,7 @@ class VideoRun:
         stages = self.network.stages[leg.start : leg.stop]
         for slab in self._slabs(leg):
             past, frame = VideoPast(self.statistics, self.pieces[0].place), 0
-            for piece in self._entering(leg, slab, consumes=consumes):
+            for piece, past.is_last in self._entering(leg, slab, consumes=consumes):
                 place, state = piece
                 past.place = place if place.latents is None else replace(place, latents=slab.around(place.latents, 1))
                 del piece  # so that its memory is freed while the stages run
@@ -107,15 +107,20 @@ class VideoRun:
             bottom = min(top + leg.slab_rows, self.height)
             yield Slab(top, bottom, max(top - halo, 0), min(bottom + halo, self.height))
 
-    def _entering(self, leg: Leg, slab: Slab, *, consumes: bool) -> Iterator[Piece]:
-        """Yield the input of a leg, as many frames at a time as it computes. All stages but 0 may overwrite it."""
+    def _entering(self, leg: Leg, slab: Slab, *, consumes: bool) -> Iterator[tuple[Piece, bool]]:
+        """Yield the input of a leg, as many frames at a time as it computes, and whether it is the last piece.
+
+        All stages but 0 may overwrite it.
+        """
         pieces = self.pieces if consumes else list(self.pieces)
         pieces.reverse()
         while pieces:
             parts = list(_split(pieces.pop(), leg.frames))
             parts.reverse()
             while parts:  # no variable here keeps a part alive while the stages run
-                yield parts.pop() if consumes and leg.start > 0 else self._copied(leg, slab, parts.pop())
+                is_last = not pieces and len(parts) == 1
+                is_given = consumes and leg.start > 0
+                yield parts.pop() if is_given else self._copied(leg, slab, parts.pop()), is_last
 
     def _copied(self, leg: Leg, slab: Slab, piece: Piece) -> Piece:
         return Piece(piece.place, piece.state.map(partial(self._rows, leg, slab)))

@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLLTXVideo, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+)
 from torch import Tensor
 
 from server.engine.coders.build import build_coder
 from server.engine.coders.layouts import postprocess
 from server.engine.coders.stock import StockDecoder
+from server.engine.coders.video import causal_coder
 from server.families import Family, family_of_class
 from server.model_info import Direction
 from server.values import Layout
@@ -162,6 +168,20 @@ def test_slabs_take_a_fraction_of_the_memory(name: str) -> None:
         for budget in (None, SMALLEST)
     )
     assert lowest < 0.35 * whole
+
+
+@pytest.mark.parametrize("make", [AutoencoderKLWan, AutoencoderKLQwenImage])
+def test_a_single_frame_takes_less_than_three_of_its_largest_activations(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept of it for later frames. At the published size, with tensors that have no data."""
+    monkeypatch.setattr(causal_coder, "GPU_BAND_BYTES", 2 << 20)
+    with torch.device("meta"):
+        vae = make().eval()
+        decoder: Any = build_coder(vae, family_of_class(type(vae).__name__), Direction.DECODE, "auto", "none")[0]
+        latents = torch.empty((1, 16, 1, 128, 128) if make is AutoencoderKLWan else (1, 16, 128, 128))
+        held = peak_beside_output(lambda: decoder.decode(latents, Layout.PIXELS).tensor)
+    assert held < 3 * 4 * 1024 * 1024 * 96  # float32, 96 channels at the size of the image
 
 
 @pytest.mark.parametrize("make", [AutoencoderKLWan, AutoencoderKLHunyuanVideo15, AutoencoderKLLTXVideo])
