@@ -12,6 +12,7 @@ import torch
 from server.config import load_settings
 from server.engine.models import LoadedModels, NotLoaded
 from server.engine.weights import loading
+from server.errors import TooLargeForDevice
 from server.model_info import CoderId, Direction
 from server.values import Geometry, Request, Result
 from tests.conftest import write_models_yaml
@@ -141,3 +142,58 @@ def test_the_time_that_others_had_is_not_the_works_own(engine: LoadedModels) -> 
     alone = engine.run([request()])[0]
     assert isinstance(alone, Result)
     assert outcome.device_ms < alone.device_ms + 1e3 * 0.02 * len(steps)
+
+
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:115] . DefaultCPUAllocator: can't allocate memory")
+
+
+def fill_memory(engine: LoadedModels, monkeypatch: pytest.MonkeyPatch, beside: CoderId | None) -> None:
+    """Let every decode of `sd` run out of memory while another coder is loaded; `beside` None: always."""
+    coder: Any = engine.load("sd").coder
+    decode = coder.decode
+
+    def full(*arguments: Any, **named: Any) -> Any:
+        if beside is None or engine.holds(beside):
+            raise NO_MEMORY
+        return decode(*arguments, **named)
+
+    monkeypatch.setattr(coder, "decode", full)
+
+
+FLUX = CoderId("flux", Direction.DECODE)
+
+
+def test_another_model_is_unloaded_before_a_request_is_too_large(
+    engine: LoadedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.run([request()])[0]
+    engine.load("flux")
+    fill_memory(engine, monkeypatch, FLUX)
+    found = engine.run([request()])[0]
+    assert isinstance(found, Result)
+    assert isinstance(expected, Result)
+    assert bytes(found.body.data) == bytes(expected.body.data)
+    assert not engine.holds(FLUX)
+
+
+def test_a_request_that_fits_nowhere_is_too_large_once_the_others_are_unloaded(
+    engine: LoadedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load("flux")
+    fill_memory(engine, monkeypatch, None)
+    assert isinstance(engine.run([request()])[0], TooLargeForDevice)
+    assert not engine.holds(FLUX)
+    assert engine.holds(CoderId("sd", Direction.DECODE))
+
+
+def test_work_between_steps_unloads_nothing(engine: LoadedModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    between: list[Any] = []
+    fill_memory(engine, monkeypatch, FLUX)
+
+    def check() -> None:
+        if not between:
+            between.append(engine.run([request(8)])[0])
+
+    assert isinstance(engine.run([request(16, "flux", 16)], check=check)[0], Result)
+    assert isinstance(between[0], TooLargeForDevice)
+    assert engine.holds(FLUX)
