@@ -112,15 +112,16 @@ class TritonKernels(Kernels):
         """Attend as `Kernels.attend` says, with scores in float32: in half precision they may overflow or be coarse."""
         scores = _products(query, key.transpose(1, 2))  # [B, t, N]
         columns, weights = scores.shape[2], torch.empty_like(scores, dtype=query.dtype)  # [B, t, N]
+        totals = scores.new_empty(*scores.shape[:2], 1)  # [B, t, 1]
         block = min(SOFTMAX_BLOCK, triton.next_power_of_2(columns))
         triton_kernels.softmax_kernel[(scores.shape[0] * scores.shape[1],)](
-            scores, weights, columns, query.shape[-1] ** -0.5,
+            scores, weights, totals, columns, query.shape[-1] ** -0.5,
             TILES=_rounded(triton.cdiv(columns, block)), BLOCK=block, num_warps=8,
         )  # fmt: skip
-        return weights @ value  # [B, t, C]
+        return (_products(weights, value) / totals).to(query.dtype)  # [B, t, C]
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:  # [B, t, C], [B, C, N] -> [B, t, N]
+def _products(a: Tensor, b: Tensor) -> Tensor:  # [B, n, k], [B, k, m] -> [B, n, m]
     """Return a product of matrices in float32, which is also what the GPU adds up in for half precision."""
     if a.is_cuda and a.dtype != torch.float32 and HAS_FLOAT32_OUTPUT:
         return torch.bmm(a, b, out_dtype=torch.float32)

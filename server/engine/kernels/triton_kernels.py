@@ -165,8 +165,11 @@ def normalize_kernel(
 
 
 @triton.jit
-def softmax_kernel(scores_ptr, out_ptr, columns, scale, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the softmax of each row times `scale`. One read finds both the maximum and the sum. Grid: [rows]."""
+def softmax_kernel(scores_ptr, out_ptr, total_ptr, columns, scale, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the softmax of each row times `scale`, not yet divided by its total, and the total. Grid: [rows].
+
+    The largest value of a row is 1, which half precision represents exactly. One read finds the maximum and the total.
+    """
     row_ptr = scores_ptr + tl.program_id(0).to(tl.int64) * columns
     out_ptr += tl.program_id(0).to(tl.int64) * columns
     peak = tl.full([BLOCK], -1e30, tl.float32)  # finite, because -inf - -inf of a lane past the end would be NaN
@@ -178,9 +181,9 @@ def softmax_kernel(scores_ptr, out_ptr, columns, scale, TILES: tl.constexpr, BLO
         total = total * tl.exp(peak - higher) + tl.exp(s - higher)  # [N']
         peak = higher
     highest = tl.max(peak, 0)
-    rsum = 1.0 / tl.sum(total * tl.exp(peak - highest), 0)
+    tl.store(total_ptr + tl.program_id(0), tl.sum(total * tl.exp(peak - highest), 0))
     for tile in range(TILES):
         at = tile * BLOCK + tl.arange(0, BLOCK)  # [N']
         s = tl.load(row_ptr + at, mask=at < columns, other=0.0) * scale  # [N']
-        p = tl.exp(s - highest) * rsum  # [N']
+        p = tl.exp(s - highest)  # [N']
         tl.store(out_ptr + at, p.to(out_ptr.dtype.element_ty), mask=at < columns)

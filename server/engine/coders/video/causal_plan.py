@@ -174,6 +174,14 @@ class Network:
         chunk = self.weights.chunk
         return chunk if chunk == 1 or latent_frames % chunk == 0 else chunk + 1 / frames
 
+    def is_one_chunk(self, latent_frames: int) -> bool:
+        """Return whether a video of this length is computed all at once."""
+        if self.is_divisible:
+            return self.is_single
+        weights = self.weights
+        frames = weights.temporal_ratio() * (latent_frames - 1) + 1
+        return len(weights.chunk_lengths(frames if isinstance(weights, CausalEncoder) else latent_frames)) == 1
+
     @cached_property
     def is_divisible(self) -> bool:
         """Whether any number of frames can be computed at a time.
@@ -503,7 +511,7 @@ class Planner:
         needs = network.needs[leg.start : leg.stop]
         # The layer that runs holds the frames that it remembers, and those that it will remember.
         past = sum(need.past + size.frames * need.seen for need in needs) + max(need.past for need in needs)
-        past = 0 if network.is_single else past  # nothing is kept of a single frame
+        past = 0 if network.is_one_chunk(size.frames) else past  # nothing is kept after the last chunk
         values = past + max(self.latent_frames(leg, need) * need.held for need in needs)
         return int(row * (stored * size.frames * size.height + values * self.slab_with_halo(leg)))
 

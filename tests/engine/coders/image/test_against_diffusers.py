@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -39,14 +41,19 @@ def test_the_plain_kernels_of_other_devices_equal_diffusers(monkeypatch: pytest.
 def test_half_precision_is_no_further_from_float32_than_diffusers(
     dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The mean over several images, because one small image changes the result by half a decibel."""
     if kernels == "plain":
         monkeypatch.setattr("server.engine.coders.image.exact_coder.kernels_for", lambda *_: Kernels())
     vae = build("sd")
     half = build("sd", dtype)
-    latents = latents_for(vae, 2, 20, 14)
-    reference = stock(vae, latents)
-    ours = psnr(exact(half).decode(latents, Layout.SAMPLE).tensor, reference)
-    assert ours >= psnr(stock(half, latents.to(dtype)), reference) - 0.3
+    decoder = exact(copy.deepcopy(half))
+    gained = []
+    for height in (8, 12, 16, 20):
+        latents = latents_for(vae, 2, height, 14)
+        reference = stock(vae, latents)
+        ours = psnr(decoder.decode(latents, Layout.SAMPLE).tensor, reference)
+        gained.append(ours - psnr(stock(half, latents.to(dtype)), reference))
+    assert sum(gained) / len(gained) >= -0.3
 
 
 def test_unit_is_the_sample_denormalized_and_clamped() -> None:
