@@ -63,11 +63,13 @@ class CudaRecorder:
         self.device = device
         self.held_bytes = 0
         self._pool = torch.cuda.graph_pool_handle()
+        # One stream for all recordings, because a pool gives memory that was freed only to the stream that had it.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def record(self, function: Function, x: Tensor) -> Recording:
         """Record a function. Raises what torch raises if that fails; then nothing remains of it."""
         with torch.cuda.device(self.device):
-            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            current, stream = torch.cuda.current_stream(), self._stream
             stream.wait_stream(current)
             try:
                 # Run once without recording: this chooses algorithms and compiles kernels, which is impossible while
