@@ -197,7 +197,7 @@ class LoadedModels:
     def _unload_another(self, key: Key, model: LoadedModel[Any]) -> bool:
         """Unload the least recently used of the other models on a model's device. Return whether there was one.
 
-        Between the steps of other work nothing is unloaded, because that work may use any of them.
+        Between the steps of other work it unloads none and returns False, because that work may use any of them.
         """
         others = [other for other, loaded in self._loaded.items() if other != key and loaded.device == model.device]
         if not others or self._turn.is_mine:

@@ -65,7 +65,7 @@ class Fold:
     shrinks, the output of the convolution for the first frame of a video is folded with a copy of itself.
 
     The input is added as a shortcut: folded in the same order, with neighbouring channels averaged. Where time shrinks,
-    the first frame of a video is folded with a copy of itself if `channel_first`, and alone if not, so that fewer
+    the first frame of a video is folded with a copy of itself if `channel_first`, and by itself if not, so that fewer
     channels are averaged.
     """
 

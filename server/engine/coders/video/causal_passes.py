@@ -66,7 +66,7 @@ class Past:
     kept: what each layer chooses: usually the last frames of its input `[k, H, W, C]`; attention over all frames so far
         keeps its keys or values `[1, N, C]`.
     seen: what layers made of every chunk, a tensor for each.
-    is_last: no chunk follows, so nothing is kept.
+    is_last: this is the last chunk; `keep` then drops what it is given.
     """
 
     is_last: bool = field(default=False, kw_only=True)
