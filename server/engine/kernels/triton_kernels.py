@@ -14,29 +14,23 @@ import triton.language as tl
 
 
 @triton.jit
-def _merged(count, mean, m2, x, mask):
-    """Return the count `[]`, mean and M2 `[C']` of a chunk with one more tile of pixels x `[P', C']`.
-
-    The tile's own mean is subtracted before anything is squared, and two means are merged as in Chan, Golub, LeVeque
-    (1979). So no two large numbers are subtracted, whatever the mean of x and whichever pixels are far from it.
-    """
-    n = tl.sum(mask.to(tl.float32), 0)  # [C']: the same in every known channel, 0 in the others
-    tile_mean = tl.sum(tl.where(mask, x, 0.0), 0) / tl.maximum(n, 1.0)  # [C']
-    d = tl.where(mask, x - tile_mean[None, :], 0.0)  # [P', C']
-    # What rounding left of the mean: the mean of the deviations.
-    rest = tl.sum(d, 0) / tl.maximum(n, 1.0)  # [C']
-    tile_m2 = tl.sum(d * d, 0) - n * rest * rest  # [C']
-    delta = (tile_mean - mean) + rest  # [C']
-    total = count + n  # [C']
-    share = n / tl.maximum(total, 1.0)  # [C']
-    return total, mean + delta * share, m2 + tile_m2 + delta * delta * count * share
+def _mean(x, mask):
+    """Return the mean `[C']` of one tile of pixels x `[P', C']`, at least one of them known."""
+    return tl.sum(tl.where(mask, x, 0.0), 0) / tl.maximum(tl.sum(mask.to(tl.float32), 0), 1.0)
 
 
 @triton.jit
-def _store_moments(mean, m2, mean_ptr, m2_ptr, offset, mask):
-    """Store the mean and M2 of one chunk."""
-    tl.store(mean_ptr + offset, mean, mask=mask)
-    tl.store(m2_ptr + offset, tl.maximum(m2, 0.0), mask=mask)
+def _store_moments(s1, s2, reference, bias, pixels, mean_ptr, m2_ptr, offset, mask):
+    """Store the mean, plus bias, and the M2 of one chunk.
+
+    s1, s2: the sums `[P', C']` of d = x - reference and of its square. The reference is the mean of the chunk's first
+    tile, so no two large numbers are subtracted, whatever the mean of x. If this tile is far from the others, then M2
+    itself is large, and the subtraction loses no more than a factor of the number of tiles.
+    """
+    s1 = tl.sum(s1, 0)  # [C']
+    s2 = tl.sum(s2, 0)  # [C']
+    tl.store(mean_ptr + offset, reference + s1 / pixels + bias, mask=mask)
+    tl.store(m2_ptr + offset, tl.maximum(s2 - s1 * s1 / pixels, 0.0), mask=mask)
 
 
 @triton.jit
@@ -56,9 +50,9 @@ def moments_kernel(
     last = tl.minimum(first + TILES * BLOCK_P, pixels)
     if ADD:
         bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)  # [C']
-    count = tl.zeros([BLOCK_C], tl.float32)
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
+    reference = tl.zeros([BLOCK_C], tl.float32)
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for tile in range(TILES):
         p = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
         mask = (p < last)[:, None] & known[None, :]  # [P', C']
@@ -67,9 +61,13 @@ def moments_kernel(
         if ADD:
             x += tl.load(add_ptr + at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
             tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
-        count, mean, m2 = _merged(count, mean, m2, x, mask)
+        if tile == 0:
+            reference = _mean(x, mask)
+        d = tl.where(mask, x - reference[None, :], 0.0)  # [P', C']
+        s1 += d
+        s2 += d * d
     offset = (k * tl.num_programs(2) + b) * channels + c
-    _store_moments(mean, m2, mean_ptr, m2_ptr, offset, known)
+    _store_moments(s1, s2, reference, 0.0, (last - first).to(tl.float32), mean_ptr, m2_ptr, offset, known)
 
 
 @triton.jit
@@ -86,9 +84,9 @@ def interleave_kernel(
     first = k.to(tl.int64) * TILES * BLOCK_P
     last = tl.minimum(first + TILES * BLOCK_P, pixels)
     bias = tl.load(bias_ptr + c, mask=known, other=0.0).to(tl.float32)  # [C']
-    count = tl.zeros([BLOCK_C], tl.float32)
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
+    reference = tl.zeros([BLOCK_C], tl.float32)
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for tile in range(TILES):
         pixel = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)  # [P']
         mask = (pixel < last)[:, None] & known[None, :]  # [P', C']
@@ -97,11 +95,15 @@ def interleave_kernel(
         source = ((y // 2 + p) * (width + 1) + x // 2 + q) * 4 + 2 * p + q  # [P']
         value = tl.load(phases_ptr + source[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
         # The moments are those without the bias, which is added to the mean at the end.
-        count, mean, m2 = _merged(count, mean, m2, value, mask)
+        if tile == 0:
+            reference = _mean(value, mask)
+        d = tl.where(mask, value - reference[None, :], 0.0)  # [P', C']
+        s1 += d
+        s2 += d * d
         value = (value + bias[None, :]).to(out_ptr.dtype.element_ty)  # [P', C']
         tl.store(out_ptr + pixel[:, None] * channels + c[None, :], value, mask=mask)
     offset = (k * tl.num_programs(2) + b) * channels + c
-    _store_moments(mean + bias, m2, mean_ptr, m2_ptr, offset, known)
+    _store_moments(s1, s2, reference, bias, (last - first).to(tl.float32), mean_ptr, m2_ptr, offset, known)
 
 
 @triton.jit
