@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks.gpu.report import Report
 from server.config import load_settings
+from server.engine.device_errors import is_lost_device
 from server.errors import ServerError
 from server.inprocess.direct import Direct
 from server.model_info import Direction
@@ -28,7 +29,8 @@ def engine(folder: Path, device: str, entries: dict[str, dict[str, Any]]) -> Dir
 def ask(direct: Direct, model: str, side: int, direction: Direction = Direction.DECODE) -> dict[str, Any]:
     """Decode to an image of this side, or encode one, and return what is known of the answer.
 
-    steps: the measures that were taken because memory ran out. answer: the sentence of a refusal.
+    steps: the measures that were taken because memory ran out. answer: the sentence of a refusal; with the status 500 it
+    is the error, which a client would not be told. Raises the error of a lost device.
     """
     generator = torch.Generator().manual_seed(side)
     if direction is Direction.DECODE:
@@ -43,6 +45,11 @@ def ask(direct: Direct, model: str, side: int, direction: Direction = Direction.
     except ServerError as error:
         detail = getattr(error, "detail", None)  # for the operator
         told = {"status": error.status, "code": error.code, "answer": str(error), "detail": detail}
+        return {"ms": (time.perf_counter() - started) * 1e3, **told}
+    except Exception as error:
+        if is_lost_device(error):
+            raise
+        told = {"status": ServerError.status, "code": ServerError.code, "answer": f"{type(error).__name__}: {error}"}
         return {"ms": (time.perf_counter() - started) * 1e3, **told}
     return {
         "ms": (time.perf_counter() - started) * 1e3,

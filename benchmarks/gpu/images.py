@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode import MEGA
-from benchmarks.families import psnr, run as run_coder
+from benchmarks.families import psnr
+from benchmarks.families import run as run_coder
 from benchmarks.gpu.measure import Run, free_caches, measured, refusal_of
 from benchmarks.gpu.recorders import with_graphs
 from benchmarks.gpu.report import Report

@@ -42,9 +42,14 @@ def little_memory(device: str, left_mb: int) -> Iterator[float]:
     is left.
     """
     size = left_mb * MEBI if device == "cuda" else ON_CPU_BYTES
+    if device == "cuda":  # what this process caches, the other one may take
+        import torch
+
+        torch.cuda.empty_cache()
     command = [sys.executable, "-m", "benchmarks.gpu.neighbour", device, str(size)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as neighbour:
-        assert neighbour.stdin and neighbour.stdout
+        assert neighbour.stdin
+        assert neighbour.stdout
         usual = resource.getrlimit(resource.RLIMIT_AS)
         try:
             told = neighbour.stdout.readline()

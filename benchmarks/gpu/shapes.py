@@ -1,4 +1,4 @@
-"""Twelve shapes in rotation, and one shape with less and less memory: how often graphs are recorded, and what it costs."""
+"""Twelve shapes in rotation, and one shape with smaller and smaller budgets: recordings of graphs, and times."""
 
 from __future__ import annotations
 

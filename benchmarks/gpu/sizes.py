@@ -54,9 +54,9 @@ ON_CPU = Sizes(
     image_sides=(64, 128),
     clip=(9, 64, 64),
     shape_step=1,
-    memory_sides=(64, 512),
-    left_mb=(600, 60, 20),
-    large_side=512,
+    memory_sides=(64, 1024),
+    left_mb=(400, 40, 20),
+    large_side=1024,
     clients=(1, 4, 16),
     cell_s=0.3,
 )

@@ -37,7 +37,7 @@ def run(report: Report) -> None:
     report.check_time()
     tests = (REPOSITORY / "tests").rglob("test_*.py")
     files = [str(path) for path in sorted(tests) if MARK in path.read_text(encoding="utf-8")]
-    flags = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:terminal", f"--rootdir={REPOSITORY}"]
+    flags = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:terminal", "-o", "addopts=", f"--rootdir={REPOSITORY}"]
     flags += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # this process has imported some of them already
     status = pytest.main([*flags, *files], plugins=[Lines(report)])
     if report.left_s <= 0:

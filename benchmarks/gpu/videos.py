@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.decode import MEGA
-from benchmarks.families import CASES, input_of, run as run_coder
+from benchmarks.families import CASES, input_of
+from benchmarks.families import run as run_coder
 from benchmarks.gpu.images import written
 from benchmarks.gpu.measure import free_caches
 from benchmarks.gpu.report import Report
@@ -32,7 +33,7 @@ def run(report: Report) -> None:
 
 
 def measure(report: Report, case: str, direction: Direction) -> None:
-    """Measure diffusers and ours in each dtype, with one clip. The first one, diffusers in float32, is the reference."""
+    """Measure diffusers and ours in each dtype, with one clip. The first one, in float32, is the reference."""
     sizes = sizes_for(report.device)
     vae, family = video_vae(case, report.device)
     spec = family.describe(vae.config)
