@@ -1,14 +1,14 @@
-"""Report what a GPU does with this server: rates, times, memory, errors. One command, and never longer than `--minutes`.
+"""Report what a GPU does with this server: rates, times, memory, errors. It takes at most `--minutes`.
 
     python -m benchmarks.gpu [--minutes 9] [--only SECTION …] [--folder FOLDER]
     python -m benchmarks.gpu --device cpu --minutes 1
 
-Every result is one line, written to disk at once: to FOLDER/gpu-NAME.json, which has one JSON object on each line, and to
-the table FOLDER/gpu-NAME.md. Every section has a share of the minutes and runs in a process of its own. A section that
-fails, or whose time is up, gets a line that says so, and the next one begins.
+Every result is one line, written to disk at once: to FOLDER/gpu-NAME.json, which has one JSON object on each line, and
+to the table FOLDER/gpu-NAME.md. Every section has a share of the minutes and runs in a process of its own. A section
+that fails, or whose time is up, gets a line that says so, and the next one begins.
 
-With `--device cpu` the same sections run at small sizes, as a test of this program. Their lines are marked "cpu" and say
-nothing about a GPU.
+With `--device cpu` the same sections run at small sizes, as a test of this program. Their lines are marked "cpu" and
+say nothing about a GPU.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def engine(folder: Path, device: str, entries: dict[str, dict[str, Any]]) -> Dir
 def ask(direct: Direct, model: str, side: int, direction: Direction = Direction.DECODE) -> dict[str, Any]:
     """Decode to an image of this side, or encode one, and return what is known of the answer.
 
-    steps: the measures that were taken because memory ran out. answer: the sentence of a refusal; with the status 500 it
-    is the error, which a client would not be told. Raises the error of a lost device.
+    steps: the measures that were taken because memory ran out. answer: the sentence of a refusal; with the status
+    500 it is the error, which a client would not be told. Raises the error of a lost device.
     """
     generator = torch.Generator().manual_seed(side)
     if direction is Direction.DECODE:

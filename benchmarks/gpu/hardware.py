@@ -109,7 +109,7 @@ def frames_rate(report: Report, device: torch.device, dtype: torch.dtype, name: 
 
 
 def fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Return the shortest time of some calls in seconds. The first call, which sets up the libraries, does not count."""
+    """Return the shortest time of some calls in seconds, without the first one, which sets up the libraries."""
     call()
     best = math.inf
     for _ in range(RUNS):

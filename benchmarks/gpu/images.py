@@ -84,7 +84,7 @@ def written(
     """Measure a call, write its line, and return its output in float32 on the CPU, which is the reference's place."""
     try:
         found = measured(report, call, values)
-    except Exception as error:  # out of memory, which is an answer, or another error, which is raised again
+    except Exception as error:  # noqa: BLE001  # out of memory, which is an answer; others are raised again
         report.line(case, answer=refusal_of(error))
         free_caches(report.device)
         return None

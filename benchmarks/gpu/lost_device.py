@@ -1,7 +1,7 @@
 """A worker whose device is lost, and the time until the server answers again.
 
-On a GPU a request makes the worker write outside of its memory, after which every call of CUDA in that process fails. On
-a CPU the worker is killed instead.
+On a GPU a request makes the worker write outside of its memory, after which every call of CUDA in that process fails.
+On a CPU the worker is killed instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A worker process that loses its GPU once for each of two first values of the latents. Otherwise it is the server's."""
+"""A worker process that loses its GPU, once for each of two first values of the latents."""
 
 from __future__ import annotations
 

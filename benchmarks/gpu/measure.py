@@ -11,10 +11,11 @@ from torch import Tensor
 
 from benchmarks.decode import MEGA, peak_of, synchronise
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.sizes import sizes_for
 from server.engine.device_errors import is_out_of_memory
 
 Run = Callable[[Tensor], Tensor]
-STEADY_RUNS, STEADY_S = 5, 3.0
+STEADY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def measured(report: Report, run: Run, values: Tensor) -> Measured:
     second_ms = milliseconds(run, values)
     peak_bytes, output = peak_of(run, values, device)
     steady_ms, began = second_ms, time.monotonic()
-    for _ in range(STEADY_RUNS):
+    for _ in range(sizes_for(report.device).steady_runs):
         if time.monotonic() - began > min(STEADY_S, report.left_s / 4):
             break
         steady_ms = min(steady_ms, milliseconds(run, values))

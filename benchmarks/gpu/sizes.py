@@ -12,6 +12,7 @@ class Sizes:
     dtypes: names of the dtypes of torch to compare.
     matrix: side of the square matrices. convolution: rows and columns, and channels, of the convolved images.
     image_sides: of square images, in pixels.
+    steady_runs: how many runs of a decode or encode are timed after the second one, at most.
     clip: frames, height and width of a video, in pixels.
     shape_step: step between the heights of the twelve shapes, in latent pixels.
     memory_sides: sides of the images that are decoded beside another process.
@@ -25,6 +26,7 @@ class Sizes:
     matrix: int
     convolution: tuple[tuple[int, int], ...]
     image_sides: tuple[int, ...]
+    steady_runs: int
     clip: tuple[int, int, int]
     shape_step: int
     memory_sides: tuple[int, ...]
@@ -39,6 +41,7 @@ ON_GPU = Sizes(
     matrix=8192,
     convolution=((1024, 128), (512, 256), (128, 512)),
     image_sides=(512, 1024, 2048, 4096),
+    steady_runs=5,
     clip=(17, 320, 512),
     shape_step=8,
     memory_sides=(1024, 2048, 4096),
@@ -52,6 +55,7 @@ ON_CPU = Sizes(
     matrix=512,
     convolution=((64, 32),),
     image_sides=(64, 128),
+    steady_runs=1,
     clip=(9, 64, 64),
     shape_step=1,
     memory_sides=(64, 1024),
