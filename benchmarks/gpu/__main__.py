@@ -31,8 +31,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 # The modules of the sections, and the share of the minutes that each has. Time that is left goes to those that follow.
 SHARES = {
     "hardware": 25,
-    "suite": 70,
-    "images": 110,
+    "suite": 60,
+    "images": 130,
     "videos": 130,
     "shapes": 30,
     "memory": 50,
@@ -69,6 +69,8 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the process of a section is ended
 
+    # Otherwise a library that asks for CUDA while it is imported would make CUDA unusable in forked processes.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(list(PRELOADED))
     checking = processes.Process(target=check, args=(arguments.device,))

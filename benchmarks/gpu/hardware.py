@@ -21,6 +21,7 @@ RUNS = 10
 def run(report: Report) -> None:
     """Write the lines of this section."""
     device, sizes = torch.device(report.device), sizes_for(report.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     describe(report, device)
     for name in sizes.dtypes:
         dtype = getattr(torch, name)

@@ -43,7 +43,7 @@ def coders_of(device: str, direction: Direction) -> dict[tuple[str, str], Any]:
     vae, family = image_vae(device)
     stock: Any = StockEncoder if direction is Direction.ENCODE else StockDecoder
     coders = {("diffusers", "float32"): stock(copy.deepcopy(vae), family)}
-    for name in sizes_for(device).dtypes:
+    for name in sorted(sizes_for(device).dtypes, key=lambda name: name != "float32"):
         half = copy.deepcopy(vae).to(getattr(torch, name))
         if name != "float32":
             nhwc = copy.deepcopy(half).to(memory_format=torch.channels_last)
@@ -53,14 +53,17 @@ def coders_of(device: str, direction: Direction) -> dict[tuple[str, str], Any]:
 
 
 def measure(report: Report, side: int, direction: Direction, coders: dict[tuple[str, str], Any]) -> None:
-    """Measure all coders of one direction at one size. The first one, diffusers in float32, is the reference."""
+    """Measure all coders of one direction at one size.
+
+    The first one that does not run out of memory is the reference: diffusers in float32, or else ours in float32.
+    """
     generator = torch.Generator().manual_seed(side)
     if direction is Direction.DECODE:
         values = torch.randn(1, 4, side // FACTOR, side // FACTOR, generator=generator)  # [1, C, h, w]
     else:
         values = torch.rand(1, 3, side, side, generator=generator) * 2 - 1  # [1, 3, H, W]
     values = values.to(report.device)
-    reference: Tensor | None = None
+    reference, against = None, None
     for (who, dtype), coder in coders.items():
         ways: dict[str, Run] = {"": lambda x, coder=coder: run_coder(coder, direction, x)}
         if who == "ours":
@@ -71,17 +74,28 @@ def measure(report: Report, side: int, direction: Direction, coders: dict[tuple[
         for way, call in ways.items():
             report.check_time()
             case = " ".join(filter(None, (f"{side}x{side}", str(direction), who, dtype, way)))
-            output = written(report, case, call, values, planned_mb(coder, values), reference, coder)
-            reference = output if reference is None else reference
+            output = written(report, case, call, values, planned_mb(coder, values), reference, coder, against)
+            if reference is None and output is not None:
+                reference, against = output, None if who == "diffusers" else case
             del output
         coder.free_caches()
         free_caches(report.device)
 
 
 def written(
-    report: Report, case: str, call: Run, values: Tensor, planned: float | None, reference: Tensor | None, coder: Any
+    report: Report,
+    case: str,
+    call: Run,
+    values: Tensor,
+    planned: float | None,
+    reference: Tensor | None,
+    coder: Any,
+    against: str | None = None,
 ) -> Tensor | None:
-    """Measure a call, write its line, and return its output in float32 on the CPU, which is the reference's place."""
+    """Measure a call, write its line, and return its output in float32 on the CPU; None if memory ran out.
+
+    planned: the planned peak in MB. against: the case of the reference if that is not diffusers in float32.
+    """
     try:
         found = measured(report, call, values)
     except Exception as error:  # noqa: BLE001  # out of memory, which is an answer; others are raised again
@@ -99,6 +113,7 @@ def written(
         real_mb=found.real_mb,
         graphs_mb=graphs.recorder.held_bytes / MEGA if has_recordings else None,
         psnr_db=None if reference is None else psnr(output, reference),
+        against=against,
     )
     return output
 

@@ -15,7 +15,7 @@ from server.engine import worker
 from server.engine.coders.image.decoder import ExactKLDecoder
 from server.engine.coders.interface import Coded
 
-ILLEGAL, ASSERTED = 1001.0, 1002.0
+ILLEGAL, ASSERTED = 1024.0, 2048.0  # float16 and bfloat16 represent them exactly
 FAR = 1 << 44  # bytes beyond a tensor, where no memory is
 
 if importlib.util.find_spec("triton") is not None:

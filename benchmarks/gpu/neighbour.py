@@ -26,7 +26,12 @@ def main(device: str, size: int) -> None:
 
         torch.zeros(1, device=device)  # the context of this process takes memory too
         free, _ = torch.cuda.mem_get_info()
-        held = torch.empty(max(0, free - size), dtype=torch.uint8, device=device)
+        held = None
+        while held is None:
+            try:
+                held = torch.empty(max(0, free - size), dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError:  # not all that is free is in one piece
+                free -= 64 * MEBI
         print(held.numel(), flush=True)
     else:
         held = bytearray(size)

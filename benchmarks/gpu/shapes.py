@@ -28,7 +28,7 @@ def run(report: Report) -> None:
     """Write the lines of this section."""
     torch.set_grad_enabled(False)
     vae, family = image_vae(report.device)
-    dtype = torch.float16 if report.device == "cuda" else torch.float32  # as the server chooses for this family
+    dtype = torch.bfloat16 if report.device == "cuda" else torch.float32
     coder = build_coder(vae.to(dtype), family, Direction.DECODE, "auto", "none")[0]
     step = sizes_for(report.device).shape_step
     shapes = [(step * (8 + index), 12 * step) for index in range(SHAPES)]  # h, w
