@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -71,6 +72,13 @@ def main() -> int:
 
     # Otherwise a library that asks for CUDA while it is imported would make CUDA unusable in forked processes.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        os.environ["TMPDIR"] = temporary  # so that nothing stays of a section that is killed
+        return run_sections(arguments, started)
+
+
+def run_sections(arguments: argparse.Namespace, started: float) -> int:
+    """Run the sections one after the other, and return the exit status. started: as `time.monotonic()`."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(list(PRELOADED))
     checking = processes.Process(target=check, args=(arguments.device,))
@@ -107,7 +115,7 @@ def wait_for(process: BaseProcess, report: Report, killed_at: float) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         if process.exitcode is None:
             process.kill()
-        process.join()
+        process.join(GRACE_S)  # a process that waits for a broken driver may not end at all
     if was_late:
         report.line("stopped", note="killed, because it did not end when its time was up")
     elif process.exitcode:
