@@ -49,12 +49,12 @@ LARGEST_FP32_SIDE = 2048
 BYTES_PER_PIXEL = {FP32: 4000, BF16: 1700, "OpenVINO bf16": 1200, "ours, one band": 1500}
 
 
-def full_size_vae(without: str = "encoder") -> AutoencoderKL:
+def full_size_vae(without: str | None = "encoder") -> AutoencoderKL:
     """Return a VAE with random weights.
 
     Its norms are not the identity, so that its activations spread like those of a trained VAE.
 
-    without: `encoder` or `decoder`, which is left out.
+    without: `encoder` or `decoder`, which is left out; None for neither.
     """
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -69,7 +69,8 @@ def full_size_vae(without: str = "encoder") -> AutoencoderKL:
         if isinstance(module, torch.nn.GroupNorm):
             module.weight.data.uniform_(0.5, 1.5)
             module.bias.data.normal_(0, 0.3)
-    setattr(vae, without, torch.nn.Identity())
+    if without is not None:
+        setattr(vae, without, torch.nn.Identity())
     return vae.eval().requires_grad_(False)
 
 
