@@ -77,6 +77,10 @@ class Past:
         """Return what a layer kept; None before its first chunk."""
         return self.kept.get(id(layer))
 
+    def taken(self, layer: object) -> Tensor | None:
+        """Return what a layer kept, and keep it no longer."""
+        return self.kept.pop(id(layer), None)
+
     def keep(self, layer: object, kept: Tensor) -> None:
         """Keep a tensor until the layer's next chunk. It must not share memory with one that will be overwritten."""
         if not self.is_last:
@@ -383,26 +387,23 @@ def fill_edges(window: Tensor, edge: Edge, *, is_top: bool, is_bottom: bool) -> 
 def attention(block: Attention, run: Run, past: Past, x: Tensor) -> Tensor:  # [n, h, w, C]
     """Attend within each frame, or to all frames so far. x is overwritten."""
     tokens_of = token_norm(block.norm, run, past, x)
+    keys, values = past.taken(block.key), past.taken(block.value)  # [1, N, C] each, those of the chunks before
     for index, frame in enumerate(x.flatten(1, 2)):  # [h w, C]
         tokens = tokens_of(index)  # [1, h w, C]
         key = F.linear(tokens, block.key.weight, block.key.bias)  # [1, h w, C]
         value = F.linear(tokens, block.value.weight, block.value.bias)  # [1, h w, C]
         if block.sees_past:
-            key, value = _with_past(past, block.key, key), _with_past(past, block.value, value)  # [1, F h w, C] each
+            key = keys = key if keys is None else torch.cat([keys, key], 1)  # [1, F h w, C]
+            value = values = value if values is None else torch.cat([values, value], 1)  # [1, F h w, C]
         rows = max(1, run.query_bytes // (key.shape[1] * SCORE_BYTES))
         for start in range(0, len(frame), rows):
             run.check()
             query = F.linear(tokens[:, start : start + rows], block.query.weight, block.query.bias)  # [1, t, C]
             frame[start : start + rows] += run.kernels.planar.attend(query, key, value)[0].add_(block.bias)
+    if keys is not None and values is not None:
+        past.keep(block.key, keys)
+        past.keep(block.value, values)
     return x
-
-
-def _with_past(past: Past, layer: Linear, latest: Tensor) -> Tensor:  # [1, h w, C] -> [1, F h w, C]
-    """Return the keys or values of all frames so far, and remember them."""
-    before = past.of(layer)
-    whole = latest if before is None else torch.cat([before, latest], 1)
-    past.keep(layer, whole)
-    return whole
 
 
 def token_norm(norm: Norm, run: Run, past: Past, x: Tensor) -> Callable[[int], Tensor]:  # [n, h, w, C]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.engine.coders.layouts import postprocess
+from server.engine.coders.video import causal_coder
 from server.engine.coders.video.causal_decoder import ExactCausalDecoder
 from server.values import Layout
 from tests.engine.coders.image.networks import psnr
@@ -58,6 +59,15 @@ def test_float32_equals_diffusers_untiled_decode(shape: tuple[int, int, int, int
     latents = latents_for(*shape)
     sample = OURS.decode(latents, Layout.SAMPLE).tensor
     torch.testing.assert_close(sample, stock(VAE, latents), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_pieces_of_a_gpu_equal_diffusers_untiled_decode(
+    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have many frames; a CPU computes as few frames at a time as it can."""
+    monkeypatch.setattr(causal_coder, "CPU_PIECE_BYTES", causal_coder.GPU_PIECE_BYTES)
+    test_float32_equals_diffusers_untiled_decode(shape)
 
 
 @settings(max_examples=15, deadline=None)

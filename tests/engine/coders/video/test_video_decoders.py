@@ -20,7 +20,7 @@ from torch import Tensor
 from server.engine.coders.build import build_coder
 from server.engine.coders.layouts import postprocess
 from server.engine.coders.stock import StockDecoder
-from server.engine.coders.video import causal_coder
+from server.engine.coders.video import causal_coder, ltx_decoder
 from server.families import Family, family_of_class
 from server.model_info import Direction
 from server.values import Layout
@@ -93,6 +93,17 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 def test_a_clip_of_any_length_equals_a_plain_decode(name: str, frames: int) -> None:
     latents = latents_for(name, frames)
     assert_same(ours(name).decode(latents, Layout.SAMPLE, **arguments(name)).tensor, stock(name, latents))
+
+
+@pytest.mark.parametrize("frames", [2, 5, 6])
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_clip_in_the_chunks_of_a_gpu_equals_a_plain_decode(
+    name: str, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have many frames; a CPU computes as few frames at a time as it can."""
+    monkeypatch.setattr(causal_coder, "CPU_PIECE_BYTES", causal_coder.GPU_PIECE_BYTES)
+    monkeypatch.setattr(ltx_decoder, "CPU_CHUNK_BYTES", ltx_decoder.GPU_CHUNK_BYTES)
+    test_a_clip_of_any_length_equals_a_plain_decode(name, frames)
 
 
 @pytest.mark.parametrize("name", IMAGES)

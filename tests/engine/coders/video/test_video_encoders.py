@@ -178,6 +178,16 @@ def test_a_video_of_any_shape_equals_a_plain_encode(name: str, shape: tuple[int,
     assert_same(ours(name).encode(pixels).tensor, stock(name, pixels))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 2), (3, 7, 3), (4, 2, 11)], ids=str)
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_video_in_the_pieces_of_a_gpu_equals_a_plain_encode(
+    name: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have many frames; a CPU computes as few frames at a time as it can."""
+    monkeypatch.setattr(causal_coder, "CPU_PIECE_BYTES", causal_coder.GPU_PIECE_BYTES)
+    test_a_video_of_any_shape_equals_a_plain_encode(name, shape)
+
+
 @pytest.mark.parametrize("shape", [(1, 6), (9, 1), (5, 3)], ids=str)
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_of_any_shape_equals_a_plain_encode(name: str, shape: tuple[int, int]) -> None:
