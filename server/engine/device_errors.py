@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-# Words in the errors of torch's CPU allocator, cuBLAS, cuDNN and Triton. cuDNN finds no engine when it gets no memory
-# to work in, and cuBLAS and cuDNN are not initialized when their own memory cannot be allocated.
-NO_MEMORY = (
-    "allocate memory",
-    "out of memory",
-    "alloc_failed",
-    "unable to find an engine to execute",
-    "cublas_status_not_initialized",
-    "cudnn_status_not_initialized",
+# Words in the errors of torch's CPU allocator, oneDNN, cuBLAS, cuDNN and Triton. cuDNN finds no engine when it gets no
+# memory to work in; oneDNN, cuBLAS and cuDNN cannot begin when their own memory cannot be allocated.
+NO_MEMORY = re.compile(
+    "allocate memory|out of memory|alloc_failed|unable to find an engine to execute"
+    "|could not create a primitive(?! descriptor)"  # without a descriptor, oneDNN does not support the operation
+    "|cublas_status_not_initialized|cudnn_status_not_initialized"
 )
 # Words in errors after which every later call of the process fails too.
-LOST = ("cuda error", "triton error [cuda]", "cudnn_status_execution_failed", "cublas_status_execution_failed")
+LOST = re.compile(r"cuda error|triton error \[cuda\]|cudnn_status_execution_failed|cublas_status_execution_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,6 +31,5 @@ def is_lost_device(error: BaseException | None) -> bool:
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or _has(error, LOST)
 
 
-def _has(error: BaseException, words: tuple[str, ...]) -> bool:
-    text = str(error).lower()
-    return any(word in text for word in words)
+def _has(error: BaseException, words: re.Pattern[str]) -> bool:
+    return words.search(str(error).lower()) is not None

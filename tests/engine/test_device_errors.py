@@ -11,6 +11,7 @@ SHORT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:115] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("could not create a primitive"),  # oneDNN
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
@@ -28,6 +29,7 @@ LOST = [
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
 ]
 NEITHER = [
+    RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"),
     RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
     ValueError("CUDA error in a name"),
     None,
