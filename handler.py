@@ -36,7 +36,7 @@ class EndpointHandler:
             self.direct = Direct(settings, toolkit.take_over(app, settings))
         else:
             self.direct = Direct(settings)
-            self.direct.models.load(settings.default)
+            self.direct.models.load(settings.default, self.direct.models.describe(settings.default).usual_direction)
 
     def __call__(self, data: dict[str, Any]) -> Image.Image | dict[str, object]:
         """Decode one request, or encode an image or video file.

@@ -144,7 +144,7 @@ class RayDevices:
             self._here = await self._described(self._models, is_local_only=True)
         return info_of(self._here[self._models.index(model)])
 
-    async def load(self, model: str) -> None:
+    async def load(self, coder: CoderId) -> None:
         """Do nothing: each replica loads the models with `preload` or `warmup` before Ray counts it as running."""
 
     def loaded(self, model: str) -> list[LoadedInfo]:

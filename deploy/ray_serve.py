@@ -93,7 +93,7 @@ class VAE:
         self._bring = multiplexed(engine, models_per_replica)
         for name, entry in self._settings.models.items():
             if entry.preload or entry.warmup:
-                await self._bring(id_of(CoderId(name)))
+                await self._bring(id_of(CoderId(name, engine.host.models.describe(name).usual_direction)))
 
     async def run(self, message: bytes) -> AsyncIterator[bytes]:
         """Run a request. message: an Ask. Yields a Reply when the device begins it, and one with the result."""

@@ -26,7 +26,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
     entry = settings.models[name]
     known: dict[str, Any] = {
         "name": name,
-        "repo": entry.repo if settings.folder_of(name) is None else "a local folder",
+        "repo": entry.repo if settings.path_of(name) is None else "a local folder",
         "subfolder": entry.subfolder,
         "revision": entry.revision,
         "aliases": list(entry.aliases),
@@ -45,6 +45,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
         "inputs": INPUTS[kind],
         "licence": info.licence,
         "is_gated": info.is_gated,
+        "directions": list(info.directions),
         "weights": info.weights and asdict(info.weights),
     }
 

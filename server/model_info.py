@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge
 
+from .errors import Impossible
+
 Kind = Literal["image", "video"]
 """What a model decodes to."""
 
@@ -102,6 +104,7 @@ class ModelInfo:
     """What is known of a model before its weights are loaded. Requests are checked against it.
 
     is_assumed: the values come from the list of well-known checkpoints, because no config.json is on this machine yet.
+    directions: those that the weights are for. A file may contain a decoder without an encoder, or the reverse.
     """
 
     name: str
@@ -112,6 +115,21 @@ class ModelInfo:
     licence: str | None = None
     is_gated: bool = False
     weights: Weights | None = None
+    directions: tuple[Direction, ...] = tuple(Direction)
+
+    @property
+    def usual_direction(self) -> Direction:
+        """The direction to prepare first: decode, unless the weights are only an encoder."""
+        return Direction.DECODE if Direction.DECODE in self.directions else self.directions[0]
+
+    def check_direction(self, direction: Direction) -> None:
+        """Raise Impossible if the weights are not for this direction."""
+        if direction not in self.directions:
+            parts = ("a decoder", "encoder") if direction is Direction.ENCODE else ("an encoder", "decoder")
+            raise Impossible(
+                f"the weights of '{self.name}' are only {parts[0]}, without the {parts[1]}, so it cannot {direction}; "
+                "use another model, which GET /models lists with its directions"
+            )
 
 
 @dataclass(frozen=True, slots=True)

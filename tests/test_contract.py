@@ -52,7 +52,7 @@ def test_what_was_written_is_read_and_served_from_anywhere(tmp_path: Path) -> No
     write_entries(tmp_path / "there")
     (tmp_path / "there").rename(tmp_path / "here")
     settings = load_settings(config=tmp_path / "here" / "models.yaml")
-    assert all(settings.folder_of(name) for name in settings.models)
+    assert all(settings.path_of(name) for name in settings.models)
     for name, vae in read_all(tmp_path / "here").items():
         latents = vae.latents(*(4, 4) if name != "hunyuan" else (2, 4, 4))
         assert vae.decode(latents).equal(written[name].decode(latents))

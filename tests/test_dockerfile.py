@@ -55,7 +55,7 @@ def test_the_trial_wants_what_the_server_needs_and_no_weights_but_the_demos() ->
 
 def test_the_models_of_the_image_are_its_own() -> None:
     settings = load_settings(config=REPOSITORY / "models.yaml")
-    folders = [folder for name in settings.models if (folder := settings.folder_of(name))]
+    folders = [folder for name in settings.models if (folder := settings.path_of(name))]
     assert {str(folder.relative_to(REPOSITORY) / "config.json") for folder in folders} <= wanted()
 
 

@@ -13,13 +13,13 @@ from PIL import features
 from ..config import Settings
 from ..engine.models import LoadedModels
 from ..engine.tensors import is_finite
-from ..engine.weights.config_json import read_info
+from ..engine.weights.config_json import check_weights, read_info
 from ..engine.weights.hub import source_of
 from ..engine.weights.placement import choose_device
 from ..errors import ConfigError, ModelUnavailable, ServerError
 from ..families import FAMILIES
 from ..inprocess.direct import Direct
-from ..model_info import ModelInfo
+from ..model_info import Direction, ModelInfo
 from ..values import RawTensor
 
 
@@ -62,7 +62,7 @@ def check_all(settings: Settings) -> Iterator[Finding]:
         finding = _weights(settings, name)
         yield finding
         if not finding.is_problem and source_of(settings, name).is_here():
-            yield _decodes(settings, name)
+            yield _runs(settings, name)
 
 
 def _device(settings: Settings) -> Finding:
@@ -106,38 +106,61 @@ def _weights(settings: Settings, name: str) -> Finding:
         return ok(f"{name}: not downloaded; the first request downloads it, or run `python -m server download {name}`")
     try:
         info = read_info(source, is_local_only=True)
-        source.folder(is_local_only=True)
+        directions = check_weights(source)
     except ModelUnavailable as error:
         return problem(error.detail)
+    only = f", only to {directions[0]}" if len(directions) == 1 else ""
     return ok(
         f"{name}: weights are on disk, {info.class_name}, family {info.latents.family}, "
-        f"{info.latents.channels} channels"
+        f"{info.latents.channels} channels{only}"
     )
 
 
-def _decodes(settings: Settings, name: str) -> Finding:
+def _runs(settings: Settings, name: str) -> Finding:
+    """Decode a small tensor of zeros, or encode one with a model that cannot decode, and render the result."""
+    direct = Direct(settings)
+    direction = Direction.DECODE
+    try:
+        info = direct.models.describe(name)
+        direction = info.usual_direction
+        if direction is Direction.ENCODE:
+            return _encodes(direct, info)
+        return _decodes(direct, info)
+    except (ServerError, ConfigError) as error:
+        return problem(f"'{name}' does not {direction}: {getattr(error, 'detail', error)}")
+    except RuntimeError as error:  # of a codec
+        return problem(f"'{name}' decodes, but the result cannot be rendered: {error}")
+
+
+def _decodes(direct: Direct, info: ModelInfo) -> Finding:
     """Decode small latents of zeros, unscaled with the model's statistics, and render the result.
 
     Weights that are NaN show as a sample that is NaN.
     """
-    direct = Direct(settings)
-    try:
-        spec = direct.models.describe(name).latents
-        side = 8 * spec.vae_scale_factor
-        shape = FAMILIES[spec.family].latent_shape(spec, side, side)
-        parameters = {"shape": list(shape), "dtype": "float32", "do_scaling": True, "output_type": "pt"}
-        latents = bytes(RawTensor.bytes_needed(shape, "float32"))
-        sample = direct.run(direct.parse(name, parameters, latents, "*/*")).body
-        if not is_finite(sample):
-            return problem(
-                f"'{name}' decodes to NaN; download its weights again, or set dtype: float32 in case they overflow"
-            )
-        parameters |= {"output_type": "pil" if spec.kind == "image" else "mp4"}
-        request = direct.parse(name, parameters, latents, "*/*")
-        result = direct.run(request)
-        body = direct.render(request, result).body
-    except (ServerError, ConfigError) as error:
-        return problem(f"'{name}' does not decode: {getattr(error, 'detail', error)}")
-    except RuntimeError as error:  # of a codec
-        return problem(f"'{name}' decodes, but the result cannot be rendered: {error}")
+    spec, name = info.latents, info.name
+    side = 8 * spec.vae_scale_factor
+    shape = FAMILIES[spec.family].latent_shape(spec, side, side)
+    parameters = {"shape": list(shape), "dtype": "float32", "do_scaling": True, "output_type": "pt"}
+    latents = bytes(RawTensor.bytes_needed(shape, "float32"))
+    sample = direct.run(direct.parse(name, parameters, latents, "*/*")).body
+    if not is_finite(sample):
+        return problem(
+            f"'{name}' decodes to NaN; download its weights again, or set dtype: float32 in case they overflow"
+        )
+    parameters |= {"output_type": "pil" if spec.kind == "image" else "mp4"}
+    request = direct.parse(name, parameters, latents, "*/*")
+    result = direct.run(request)
+    body = direct.render(request, result).body
     return ok(f"'{name}' decodes in {result.device_ms:.0f} ms; the answer has {len(body)} bytes")
+
+
+def _encodes(direct: Direct, info: ModelInfo) -> Finding:
+    """Encode a small black image, or a video of one frame."""
+    side = 8 * info.latents.vae_scale_factor
+    shape = [1, info.latents.image_channels, *([1] if info.latents.kind == "video" else []), side, side]
+    pixels = bytes(RawTensor.bytes_needed(tuple(shape), "uint8"))
+    request = direct.parse(info.name, {"shape": shape, "dtype": "uint8"}, pixels, "*/*", Direction.ENCODE)
+    result = direct.run(request)
+    if not is_finite(result.body):
+        return problem(f"'{info.name}' encodes to NaN; download its weights again, or set dtype: float32")
+    return ok(f"'{info.name}' encodes in {result.device_ms:.0f} ms; its file has no decoder")

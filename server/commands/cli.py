@@ -243,7 +243,7 @@ def download(names: tuple[str, ...], config: str | None) -> None:
         source = source_of(settings, name)
         try:
             read_info(source)
-            click.echo(f"{name}: {(folder := source.folder())}")
+            click.echo(f"{name}: {(folder := source.files().folder)}")
             if (commit := source.commit_of(folder)) and not source.entry.revision:
                 click.echo(f"   to pin this version, add to models.yaml: revision: {commit}")
         except ModelUnavailable as error:

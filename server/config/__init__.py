@@ -5,6 +5,8 @@ Every mistake in the configuration raises ConfigError.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..errors import ConfigError
 from .keys import ApiKey, forget_keys, read_keys
 from .mistakes import nearest
 from .models_yaml import ModelEntry, ModelsFile, Strict, check_name, parse_models
+from .on_disk import absolute, entry_of, vae_at
 from .options import REFUSED_SHARE, SLOWEST_BYTES_PER_S, USUAL_FPS, ServerOptions, read_options
 
 SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent.parent / "models.yaml"
@@ -47,31 +50,46 @@ class Settings(Strict):
         """Return the frames per second of a model's MP4s, for requests that do not set them."""
         return self.options.fps or self.models[name].fps or USUAL_FPS
 
-    def folder_of(self, name: str) -> Path | None:
-        """Return the local folder of a model; None if it is on the Hub."""
-        return self.models[name].local_folder(self.source.parent)
+    def path_of(self, name: str) -> Path | None:
+        """Return the local folder or file of a model; None if it is on the Hub."""
+        return self.models[name].local_path(self.source.parent)
+
+    def config_path_of(self, name: str) -> Path | None:
+        """Return the file or folder that a model's `config` names; None if it names a well-known configuration."""
+        return self.models[name].config_path(self.source.parent)
+
+
+@cache
+def shipped_models() -> Mapping[str, ModelEntry]:
+    """Return the models of the models.yaml that comes with the server. Raises ConfigError."""
+    return parse_models(SHIPPED_MODELS_YAML).models
 
 
 def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     """Read the configuration. Flags take precedence over environment variables, and these over defaults.
 
-    only: names or aliases of models. If given, the settings contain only these models, all of them with `preload`, and
-        the first one is the default.
+    only: names or aliases of models, paths of files or folders with a VAE, or ids of repositories of the Hub. If given,
+        the settings contain only these models, all of them with `preload`, and the first one is the default.
     flags: options of `serve`; None counts as not given.
 
     Raises ConfigError.
     """
     options = read_options({key: value for key, value in flags.items() if value is not None})
     try:
-        source, file = _models_of(_source(options.config))
+        source, file = _models_of(_source(options.config), options.vae_config)
+        given = {word: entry_of(word, file.models, options.vae_config) for word in only}
     except OSError as error:
         reason = f"{error.strerror}; the user of this process must be able to read it"
         raise ConfigError(f"{error.filename or options.config}: {reason}") from None
+    models = {**file.models, **dict(found for found in given.values() if found is not None)}
     names = list(file.models)
     default = file.default or names[0]
-    settings = Settings(
-        options=options, source=source, default=default, models=file.models, api_keys=read_keys(options)
-    )
+    settings = Settings(options=options, source=source, default=default, models=models, api_keys=read_keys(options))
+    if options.vae_config and vae_at(source) is None and not any(given.values()):
+        raise ConfigError(
+            "--vae-config is for a file, a folder or a repository that is named on the command line; "
+            f"for a model of {source}, write config into its entry"
+        )
     known = settings.name_of(default)
     if known is None:
         raise ConfigError(
@@ -81,51 +99,48 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
         return settings.model_copy(update={"default": known})
     kept = []
     for word in only:
-        name = settings.name_of(word)
+        found = given[word]
+        name = found[0] if found else settings.name_of(word)
         if name is None:
             raise ConfigError(
-                f"there is no model '{word}' in {source}{nearest(word, names)}; known: {', '.join(names)}"
+                f"there is no model '{word}' in {source}{nearest(word, names)}; known: {', '.join(names)}; "
+                "a file or folder is written with its path, such as ./vae.safetensors"
             )
         kept.append(name)
     # A model that is named should be ready at the start, not at its first request.
-    models = {name: file.models[name].model_copy(update={"preload": True}) for name in kept}
-    return settings.model_copy(update={"default": kept[0], "models": models})
+    chosen = {name: models[name].model_copy(update={"preload": True}) for name in kept}
+    return settings.model_copy(update={"default": kept[0], "models": chosen})
 
 
 def _source(chosen: Path | None) -> Path:
-    """Return the models.yaml or the folder to read. chosen: the value of `--config`. Raises ConfigError."""
+    """Return the models.yaml, or the file or folder of a VAE, to read. chosen: `--config`. Raises ConfigError."""
     if chosen is None:
         mounted = (folder for folder in MOUNTED if folder.is_dir() and any(folder.iterdir()))
         here = (file for file in (Path("models.yaml"),) if file.is_file())
         return next(iter((*mounted, *here, SHIPPED_MODELS_YAML))).resolve()
     if not chosen.exists():
         raise ConfigError(
-            f"{chosen}: no such file; --config must name a models.yaml, or a folder that contains one or a VAE"
+            f"{chosen}: no such file; --config must name a models.yaml, a file of a VAE, or a folder that contains one"
         )
     return chosen.resolve()
 
 
-def _is_vae(folder: Path) -> bool:
-    """Return whether a folder has the config.json of a diffusers model, and not, for example, of a text encoder."""
-    config = folder / "config.json"
-    return config.is_file() and b"_class_name" in config.read_bytes()
+def _models_of(source: Path, vae_config: str | None) -> tuple[Path, ModelsFile]:
+    """Return the models of a models.yaml, a file or a folder, and the file or folder that they come from.
 
-
-def _models_of(source: Path) -> tuple[Path, ModelsFile]:
-    """Return the models of a models.yaml or a folder, and the file or folder that they come from.
-
-    A folder with a VAE gives only this VAE, to be loaded at the start. Raises ConfigError.
+    A file or a folder with a VAE gives only this VAE, to be loaded at the start. vae_config: its `config`. Raises
+    ConfigError.
     """
+    if vae := vae_at(source):
+        entry = ModelEntry(repo=str(vae), config=vae_config and absolute(vae_config), preload=True)
+        return source, ModelsFile(models={"model": entry})
     if not source.is_dir():
         return source, parse_models(source)
-    for vae in (source, source / "vae"):
-        if _is_vae(vae):
-            return source, ModelsFile(models={"model": ModelEntry(repo=str(vae), preload=True)})
     if (file := source / "models.yaml").is_file():
         return file, parse_models(file)
     raise ConfigError(
-        f"{source} contains no config.json of a diffusers VAE, no vae/config.json and no models.yaml; "
-        "put one of them there"
+        f"{source} contains no config.json of a diffusers VAE, no vae/config.json, no safetensors file and no "
+        "models.yaml; put one of them there"
     )
 
 
@@ -140,4 +155,5 @@ __all__ = [
     "check_name",
     "forget_keys",
     "load_settings",
+    "shipped_models",
 ]

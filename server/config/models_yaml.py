@@ -22,6 +22,7 @@ from .paths import RESERVED
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 Pixels = Annotated[int, Field(ge=64)]
+PATH_STARTS = (".", "/", "~")
 KeyPath = tuple[str | int, ...]
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for a key that no field has
 _LIMITS = {field.name: field for field in fields(Limits)}
@@ -39,6 +40,7 @@ class ModelEntry(Strict):
     repo: str = Field(min_length=1)
     subfolder: str | None = None
     revision: str | None = None
+    config: str | None = Field(None, min_length=1)
     family: str | None = None
     dtype: Dtype | None = None
     device: str | None = Field(None, pattern=DEVICE)
@@ -56,15 +58,29 @@ class ModelEntry(Strict):
         """Whether this server's own decoder, which is exact and faster, may be used instead of diffusers'."""
         return self.decoder == "auto" and self.tiling == "none"
 
-    def local_folder(self, base: Path) -> Path | None:
-        """Return the folder that `repo` names; None if it names a repository on the Hub.
+    def local_path(self, base: Path) -> Path | None:
+        """Return the folder or the file that `repo` names; None if it names a repository on the Hub.
 
-        It names a folder if it starts with `.`, `/` or `~`, or if such a folder exists.
+        It names a path of this machine if it starts with `.`, `/` or `~`, or if such a path exists.
 
         base: the folder of models.yaml, to which `repo` is relative.
         """
-        folder = (base / os.path.expanduser(self.repo)).resolve()  # noqa: PTH111  # Path's raises for an unknown user
-        return folder if self.repo.startswith((".", "/", "~")) or folder.is_dir() else None
+        path = resolved(self.repo, base)
+        return path if self.repo.startswith(PATH_STARTS) or path.exists() else None
+
+    def config_path(self, base: Path) -> Path | None:
+        """Return the file or folder that `config` names; None if it is not set, or is the name of a configuration."""
+        return resolved(self.config, base) if self.config and is_path(self.config) else None
+
+
+def is_path(word: str) -> bool:
+    """Return whether a word can only be the path of a file or folder, and not the name of a configuration."""
+    return word.startswith(PATH_STARTS) or "/" in word or word.endswith(".json")
+
+
+def resolved(word: str, base: Path) -> Path:
+    """Return the path that a word names, relative to `base`, with `~` as the home of the user."""
+    return (base / os.path.expanduser(word)).resolve()  # noqa: PTH111  # Path's raises for an unknown user
 
 
 class ModelsFile(Strict):

@@ -34,8 +34,15 @@ class ServerOptions(BaseSettings):
 
     config: Path | None = Field(
         None,
-        description="a models.yaml, or a folder that contains one or a VAE; default: /repository or /opt/ml/model if a "
-        "model is mounted there, else models.yaml in the current folder, else the one that comes with the server",
+        description="a models.yaml, a file of a VAE, or a folder that contains one or the other; default: "
+        "/repository or /opt/ml/model if a model is mounted there, else models.yaml in the current folder, else the "
+        "one that comes with the server",
+    )
+    vae_config: str | None = Field(
+        None,
+        min_length=1,
+        description="configuration of the VAE file, folder or repository that is given by its path or name: the name "
+        "of a model that comes with the server, such as sd or sdxl, or the path of a config.json",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(

@@ -102,6 +102,7 @@ def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
 
     Raises BadRequest, NotAcceptable, Impossible.
     """
+    info.check_direction(Direction.ENCODE)
     choose_format(parameters, "pt", accept, info.latents.kind)
     parameters.scaling()
     parameters.output_dtype()

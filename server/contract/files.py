@@ -54,11 +54,12 @@ def direction_of(parameters: Parameters, info: ModelInfo, data: Bytes | None, as
     data: the body; None if it has not been received yet.
     asked: the direction of the route that the request was sent to.
 
-    Raises BadRequest for a shape that cannot be read.
+    Raises BadRequest for a shape that cannot be read, Impossible if the weights are not for this direction.
     """
-    if asked is Direction.ENCODE or _is_for_encoding(parameters, info, data):
-        return Direction.ENCODE
-    return Direction.DECODE
+    is_encode = asked is Direction.ENCODE or _is_for_encoding(parameters, info, data)
+    direction = Direction.ENCODE if is_encode else Direction.DECODE
+    info.check_direction(direction)
+    return direction
 
 
 def _is_for_encoding(parameters: Parameters, info: ModelInfo, data: Bytes | None) -> bool:

@@ -28,7 +28,7 @@ from .pipeline import NonFiniteOutput, Stream, run
 from .tensors import NAMES
 from .turn import Turn
 from .weights import loading, placement
-from .weights.config_json import read_info, weigh
+from .weights.config_json import directions_of, read_info, weigh
 from .weights.hub import Source, source_of
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class LoadedModels:
         """
         located = self._locate(name, is_local_only=is_local_only)
         precision = self._precision(located, Direction.DECODE)
-        return replace(located.info, weights=weigh(located.source, precision.dtype))
+        weights, directions = weigh(located.source, precision.dtype), directions_of(located.source)
+        return replace(located.info, weights=weights, directions=directions)
 
     def loaded(self, name: str) -> LoadedInfo | None:
         """Return what is known of a model with a direction on the device; None if neither direction is loaded."""

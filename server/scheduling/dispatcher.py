@@ -84,10 +84,10 @@ class Dispatcher:
                     self._note_failure(engines, CoderId(model, direction), error)
             raise
 
-    async def load(self, model: str) -> None:
-        """Load a model's decoder on every engine that may run it."""
-        for engine in self._engines_for(model):
-            await engine.load(CoderId(model))
+    async def load(self, coder: CoderId) -> None:
+        """Load one direction of a model on every engine that may run it."""
+        for engine in self._engines_for(coder.model):
+            await engine.load(coder)
 
     def loaded(self, model: str) -> list[LoadedInfo]:
         """Return one entry for each engine that has the model loaded."""

@@ -185,8 +185,8 @@ class Devices(Protocol):
         """
         ...
 
-    async def load(self, model: str) -> None:
-        """Load a model's decoder on every device that may run it. Raises ModelUnavailable."""
+    async def load(self, coder: CoderId) -> None:
+        """Load one direction of a model on every device that may run it. Raises ModelUnavailable."""
         ...
 
     def loaded(self, model: str) -> list[LoadedInfo]:

@@ -81,7 +81,7 @@ class Service:
             await self.describe(self.settings.default)
             for name, entry in self.settings.models.items():
                 if entry.preload or entry.warmup:
-                    await self._devices.load(name)
+                    await self._devices.load(CoderId(name, (await self.describe(name)).usual_direction))
         except (ModelUnavailable, ConfigError) as error:
             self._end_start(error)
         except Exception as error:  # nothing may escape: a server that cannot start must say so and not hang
@@ -96,7 +96,7 @@ class Service:
         try:
             self.infos[name] = await self._devices.describe(name, is_local_only=True)
         except ModelUnavailable as error:
-            if self.settings.folder_of(name) is not None:  # a model of the Hub can still be downloaded
+            if self.settings.path_of(name) is not None:  # a model of the Hub can still be downloaded
                 log.error("%s", error.detail)
 
     def _end_start(self, failure: ModelUnavailable | ConfigError | None) -> None:

@@ -65,9 +65,9 @@ def test_a_broken_file_is_one_sentence(case: str, tmp_path: Path) -> None:
 def test_the_shipped_file_is_good_and_its_default_is_embedded() -> None:
     settings = load_settings(config=SHIPPED_MODELS_YAML)
     assert settings.default == "demo"
-    assert settings.folder_of("demo") == SHIPPED_MODELS_YAML.parent / "server" / "demo"
+    assert settings.path_of("demo") == SHIPPED_MODELS_YAML.parent / "server" / "demo"
     assert {"demo", "sd-v1", "sd-xl", "flux", "hunyuan-video"} <= set(settings.models)
-    assert settings.folder_of("flux") is None
+    assert settings.path_of("flux") is None
 
 
 def test_a_flag_wins_over_the_environment_over_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,12 +102,12 @@ def test_a_mounted_vae_is_served_alone_and_before_it_is_asked_for(mounted: Path)
     (mounted / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     settings = load_settings()
     assert (list(settings.models), settings.default) == (["model"], "model")
-    assert settings.folder_of("model") == mounted / "vae"
+    assert settings.path_of("model") == mounted / "vae"
     assert settings.models["model"].preload
     (mounted / "config.json").write_text('{"model_type": "clip"}')
-    assert load_settings().folder_of("model") == mounted / "vae", "another library's config is none of a VAE"
+    assert load_settings().path_of("model") == mounted / "vae", "another library's config is none of a VAE"
     (mounted / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    assert load_settings().folder_of("model") == mounted, "of a VAE and a pipeline's, the VAE"
+    assert load_settings().path_of("model") == mounted, "of a VAE and a pipeline's, the VAE"
 
 
 def test_a_mounted_folder_that_may_not_be_read_is_told(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_a_platforms_variable_is_named_when_it_is_wrong(monkeypatch: pytest.Monk
 
 def test_a_mounted_models_yaml_is_read(mounted: Path) -> None:
     write(mounted, "models: {theirs: {repo: ./theirs}}")
-    assert load_settings().folder_of("theirs") == mounted / "theirs"
+    assert load_settings().path_of("theirs") == mounted / "theirs"
 
 
 def test_a_mounted_folder_that_is_empty_counts_as_none(
@@ -142,7 +142,7 @@ def test_a_mounted_folder_without_a_model_is_an_error_that_config_ends(mounted: 
     (mounted / "README.md").touch()
     with pytest.raises(
         ConfigError,
-        match=r"mounted contains no config\.json of a diffusers VAE, no vae/config\.json and no models\.yaml",
+        match=r"mounted contains no config\.json of a diffusers VAE, no vae/config\.json, no safetensors file and no",
     ):
         load_settings()
     assert load_settings(config=write(tmp_path, GOOD)).source == tmp_path / "models.yaml"

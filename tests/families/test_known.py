@@ -9,7 +9,7 @@ import pytest
 from accelerate import init_empty_weights
 
 from server.config import SHIPPED_MODELS_YAML, load_settings
-from server.engine.weights.config_json import OTHER_PARTS
+from server.engine.weights.agreement import OTHER_PARTS
 from server.families import family_of_class
 from server.families.known import Checkpoint, known
 from server.model_info import Direction

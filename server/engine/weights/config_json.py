@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...config import ModelEntry
 from ...errors import ModelUnavailable
 from ...families import FAMILIES, Family, family_of_class, plain_family
 from ...families.known import known
 from ...model_info import Direction, LatentSpec, ModelInfo, Weights
-from .hub import CONFIG, WEIGHTS, Source
+from .agreement import OTHER_PARTS, OWN_PART, Stored, directions_in, read_stored, skeleton
+from .defaults import is_vae_class, whole_config
+from .headers import UnreadableWeights
+from .hub import Source
+from .which_config import Configuration, configuration_of
 
 log = logging.getLogger(__name__)
-
-OTHER_PARTS = {
-    Direction.DECODE: ("encoder", "quant_conv"),
-    Direction.ENCODE: ("decoder", "post_quant_conv"),
-}
-"""For each direction, the modules of a diffusers VAE that it does not use."""
 
 
 def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
@@ -35,31 +29,32 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
 
     is_local_only: do not use the network. For a well-known checkpoint whose config.json is not on this machine, the
         facts of known.yaml take its place, and `is_assumed` is set.
-    Raises ModelUnavailable if there is no config.json, or if this server cannot run the VAE that it describes.
+    Raises ModelUnavailable if nothing tells the configuration, or if this server cannot run the VAE that it describes.
     """
     name, entry = source.name, source.entry
     checkpoint = known(entry.repo, entry.subfolder) if source.local is None else None
     is_assumed = False
     try:
-        config = source.config(is_local_only=is_local_only)
+        found = configuration_of(source, is_local_only=is_local_only)
     except ModelUnavailable:
         if not (is_local_only and checkpoint):
             raise
-        config, is_assumed = {"_class_name": checkpoint.class_name, **checkpoint.config}, True
-    class_name = config["_class_name"]
+        assumed = {"_class_name": checkpoint.class_name, **checkpoint.config}
+        found, is_assumed = Configuration(assumed, "the list of well-known checkpoints"), True
+    config, class_name = found.values, found.class_name
     if not is_vae_class(class_name):
         sentence = f"{name} ({source.label}): this diffusers ({diffusers.__version__}) has no VAE class {class_name}"
         if is_assumed:  # log the reason, because otherwise the model would only be missing in the list
             log.warning("%s", sentence)
         raise ModelUnavailable(name, sentence)
-    family = _family(name, entry, class_name, config)
+    family = _family(name, entry.model_copy(update={"family": entry.family or found.family}), class_name, config)
     try:
         spec: LatentSpec = family.describe(whole_config(class_name, config))
         check_spec(spec)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = str(error) if type(error) is ValueError else repr(error)
         raise ModelUnavailable(
-            name, f"{name} ({source.label}): its {CONFIG} is not one of {class_name}: {reason}"
+            name, f"{name} ({source.label}): {found.origin} is not one of {class_name}: {reason}"
         ) from None
     return ModelInfo(
         name=name,
@@ -80,10 +75,13 @@ def weigh(source: Source, dtype: torch.dtype) -> Weights:
     """
     name = str(dtype).removeprefix("torch.")
     if source.is_here():
-        folder = source.folder(is_local_only=True)
-        files = [path for pattern in WEIGHTS[:2] for path in folder.glob(pattern)]
-        encoder, decoder = _count(files)
-        disk_mb = sum(path.stat().st_size for path in files) >> 20
+        files = source.files(is_local_only=True)
+        try:
+            stored = read_stored(files.weights)
+        except (UnreadableWeights, OSError):
+            return Weights(True, name)
+        encoder, decoder = _count(stored)
+        disk_mb = sum(path.stat().st_size for path in files.weights) >> 20
         return Weights(True, name, disk_mb, decoder * dtype.itemsize >> 20, encoder * dtype.itemsize >> 20)
     checkpoint = known(source.entry.repo, source.entry.subfolder) if source.local is None else None
     if checkpoint is None:
@@ -93,23 +91,42 @@ def weigh(source: Source, dtype: torch.dtype) -> Weights:
     return Weights(False, name, disk_mb, *(count * dtype.itemsize >> 20 for count in counts))
 
 
-def _count(files: Sequence[Path]) -> tuple[int, int]:
-    """Return the parameter counts of the encoder and the decoder, from the headers of the files."""
+def _count(stored: Stored) -> tuple[int, int]:
+    """Return the parameter counts of the encoder and the decoder."""
     encoder = decoder = 0
-    for path in files:
-        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  # not a dictionary
-                count = prod(file.get_slice(key).get_shape())
-                is_encoder = key.split(".")[0] in OTHER_PARTS[Direction.DECODE]
-                encoder, decoder = encoder + count * is_encoder, decoder + count * (not is_encoder)
+    for name, (_, _, tensor) in stored.tensors.items():
+        is_encoder = name.split(".")[0] in OTHER_PARTS[Direction.DECODE]
+        encoder, decoder = encoder + prod(tensor.shape) * is_encoder, decoder + prod(tensor.shape) * (not is_encoder)
     return encoder, decoder
 
 
-def whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config completed by the defaults of the diffusers class, as `from_config` does."""
-    parameters = inspect.signature(getattr(diffusers, class_name).__init__).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
-    return defaults | dict(config)
+def directions_of(source: Source) -> tuple[Direction, ...]:
+    """Return the directions that the weights on this machine contain; both if there are none here, or damaged ones.
+
+    This looks only at the names. `check_weights` compares the weights with the config.
+    """
+    try:
+        files = source.files(is_local_only=True)
+        stored = read_stored(files.weights)
+    except (ModelUnavailable, UnreadableWeights, OSError):
+        return tuple(Direction)
+    found = [each for each in Direction if any(name.startswith(OWN_PART[each]) for name in stored.tensors)]
+    return tuple(found or Direction)
+
+
+def check_weights(source: Source) -> tuple[Direction, ...]:
+    """Return the directions that the weights on this machine serve, from their headers and the config.
+
+    Raises ModelUnavailable unless the index, the files and the config agree.
+    """
+    files = source.files(is_local_only=True)
+    found = configuration_of(source, is_local_only=True)
+    try:
+        stored = read_stored(files.weights, files.index)
+        config = whole_config(found.class_name, found.values)
+        return directions_in(skeleton(found.class_name, found.values, found.origin), stored, config, found.origin)
+    except (UnreadableWeights, OSError) as error:
+        raise source.failure(str(error)) from None
 
 
 def check_spec(spec: LatentSpec) -> None:
@@ -127,15 +144,6 @@ def check_spec(spec: LatentSpec) -> None:
     for statistics in (spec.latents_mean, spec.latents_std):
         if statistics is not None and len(statistics) % spec.channels:
             raise ValueError(f"latents_mean and latents_std must have {spec.channels} values, one for each channel")
-
-
-def is_vae_class(class_name: str) -> bool:
-    """Return whether the installed diffusers has a VAE class of this name. Older versions lack the newer VAEs."""
-    found = getattr(diffusers, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-        # diffusers has stand-ins for classes whose packages are missing. Reading their attributes raises.
-        return False
-    return hasattr(found, "decode") and hasattr(found, "from_pretrained")
 
 
 def _family(name: str, entry: ModelEntry, class_name: str, config: Mapping[str, Any]) -> Family:

@@ -1,10 +1,13 @@
-"""Find the files of a model: in a local folder, or in a repository of the Hugging Face Hub and its cache."""
+"""Find the files of a model: on this machine, or in a repository of the Hugging Face Hub and its cache."""
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import escape as glob_escape
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import errors as hub
@@ -13,123 +16,210 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from ...config import ModelEntry, Settings
 from ...errors import ModelUnavailable
+from .headers import PICKLES, SAFE_ONLY, SAVE_AGAIN, UnreadableWeights
+from .weight_files import SHARD, SUFFIX, choose_files, index_of
 
 CONFIG = "config.json"
-WEIGHTS = (
+USUAL = (
+    CONFIG,
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model-*-of-*.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
 )
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SAFE_ONLY = "only safetensors weights are ever loaded, because a pickle file can run code"
+"""What is downloaded from a repository that does not tell its files."""
+
+PIPELINE_PART = "vae"
+"""The subfolder in which a pipeline has its VAE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a model that are on this machine. index: the index of its shards, if there is one."""
+
+    folder: Path
+    weights: tuple[Path, ...]
+    index: Path | None = None
 
 
 def source_of(settings: Settings, name: str) -> Source:
     """Return the source of the files of the model with this name."""
-    return Source(name, settings.models[name], settings.folder_of(name))
+    return Source(name, settings.models[name], settings.path_of(name), settings.config_path_of(name))
 
 
 class Source:
-    """The files of one model: a local folder, or a repository of the hub with its cache on this machine.
+    """The files of one model: a local file or folder, or a repository of the hub with its cache on this machine.
 
     All methods raise ModelUnavailable, whose `detail` is one sentence for the operator.
 
     name: the name of the model. entry: its entry in models.yaml.
-    local: the folder, or None for a repository of the hub.
+    local: the file or the folder, or None for a repository of the hub.
     label: the repository and subfolder, for messages.
     """
 
-    def __init__(self, name: str, entry: ModelEntry, folder: Path | None) -> None:
-        """folder: the local folder that `entry.repo` names; None if it is a repository of the hub."""
+    def __init__(self, name: str, entry: ModelEntry, path: Path | None, config_path: Path | None = None) -> None:
+        """Prepare to find the files.
+
+        path: the local file or folder that `entry.repo` names; None if it is a repository of the hub.
+        config_path: the file or folder that `entry.config` names; None if it names none.
+        """
         self.name = name
         self.entry = entry
-        self.local = folder / (entry.subfolder or "") if folder else None
+        self.local = _vae_in(path / (entry.subfolder or ""), entry.subfolder) if path else None
         self.label = f"{entry.repo}" + (f", subfolder {entry.subfolder}" if entry.subfolder else "")
+        self._config_path = config_path
 
-    def config(self, *, is_local_only: bool = False) -> dict[str, Any]:
-        """Return config.json, without downloading the weights. is_local_only: use only files on this machine."""
-        path = self.local / CONFIG if self.local else self._hub_config(is_local_only)
+    def given_config(self) -> dict[str, Any] | None:
+        """Return the config.json that `config` in models.yaml names by its path; None if it names none."""
+        if self._config_path is None:
+            return None
+        path = self._config_path / CONFIG if self._config_path.is_dir() else self._config_path
+        if not path.is_file():
+            raise self.failure(f"config: there is no file {path}")
+        return self._read_config(path, "the file that config names")
+
+    def config(self, *, is_local_only: bool = False) -> dict[str, Any] | None:
+        """Return config.json, without downloading the weights; None if there are weights and no config.json.
+
+        is_local_only: use only files on this machine.
+        """
+        path = self._local_config(self.local) if self.local else self._hub_config(is_local_only)
+        return self._read_config(path, f"its {CONFIG}") if path else None
+
+    def files(self, *, is_local_only: bool = False) -> Files:
+        """Return the weights' files. They are downloaded if needed, unless `is_local_only`."""
+        try:
+            return self._local_files(self.local) if self.local else self._hub_files(is_local_only)
+        except UnreadableWeights as error:
+            raise self.failure(str(error)) from None
+        except OSError as error:
+            raise self.failure(f"its files cannot be read ({error.strerror}); let this user read them") from None
+
+    def _read_config(self, path: Path, what: str) -> dict[str, Any]:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise self.failure(self._missing_config()) from None
         except (OSError, ValueError) as error:
-            raise self.failure(f"its {CONFIG} cannot be read ({error}); download or save the model again") from None
+            raise self.failure(f"{what} cannot be read ({error}); download or save the model again") from None
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-            raise self.failure(f"its {CONFIG} names no _class_name; is this the folder of a diffusers VAE?")
+            raise self.failure(
+                f'{what} names no _class_name; if it is the config of a VAE, add its class, such as "_class_name": '
+                '"AutoencoderKL", or set config to a well-known name, such as sd or sdxl'
+            )
         return config
 
-    def folder(self, *, is_local_only: bool = False) -> Path:
-        """Return the folder with config.json and the weights. They are downloaded if needed, unless `is_local_only`."""
-        found = self.local or self._hub_snapshot(is_local_only)
-        if not any(any(found.glob(pattern)) for pattern in WEIGHTS[:2]):
-            names = [path.name for path in found.glob("*")] if self.local else self._hub_files(is_local_only)
-            if is_local_only and not self.local and not any(name.endswith(PICKLES) for name in names):
-                raise self.failure(f"its weights are not downloaded; run `python -m server download {self.name}`")
-            raise self.failure(_no_weights(names))
-        return found
+    def _local_config(self, path: Path) -> Path | None:
+        if path.is_file():
+            beside = path.parent / CONFIG
+            return beside if beside.is_file() and b"_class_name" in beside.read_bytes() else None
+        if (path / CONFIG).is_file():
+            return path / CONFIG
+        names = [file.name for file in path.glob("*")] if path.is_dir() else []
+        inside = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}")) if names else []
+        if inside and not any(name.endswith((SUFFIX, *PICKLES)) for name in names):
+            raise self.failure(
+                f"the folder has no {CONFIG}; it has the subfolder {' and '.join(inside)}; set subfolder"
+            )
+        self.files()  # raises unless there are weights, whose keys may tell what they are
+        return None
+
+    def _local_files(self, path: Path) -> Files:
+        if not path.exists():
+            raise UnreadableWeights("there is no such file or folder; check repo and subfolder in models.yaml")
+        if path.is_dir():
+            return _files_in(path, choose_files(file.name for file in path.iterdir()))
+        if path.suffix in PICKLES:
+            raise UnreadableWeights(f"{path.name} is a pickle file by its name, and {SAFE_ONLY}; {SAVE_AGAIN}")
+        if shard := SHARD.match(path.name):
+            shards = [file.name for file in path.parent.glob(f"{glob_escape(shard['stem'])}-*-of-*.safetensors")]
+            return _files_in(path.parent, choose_files(shards))
+        return Files(path.parent, (path,))
 
     def commit_of(self, folder: Path) -> str | None:
         """Return the commit of a folder in the hub's cache, or None for a local folder."""
         if self.local:
             return None
-        snapshot = folder.parent if self.entry.subfolder else folder
-        return snapshot.name
+        return folder.parts[folder.parts.index("snapshots") + 1]
 
     def is_here(self) -> bool:
-        """Return whether the weights are on this machine."""
+        """Return whether the weights are on this machine, complete or not."""
         try:
-            self.folder(is_local_only=True)
+            self.files(is_local_only=True)
         except ModelUnavailable:
             return False
         return True
 
-    def _missing_config(self) -> str:
-        assert self.local is not None
-        if not self.local.is_dir():
-            return "there is no such folder; check repo and subfolder in models.yaml"
-        inside = sorted(path.parent.name for path in self.local.glob(f"*/{CONFIG}"))
-        hint = (
-            f"it has the subfolder {' and '.join(inside)}; set subfolder"
-            if inside
-            else "is it a diffusers VAE's folder?"
-        )
-        return f"the folder has no {CONFIG}; {hint}"
+    def _in_repo(self, file: str, subfolder: str | None) -> str:
+        return f"{subfolder}/{file}" if subfolder else file
 
-    def _in_repo(self, file: str) -> str:
-        return f"{self.entry.subfolder}/{file}" if self.entry.subfolder else file
-
-    def _hub_config(self, is_local_only: bool = False) -> Path:
-        file = self._in_repo(CONFIG)
+    def _hub_config(self, is_local_only: bool) -> Path | None:
+        """Return config.json; of a pipeline, that of its VAE; None if the repository has weights without one."""
+        error: Exception | None = None
+        for subfolder in self._subfolders():
+            try:
+                file = self._in_repo(CONFIG, subfolder)
+                found = hf_hub_download(
+                    self.entry.repo, file, revision=self.entry.revision, local_files_only=is_local_only
+                )
+                return Path(found)
+            except hub.EntryNotFoundError as missing:
+                error = error or missing
+                if isinstance(missing, hub.LocalEntryNotFoundError) and not (is_local_only or HF_HUB_OFFLINE):
+                    break  # the hub cannot be reached, which takes a while to find out
+            except Exception as other:  # huggingface_hub, requests and the file system all raise here
+                raise self.failure(self._hub_sentence(other)) from other
+        assert error is not None
         try:
-            found = hf_hub_download(self.entry.repo, file, revision=self.entry.revision, local_files_only=is_local_only)
-            return Path(found)
-        except Exception as error:  # huggingface_hub, requests and the file system all raise here
+            self.files(is_local_only=is_local_only or HF_HUB_OFFLINE)
+        except ModelUnavailable:
             raise self.failure(self._hub_sentence(error)) from error
+        return None
 
-    def _hub_snapshot(self, is_local_only: bool) -> Path:
-        patterns = [self._in_repo(file) for file in (CONFIG, *WEIGHTS)]
+    def _subfolders(self) -> Sequence[str | None]:
+        return (self.entry.subfolder,) if self.entry.subfolder else (None, PIPELINE_PART)
+
+    def _hub_files(self, is_local_only: bool) -> Files:
+        """Return the files in the cache, after downloading them. Raises UnreadableWeights, ModelUnavailable."""
+        is_local_only = is_local_only or HF_HUB_OFFLINE
+        listed = None if is_local_only else self._names_on_hub()
+        if listed is None:
+            snapshot = self._snapshot([self._in_repo(name, self.entry.subfolder) for name in USUAL], is_local_only)
+            listed = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+            subfolder, names = self._beside_config(listed)
+            if is_local_only and not any(name.endswith((SUFFIX, *PICKLES)) for name in names):
+                raise self.failure(f"its weights are not downloaded; run `python -m server download {self.name}`")
+            return _files_in(snapshot / subfolder, choose_files(names))
+        subfolder, names = self._beside_config(listed)
+        chosen = choose_files(names)
+        wanted = [name for name in (CONFIG, *chosen, index_of(chosen, names)) if name]
+        snapshot = self._snapshot([self._in_repo(name, subfolder) for name in wanted], is_local_only=False)
+        return _files_in(snapshot / subfolder, chosen)
+
+    def _names_on_hub(self) -> list[str] | None:
+        """Return the names of all files in the repository; None if the hub does not tell, so that the cache decides."""
         try:
-            snapshot = snapshot_download(
-                self.entry.repo,
-                revision=self.entry.revision,
-                allow_patterns=patterns,
-                local_files_only=is_local_only,
+            return list(list_repo_files(self.entry.repo, revision=self.entry.revision))
+        except Exception:  # noqa: BLE001  # the cache may be complete, and if not, the download tells the reason
+            return None
+
+    def _beside_config(self, paths: Sequence[str]) -> tuple[str, list[str]]:
+        """Return the subfolder of the VAE and the names of the files in it. paths: of all files in the repository."""
+        subfolder = self.entry.subfolder or ""
+        if not subfolder and CONFIG not in paths and f"{PIPELINE_PART}/{CONFIG}" in paths:
+            subfolder = PIPELINE_PART
+        inside = [PurePosixPath(path) for path in paths]
+        return subfolder, [path.name for path in inside if path.parent == PurePosixPath(subfolder)]
+
+    def _snapshot(self, patterns: list[str], is_local_only: bool) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    self.entry.repo,
+                    revision=self.entry.revision,
+                    allow_patterns=patterns,
+                    local_files_only=is_local_only,
+                )
             )
         except Exception as error:  # the same many classes as for hf_hub_download
             raise self.failure(self._hub_sentence(error)) from error
-        return Path(snapshot) / (self.entry.subfolder or "")
-
-    def _hub_files(self, is_local_only: bool) -> list[str]:
-        """Return the names of the files beside config.json: in the repository, or without the network in the cache."""
-        config = self._hub_config(is_local_only)
-        if is_local_only:
-            return [path.name for path in config.parent.glob("*")]
-        try:
-            names = list_repo_files(self.entry.repo, revision=self.entry.revision)
-        except Exception:  # noqa: BLE001  # the hub cannot be reached, so only the cache is known
-            return [path.name for path in config.parent.glob("*")]
-        return [Path(name).name for name in names if str(Path(name).parent) == (self.entry.subfolder or ".")]
 
     def _hub_sentence(self, error: Exception) -> str:
         """Return a sentence for an error.
@@ -154,7 +244,8 @@ class Source:
             case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
                 return "it is not in this machine's cache and the hub cannot be reached; check the network"
             case hub.EntryNotFoundError():
-                return f"the repository has no {self._in_repo(CONFIG)}; check subfolder in models.yaml"
+                file = self._in_repo(CONFIG, self.entry.subfolder)
+                return f"the repository has no {file}; check subfolder in models.yaml"
             case OSError() if error.errno is not None:
                 return f"its files cannot be stored ({os.strerror(error.errno)}); check the disk and HF_HOME"
             case _:
@@ -165,8 +256,12 @@ class Source:
         return ModelUnavailable(self.name, f"{self.name} ({self.label}): {sentence}")
 
 
-def _no_weights(names: list[str]) -> str:
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if pickles:
-        return f"it has only pickle weights ({', '.join(pickles[:3])}) and {SAFE_ONLY}; convert it with save_pretrained"
-    return f"it has no {WEIGHTS[0]}; {SAFE_ONLY}"
+def _vae_in(path: Path, subfolder: str | None) -> Path:
+    """Return the folder of the VAE: of a pipeline, its subfolder vae, unless a subfolder is given."""
+    inner = path / PIPELINE_PART
+    return inner if not subfolder and not (path / CONFIG).is_file() and (inner / CONFIG).is_file() else path
+
+
+def _files_in(folder: Path, weights: Sequence[str]) -> Files:
+    index = index_of(weights, [path.name for path in folder.iterdir()])
+    return Files(folder, tuple(folder / name for name in weights), folder / index if index else None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import diffusers
@@ -11,17 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...model_info import Direction, ModelInfo
-from .config_json import OTHER_PARTS
-from .hub import CONFIG, WEIGHTS, Source
+from .agreement import OTHER_PARTS, Stored, directions_in, read_stored, skeleton, some, translated
+from .defaults import whole_config
+from .headers import UnreadableWeights
+from .hub import Source
+from .key_maps import Tensors
+from .which_config import configuration_of
 
-LFS_POINTER = b"version https://git-lfs"
-NAMES_SHOWN = 3
-
-# While diffusers builds a module without memory, it patches torch's modules. Two builds at the same time would leave
-# them patched forever.
-BUILDING = threading.Lock()
-# For missing and unused tensors diffusers logs several lines that advise to train the model. `_check` reports them
-# instead.
+# diffusers warns of entries in a config.json that the class does not have.
 diffusers.utils.logging.set_verbosity_error()
 
 
@@ -33,38 +30,49 @@ def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, direction: Dir
     be read, or if a tensor of this direction is missing, is not finite, or overflows `dtype`. Raises MemoryError or
     OutOfMemoryError if there is not enough memory.
     """
-    folder = source.folder()
-    model_class = getattr(diffusers, info.class_name)
+    files = source.files()
+    found = configuration_of(source)
+    config = whole_config(info.class_name, found.values)
     try:
-        _check_files(folder)
-        with BUILDING:
-            vae, found = model_class.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True, output_loading_info=True
+        stored = read_stored(files.weights, files.index)
+        vae = skeleton(info.class_name, found.values, found.origin)
+        if direction not in directions_in(vae, stored, config, found.origin):
+            raise UnreadableWeights(
+                f"{stored.file} has no weights to {direction} with, only those of the other direction"
             )
+        with torch.no_grad():
+            vae.load_state_dict(translated(vae, _read(stored), config), strict=False, assign=True)
         let_go(vae, OTHER_PARTS[direction])
-        _check(vae, frozenset(found["missing_keys"]), direction, source)
+        _check(vae, source)
         _convert(vae, dtype, source)
         loaded: torch.nn.Module = vae.eval().requires_grad_(False)
         return loaded
     except (torch.OutOfMemoryError, MemoryError):
         raise
+    except UnreadableWeights as error:
+        raise source.failure(str(error)) from error
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         advice = "let this user read them" if isinstance(error, PermissionError) else "download the model again"
         raise source.failure(f"the weights do not load ({reason}); {advice}") from error
 
 
-def _check_files(folder: Path) -> None:
-    """Raise SafetensorError or ValueError if a file is damaged. diffusers itself would not tell the reason."""
-    for path in sorted(path for pattern in WEIGHTS[:2] for path in folder.glob(pattern)):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            with path.open("rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise ValueError(f"{path.name} is a pointer of Git LFS; run `git lfs pull`") from None
-            raise SafetensorError(f"{path.name}: {error}") from None
+def _read(stored: Stored) -> Tensors:
+    """Return the tensors of the files, which stay mapped to them: only what is used is read from the disk.
+
+    Tensors in fp8, which torch can hardly compute with, become float32.
+    """
+    tensors: Tensors = {}
+    with ExitStack() as open_files:
+        files = {path: open_files.enter_context(safe_open(path, "pt")) for path in _paths(stored)}
+        for name, (path, key, _) in stored.tensors.items():
+            tensor = files[path].get_tensor(key)
+            tensors[name] = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    return tensors
+
+
+def _paths(stored: Stored) -> set[Path]:
+    return {path for path, _, _ in stored.tensors.values()}
 
 
 def let_go(vae: torch.nn.Module, parts: Sequence[str]) -> None:
@@ -81,20 +89,11 @@ def _tensors(vae: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from vae.named_buffers()
 
 
-def _check(vae: torch.nn.Module, missing_keys: frozenset[str], direction: Direction, source: Source) -> None:
-    """Raise ModelUnavailable unless all tensors of this direction were in the file, with finite values.
-
-    missing_keys: the names that diffusers did not find. Integer tensors, such as the counter of a batch norm, may be
-        missing, because decoding and encoding do not use them.
-    """
-    ours = [(name, tensor) for name, tensor in _tensors(vae) if name.split(".")[0] not in OTHER_PARTS[direction]]
-    missing = [name for name, tensor in ours if name in missing_keys and tensor.is_floating_point()]
-    if missing:
-        sentence = f"the weights lack {_some(missing)}, which its {CONFIG} asks for; do both belong to the same model?"
-        raise source.failure(sentence)
-    bad = [name for name, tensor in ours if not torch.isfinite(tensor).all()]
+def _check(vae: torch.nn.Module, source: Source) -> None:
+    """Raise ModelUnavailable unless all tensors of this direction have finite values."""
+    bad = [name for name, tensor in _tensors(vae) if not tensor.is_meta and not torch.isfinite(tensor).all()]
     if bad:
-        raise source.failure(f"the weights are NaN or infinite in {_some(bad)}; download or save the model again")
+        raise source.failure(f"the weights are NaN or infinite in {some(bad)}; download or save the model again")
 
 
 def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
@@ -114,11 +113,5 @@ def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
     if overflowing:
         short = str(dtype).removeprefix("torch.")
         raise source.failure(
-            f"the weights overflow {short} in {_some(overflowing)}; set dtype: bfloat16 or float32 in models.yaml"
+            f"the weights overflow {short} in {some(overflowing)}; set dtype: bfloat16 or float32 in models.yaml"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first names as text, and how many more there are."""
-    shown = ", ".join(names[:NAMES_SHOWN])
-    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

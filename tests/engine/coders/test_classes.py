@@ -10,7 +10,8 @@ import diffusers
 import pytest
 
 from server.config import ModelEntry
-from server.engine.weights.config_json import is_vae_class, read_info
+from server.engine.weights.config_json import read_info
+from server.engine.weights.defaults import is_vae_class
 from server.engine.weights.hub import Source
 from server.errors import ModelUnavailable
 from server.families import FAMILIES, family_of_class

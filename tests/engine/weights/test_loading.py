@@ -23,7 +23,9 @@ from server.engine.coders.build import build_coder
 from server.engine.kernels.cpu import preferred_cpu_dtype
 from server.engine.models import LoadedModels
 from server.engine.weights import hub, loading, placement
-from server.engine.weights.config_json import OTHER_PARTS, read_info, whole_config
+from server.engine.weights.agreement import OTHER_PARTS
+from server.engine.weights.config_json import read_info
+from server.engine.weights.defaults import whole_config
 from server.engine.weights.hub import Source
 from server.engine.weights.placement import choose_precision
 from server.errors import ModelUnavailable
@@ -39,7 +41,7 @@ CPU = torch.device("cpu")
 
 def source(repo: str | Path, **keys: Any) -> Source:
     entry = ModelEntry(repo=str(repo), **keys)
-    return Source("m", entry, entry.local_folder(Path("/")))
+    return Source("m", entry, entry.local_path(Path("/")))
 
 
 def detail(call: Callable[[], object]) -> str:
@@ -107,7 +109,7 @@ def test_offline_and_not_in_the_cache(offline: Path) -> None:
 
 def test_only_pickle_weights_in_a_folder(copy: Path) -> None:
     (copy / "diffusion_pytorch_model.safetensors").rename(copy / "diffusion_pytorch_model.bin")
-    said = detail(source(copy).folder)
+    said = detail(source(copy).files)
     assert "only pickle weights (diffusion_pytorch_model.bin)" in said
     assert "a pickle file can run code" in said
 
@@ -115,16 +117,16 @@ def test_only_pickle_weights_in_a_folder(copy: Path) -> None:
 def test_only_pickle_weights_on_the_hub(copy: Path, offline: Path) -> None:
     (copy / "diffusion_pytorch_model.safetensors").rename(copy / "diffusion_pytorch_model.bin")
     hub_cache(offline, "owner/pickles", copy)
-    assert "only pickle weights" in detail(source("owner/pickles").folder)
+    assert "only pickle weights" in detail(source("owner/pickles").files)
 
 
 def test_no_weights_at_all(copy: Path) -> None:
     (copy / "diffusion_pytorch_model.safetensors").unlink()
-    assert "has no diffusion_pytorch_model.safetensors" in detail(source(copy).folder)
+    assert "has no diffusion_pytorch_model.safetensors" in detail(source(copy).files)
 
 
 def test_a_missing_folder_and_a_missing_subfolder(copy: Path) -> None:
-    assert "there is no such folder" in detail(lambda: read_info(source(copy / "x")))
+    assert "there is no such file or folder" in detail(lambda: read_info(source(copy / "x")))
     assert "has the subfolder copy; set subfolder" in detail(lambda: read_info(source(copy.parent)))
 
 
@@ -164,14 +166,14 @@ def test_a_family_that_is_unknown_or_does_not_fit(copy: Path) -> None:
 def test_damaged_weights(copy: Path) -> None:
     weights = copy / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "the weights do not load (diffusion_pytorch_model.safetensors: " in detail(lambda: load(source(copy)))
+    assert "diffusion_pytorch_model.safetensors is cut short: its header needs" in detail(lambda: load(source(copy)))
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 334643276\n")
-    assert "is a pointer of Git LFS; run `git lfs pull`" in detail(lambda: load(source(copy)))
+    assert "is a pointer of Git LFS, not the weights; run `git lfs pull`" in detail(lambda: load(source(copy)))
 
 
 def test_weights_of_another_shape(copy: Path) -> None:
     change(copy, block_out_channels=[8, 8, 8, 8])
-    assert "the weights do not load" in detail(lambda: load(source(copy)))
+    assert "has the shape 16x8x3x3, and its config.json asks for 8x8x3x3" in detail(lambda: load(source(copy)))
 
 
 def test_weights_that_lack_a_layer(copy: Path) -> None:
@@ -204,7 +206,7 @@ def test_a_file_of_one_direction_serves_that_direction(copy: Path, direction: Di
     change_weights(copy, remove_the_other)
     assert load(source(copy), direction=direction)
     (other,) = set(Direction) - {direction}
-    assert "the weights lack" in detail(lambda: load(source(copy), direction=other))
+    assert f"has no weights to {other} with" in detail(lambda: load(source(copy), direction=other))
 
 
 BAD = [
@@ -301,7 +303,7 @@ def test_a_hub_failure_is_one_sentence(case: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hub, "snapshot_download", fail)
     found = source("owner/name", subfolder="vae", revision="abc")
     assert words in detail(found.config)
-    assert words in detail(found.folder)
+    assert words in detail(found.files)
 
 
 def test_a_repo_that_is_neither_a_folder_nor_a_hub_id() -> None:
