@@ -26,7 +26,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
     entry = settings.models[name]
     known: dict[str, Any] = {
         "name": name,
-        "repo": entry.repo if settings.path_of(name) is None else "a local folder",
+        "repo": _repo(settings, name),
         "subfolder": entry.subfolder,
         "revision": entry.revision,
         "aliases": list(entry.aliases),
@@ -48,6 +48,12 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
         "directions": list(info.directions),
         "weights": info.weights and asdict(info.weights),
     }
+
+
+def _repo(settings: Settings, name: str) -> str:
+    """Return the repository of a model, without paths of this machine."""
+    path = settings.path_of(name)
+    return settings.models[name].repo if path is None else f"a local {'file' if path.is_file() else 'folder'}"
 
 
 def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:

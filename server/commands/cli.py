@@ -87,7 +87,10 @@ def main() -> None:
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @options()
 def serve(models: tuple[str, ...], **flags: Any) -> None:
-    """Serve all models of models.yaml, or only the named ones. The first named model answers at /."""
+    """Serve all models of models.yaml, or only the named ones. The first named model answers at /.
+
+    MODEL is a name of models.yaml, the path of a .safetensors file or of a folder, or owner/name on the Hub.
+    """
     # Signals end the process from the beginning, also as process 1 of a container. Later uvicorn handles them.
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and that stays so
@@ -217,13 +220,13 @@ def models(form: str, config: str | None) -> None:
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="[MODEL]...")
-@options("config", "device")
-def check(names: tuple[str, ...], config: str | None, device: str | None) -> None:
+@options("config", "vae_config", "device")
+def check(names: tuple[str, ...], **flags: str | None) -> None:
     """Check the configuration, the device, the weights and the codecs, and decode once with each downloaded model."""
     from .checks import check_all
 
     problems = 0
-    for finding in check_all(load_settings(names, config=config, device=device)):
+    for finding in check_all(load_settings(names, **flags)):
         problems += finding.is_problem
         click.echo(str(finding))
     if problems:
@@ -268,12 +271,12 @@ def download(names: tuple[str, ...], config: str | None) -> None:
     help="whether the latents are scaled, as pipelines return them (default), or unscaled, as vae.decode takes them",
 )
 @click.option("--quality", type=float, help="quality: JPEG 1 to 100, MP4 1 to 10")
-@options("config", "device", "fps")
+@options("config", "vae_config", "device", "fps")
 def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled: bool, **given: Any) -> None:
     """Decode LATENTS (a .safetensors or .latent file) to OUT (a .png, .jpg or .mp4 file)."""
     from .local_files import output_of, read_latents
 
-    flags = {name: given.pop(name) for name in ("config", "device")}
+    flags = {name: given.pop(name) for name in ("config", "vae_config", "device")}
     found = read_latents(latents, key)
     tensor = found.tensor
     accept, output_type = output_of(out)
@@ -305,14 +308,14 @@ def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled
     default=True,
     help="whether to scale the latents, as pipelines take them (default), or not, as vae.encode returns them",
 )
-@options("config", "device")
+@options("config", "vae_config", "device")
 def encode(file: Path, out: Path, server: str | None, seed: int | None, scaled: bool, **given: Any) -> None:
     """Encode FILE (a .png, .jpg, .webp or .mp4 file) to latents in OUT (a .safetensors file)."""
     from ..model_info import Direction
     from ..outputs.tensor import as_safetensors
     from ..values import RawTensor
 
-    flags = {name: given.pop(name) for name in ("config", "device")}
+    flags = {name: given.pop(name) for name in ("config", "vae_config", "device")}
     parameters = {"do_scaling": scaled, **given, **({} if seed is None else {"sample": True, "seed": seed})}
     try:
         data = file.read_bytes()

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from server.commands import cli
 from tests.conftest import REPOSITORY, write_models_yaml
+from tests.engine.weights import original_names
 from tests.vaes import LocalVae
 from tests.waiting import PATIENCE_S
 
@@ -142,7 +144,7 @@ def test_check_names_every_problem_and_exits_1(vaes: Vaes, tmp_path: Path) -> No
         IMAGEIO_FFMPEG_EXE="/bin/false",
     )
     assert_one_sentence(ran, "4 problems found", 1)
-    assert re.search(r"^PROBLEM  .*there is no such folder", ran.stdout, re.MULTILINE)
+    assert re.search(r"^PROBLEM  .*there is no such file or folder", ran.stdout, re.MULTILINE)
     assert re.search(r"^PROBLEM  .*ffmpeg", ran.stdout, re.MULTILINE)
     assert re.search(r"^PROBLEM  odd: unknown family 'klx'", ran.stdout, re.MULTILINE)
     assert re.search(r"^PROBLEM  gpu: device cuda:9: this torch", ran.stdout, re.MULTILINE)
@@ -267,6 +269,73 @@ def test_serve_one_model_at_the_root_until_a_signal(models_yaml: Path, vaes: Vae
     assert f"ready: {url} decodes with 'flux'" in told
     assert "Traceback" not in told
     assert server.returncode == 0
+
+
+@pytest.fixture
+def forms(vaes: Vaes, tmp_path: Path) -> Path:
+    """One VAE in several forms: diffusers' folder, the variant fp16, an original file, a decoder, an encoder."""
+    state, config = vaes["sd"].module.state_dict(), vaes["sd"].folder / "config.json"
+    for name, file in (("plain", "diffusion_pytorch_model"), ("half", "diffusion_pytorch_model.fp16")):
+        (tmp_path / name).mkdir()
+        shutil.copy(config, tmp_path / name)
+        save_file({key: value.half() for key, value in state.items()}, tmp_path / name / f"{file}.safetensors")
+    renamed = {key: value.half().contiguous() for key, value in original_names.ldm(state).items()}
+    for name, others in (("original", "-"), ("decoder", "encoder."), ("encoder", "decoder.")):
+        kept = {f"first_stage_model.{key}": value for key, value in renamed.items() if not key.startswith(others)}
+        save_file(kept, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def test_serve_paths_of_several_forms(forms: Path, vaes: Vaes, port: int) -> None:
+    words = ["./plain", "half", "original.safetensors", "decoder.safetensors", "encoder.safetensors"]
+    command = [sys.executable, "-m", "server", "serve", *words, "--vae-config", "plain/config.json"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VAE_SERVER_DTYPE": "float32"}
+    server = subprocess.Popen(
+        [*command, "--port", str(port)], cwd=forms, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    url = f"http://127.0.0.1:{port}/"
+    assert server.stderr
+    told = ""
+    try:
+        while "ready: " not in told:
+            told += (line := server.stderr.readline())
+            assert line, told
+        latents = vaes["sd"].latents(8, 8)
+        query: dict[str, Any] = {"shape": [1, 4, 8, 8], "dtype": "float32", "output_type": "pt"}
+        data = latents.numpy().tobytes()
+        answers = {
+            name: requests.post(url + name, params=query, data=data, timeout=300)
+            for name in ("", "half", "original", "decoder", "encoder")
+        }
+        assert {name: answer.status_code for name, answer in answers.items()} == {
+            **dict.fromkeys(("", "half", "original", "decoder"), 200),
+            "encoder": 422,
+        }
+        assert len({answers[name].content for name in ("", "half", "original", "decoder")}) == 1
+        assert "are only an encoder, without the decoder, so it cannot decode" in answers["encoder"].json()["error"]
+        pixels = {"shape": [1, 3, 16, 16], "dtype": "uint8"}
+        encoded = {
+            name: requests.post(f"{url}{name}/encode", params=pixels, data=bytes(768), timeout=300).status_code
+            for name in ("original", "decoder", "encoder")
+        }
+        assert encoded == {"original": 200, "decoder": 422, "encoder": 200}
+        listed = {model["name"]: model for model in requests.get(url + "models", timeout=300).json()["models"]}
+        assert listed["decoder"]["directions"] == ["decode"]
+        assert (listed["plain"]["repo"], listed["original"]["repo"]) == ("a local folder", "a local file")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        told += server.communicate(timeout=300)[1]
+    assert server.returncode == 0, told
+
+
+def test_check_of_each_form(forms: Path) -> None:
+    names = [forms / "half", forms / "original.safetensors", forms / "encoder.safetensors"]
+    ran = invoke("check", *names, "--vae-config", forms / "plain")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "'half' decodes in" in ran.stdout
+    assert "'original' decodes in" in ran.stdout
+    assert "4 channels, only to encode\n" in ran.stdout
+    assert "'encoder' encodes in" in ran.stdout
 
 
 def test_a_signal_during_the_start_ends_it(models_yaml: Path) -> None:

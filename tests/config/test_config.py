@@ -238,3 +238,81 @@ def test_keys_leave_the_environment_once_they_are_read(monkeypatch: pytest.Monke
     assert [each.key.get_secret_value() for each in settings.api_keys] == ["secret"]
     forget_keys()
     assert "secret" not in os.environ.values()
+
+
+@pytest.fixture
+def vae_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a file of weights, a folder of a VAE, a pipeline and a models.yaml, which is the working folder."""
+    (tmp_path / "My VAE.safetensors").touch()
+    for name in ("diffusers", "pipeline/vae"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "ae.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "repo"),
+    [
+        ("My VAE.safetensors", "my-vae", "My VAE.safetensors"),
+        ("./diffusers", "diffusers", "diffusers"),
+        ("pipeline", "pipeline", "pipeline"),
+        ("loose/ae.safetensors", "ae", "loose/ae.safetensors"),
+    ],
+)
+def test_a_path_on_the_command_line_is_a_model(word: str, name: str, repo: str, vae_files: Path) -> None:
+    settings = load_settings((word,), config=SHIPPED_MODELS_YAML)
+    assert (list(settings.models), settings.default, settings.models[name].preload) == ([name], name, True)
+    assert settings.path_of(name) == vae_files / repo
+    both = load_settings((word, "flux"), config=SHIPPED_MODELS_YAML)
+    assert list(both.models) == [name, "flux"]
+
+
+def test_a_repository_on_the_command_line_is_a_model_with_what_is_known_of_it() -> None:
+    settings = load_settings(("owner/Some_VAE", "black-forest-labs/FLUX.1-schnell"), config=SHIPPED_MODELS_YAML)
+    assert list(settings.models) == ["some_vae", "flux.1-schnell"]
+    assert settings.path_of("some_vae") is None
+    known = settings.models["flux.1-schnell"]
+    assert (known.subfolder, known.family, known.aliases) == ("vae", "flux", ())
+
+
+def test_a_name_of_a_model_wins_over_a_folder(vae_files: Path) -> None:
+    (vae_files / "flux").mkdir()
+    assert load_settings(("flux",), config=SHIPPED_MODELS_YAML).path_of("flux") is None
+
+
+def test_the_vae_config_is_for_what_is_given_by_its_path(vae_files: Path) -> None:
+    file = "My VAE.safetensors"
+    assert load_settings((file,), vae_config="sdxl", config=SHIPPED_MODELS_YAML).models["my-vae"].config == "sdxl"
+    settings = load_settings((file,), vae_config="./diffusers")
+    assert settings.config_path_of("my-vae") == vae_files / "diffusers"
+    assert load_settings(config=vae_files / file, vae_config="sdxl").models["model"].config == "sdxl"
+    with pytest.raises(ConfigError, match=r"--vae-config is for a file, a folder or a repository"):
+        load_settings(("flux",), vae_config="sdxl", config=SHIPPED_MODELS_YAML)
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("./nowhere", r"\./nowhere: no such file or folder"),
+        ("nowhere.safetensors", r"nowhere\.safetensors: no such file or folder"),
+        ("./empty", r"\./empty contains no config\.json of a diffusers VAE and no safetensors file$"),
+        ("./both", r"\./both contains no .*; for its models\.yaml, write --config \./both"),
+    ],
+)
+def test_a_path_without_a_vae_is_one_sentence(word: str, words: str, vae_files: Path) -> None:
+    (vae_files / "both").mkdir()
+    write(vae_files / "both", GOOD)
+    with pytest.raises(ConfigError, match=words):
+        load_settings((word,), config=SHIPPED_MODELS_YAML)
+
+
+def test_a_mounted_file_of_weights_is_a_model(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (mounted / "ae.safetensors").touch()
+    monkeypatch.setenv("VAE_SERVER_VAE_CONFIG", "flux")
+    settings = load_settings()
+    assert settings.path_of("model") == mounted
+    assert (settings.models["model"].config, settings.models["model"].preload) == ("flux", True)

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from handler import EndpointHandler
-from server.errors import BadRequest, ConfigError, ServerError, WrongLength
+from server.errors import BadRequest, ConfigError, Impossible, ServerError, WrongLength
+from tests.engine.weights import original_names
 from tests.vaes import LocalVae
 
 Vaes = dict[str, LocalVae]
@@ -71,6 +73,25 @@ def test_a_mistake_raises_the_same_sentence(handlers: dict[str, EndpointHandler]
         handler({"inputs": torch.zeros(1, 4, 8, 8), "parameters": [1]})
 
 
+def test_the_folder_holds_one_file_of_original_names(
+    vaes: Vaes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAE_SERVER_DTYPE", "float32")
+    monkeypatch.setenv("VAE_SERVER_VAE_CONFIG", str(vaes["sd"].folder))
+    state = original_names.ldm(vaes["sd"].module.state_dict())
+    latents = vaes["sd"].latents(8, 8)
+    for name, others in (("decoder", "encoder."), ("encoder", "decoder.")):
+        folder = tmp_path / name
+        folder.mkdir()
+        kept = {key: value.contiguous() for key, value in state.items() if not key.startswith(others)}
+        save_file(kept, folder / "vae-ft-mse.safetensors")
+    answer = EndpointHandler(str(tmp_path / "decoder"))({"inputs": latents, "parameters": {"output_type": "pt"}})
+    sample = np.frombuffer(base64.b64decode(str(answer["inputs"])), np.float32).reshape(1, 3, 64, 64)
+    assert np.abs(sample - vaes["sd"].decode(latents).numpy()).max() <= 1e-4
+    with pytest.raises(Impossible, match="are only an encoder"):
+        EndpointHandler(str(tmp_path / "encoder"))({"inputs": latents})
+
+
 def test_the_folder_holds_a_vae_or_a_models_yaml(vaes: Vaes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models.yaml").write_text(f"models: {{own: {{repo: '{vaes['flux'].folder}'}}}}")
     assert EndpointHandler(str(tmp_path)).direct.settings.default == "own"
@@ -79,7 +100,7 @@ def test_the_folder_holds_a_vae_or_a_models_yaml(vaes: Vaes, tmp_path: Path, mon
     assert EndpointHandler(str(tmp_path / "pipeline")).direct.models.describe("model").latents.channels == 4
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ConfigError, match=r"empty contains no config\.json of a diffusers VAE, no vae/config\.json and no models\.yaml"
+        ConfigError, match=r"empty contains no config\.json of a diffusers VAE, no vae/config\.json, no safetensors file and no"
     ):
         EndpointHandler(str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path)
