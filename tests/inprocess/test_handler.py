@@ -100,7 +100,8 @@ def test_the_folder_holds_a_vae_or_a_models_yaml(vaes: Vaes, tmp_path: Path, mon
     assert EndpointHandler(str(tmp_path / "pipeline")).direct.models.describe("model").latents.channels == 4
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ConfigError, match=r"empty contains no config\.json of a diffusers VAE, no vae/config\.json, no safetensors file and no"
+        ConfigError,
+        match=r"empty contains no config\.json of a diffusers VAE, no vae/config\.json, no safetensors file and no",
     ):
         EndpointHandler(str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path)

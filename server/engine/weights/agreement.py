@@ -142,12 +142,13 @@ def translated(vae: torch.nn.Module, tensors: Tensors, config: Mapping[str, Any]
 
 
 def directions_in(
-    vae: torch.nn.Module, stored: Stored, config: Mapping[str, Any], origin: str
+    vae: torch.nn.Module, stored: Stored, config: Mapping[str, Any], origin: str, *, may_have_more: bool
 ) -> tuple[Direction, ...]:
     """Return the directions for which the files contain all tensors, in the shapes that the module needs.
 
     vae: from `skeleton`. config: completed by the defaults of the class. origin: where the config comes from, for
-    messages, such as `its config.json`.
+    messages, such as `its config.json`. may_have_more: the encoder and the decoder may have tensors in the files that
+    the module does not have. Without the config of their author, these are a sign that it is another model.
 
     Raises UnreadableWeights if there is none, if a direction is incomplete, or if a tensor has another shape or a
     dtype that cannot be used.
@@ -158,6 +159,11 @@ def directions_in(
     if not any(name in found for name in names):
         raise UnreadableWeights(_of_another_architecture(vae, stored, origin))
     _check_shapes(vae, found, stored, origin)
+    more = [name for name in found if name.startswith(tuple(OWN_PART.values())) and name not in vae.state_dict()]
+    if more and not may_have_more:
+        raise UnreadableWeights(
+            f"{stored.file} has {some(more)}, which {origin} does not know; do both belong to the same model?"
+        )
     complete = []
     for direction in Direction:
         missing = _missing(vae, found, direction)

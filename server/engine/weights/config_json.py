@@ -124,7 +124,13 @@ def check_weights(source: Source) -> tuple[Direction, ...]:
     try:
         stored = read_stored(files.weights, files.index)
         config = whole_config(found.class_name, found.values)
-        return directions_in(skeleton(found.class_name, found.values, found.origin), stored, config, found.origin)
+        return directions_in(
+            skeleton(found.class_name, found.values, found.origin),
+            stored,
+            config,
+            found.origin,
+            may_have_more=found.is_of_the_author,
+        )
     except (UnreadableWeights, OSError) as error:
         raise source.failure(str(error)) from None
 

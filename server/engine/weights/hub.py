@@ -82,7 +82,10 @@ class Source:
 
         is_local_only: use only files on this machine.
         """
-        path = self._local_config(self.local) if self.local else self._hub_config(is_local_only)
+        try:
+            path = self._local_config(self.local) if self.local else self._hub_config(is_local_only)
+        except OSError as error:
+            raise self.failure(f"its files cannot be read ({error.strerror}); let this user read them") from None
         return self._read_config(path, f"its {CONFIG}") if path else None
 
     def files(self, *, is_local_only: bool = False) -> Files:
@@ -168,7 +171,7 @@ class Source:
                 raise self.failure(self._hub_sentence(other)) from other
         assert error is not None
         try:
-            self.files(is_local_only=is_local_only or HF_HUB_OFFLINE)
+            self.files(is_local_only=isinstance(error, hub.LocalEntryNotFoundError))
         except ModelUnavailable:
             raise self.failure(self._hub_sentence(error)) from error
         return None

@@ -177,6 +177,12 @@ def _with_statistics(tensors: Tensors, converted: Tensors) -> Tensors:
 
 
 def _dc(tensors: Tensors, config: Config) -> Tensors:
+    """DC-AE. diffusers' converter reads the version off the encoder, so a decoder by itself gets a stand-in for it."""
+    versioned = "encoder.project_in.conv.bias"
+    if config["encoder_layers_per_block"][0] and versioned not in tensors:
+        converted = dict(convert_autoencoder_dc_checkpoint_to_diffusers(tensors | {versioned: torch.empty(0)}))
+        del converted["encoder.conv_in.bias"]
+        return converted
     return dict(convert_autoencoder_dc_checkpoint_to_diffusers(tensors))
 
 

@@ -36,7 +36,7 @@ def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, direction: Dir
     try:
         stored = read_stored(files.weights, files.index)
         vae = skeleton(info.class_name, found.values, found.origin)
-        if direction not in directions_in(vae, stored, config, found.origin):
+        if direction not in directions_in(vae, stored, config, found.origin, may_have_more=found.is_of_the_author):
             raise UnreadableWeights(
                 f"{stored.file} has no weights to {direction} with, only those of the other direction"
             )

@@ -53,6 +53,11 @@ class Configuration:
     family: str | None = None
 
     @property
+    def is_of_the_author(self) -> bool:
+        """Whether it came with the weights."""
+        return self.origin == f"its {CONFIG}"
+
+    @property
     def class_name(self) -> str:
         """The diffusers class."""
         return str(self.values["_class_name"])
@@ -126,7 +131,7 @@ def _fits(found: NamedConfig, stored: Stored) -> bool:
         return False
     config = whole_config(class_name, found.config)
     try:
-        directions_in(skeleton(class_name, found.config, found.name), stored, config, found.name)
+        directions_in(skeleton(class_name, found.config, found.name), stored, config, found.name, may_have_more=False)
     except UnreadableWeights:
         return False
     return True

@@ -182,6 +182,57 @@ def ltx(state: Tensors) -> Tensors:
     }
 
 
+LTX_095 = LTX2 | {
+    "decoder.up_blocks.3.upsamplers.0.": "decoder.up_blocks.7.",
+    "decoder.up_blocks.3.": "decoder.up_blocks.8.",
+    "decoder.time_embedder.": "decoder.last_time_embedder.",
+    "decoder.scale_shift_table": "decoder.last_scale_shift_table",
+}
+
+
+def ltx_095(state: Tensors) -> Tensors:
+    """LTX-Video 0.9.5 and later."""
+    names = LTX_095 | LTX_STATISTICS
+    return {started(key, names).replace("resnets", "res_blocks"): value for key, value in state.items()}
+
+
+def dc(state: Tensors) -> Tensors:
+    """DC-AE: the attention's three projections are one, and its layers are nested."""
+    renamed: Tensors = {}
+    for key, value in state.items():
+        name = re.sub(r"(down|up)_blocks\.(\d+)\.(\d+)\.", r"stages.\2.op_list.\3.", key)
+        if name.endswith(("attn.to_k.weight", "attn.to_v.weight")):
+            continue
+        if name.endswith("attn.to_q.weight"):
+            parts = [state[key.replace("to_q", each)] for each in ("to_q", "to_k", "to_v")]
+            name, value = name.replace("attn.to_q", "attn.qkv.conv"), torch.cat(parts)[:, :, None, None]
+        if name.endswith("attn.to_out.weight"):
+            name, value = name.replace("attn.to_out", "attn.proj.conv"), value[:, :, None, None]
+        for new, old in DC_LAYERS.items():
+            name = re.sub(new, old, name)
+        renamed[name] = value
+    return renamed
+
+
+DC_LAYERS = {
+    r"coder\.conv_in\.": "coder.project_in.conv.",
+    r"encoder\.conv_out\.": "encoder.project_out.0.conv.",
+    r"decoder\.norm_out\.": "decoder.project_out.0.",
+    r"decoder\.conv_out\.": "decoder.project_out.2.conv.",
+    r"attn\.to_qkv_multiscale\.0\.proj_in": "attn.aggreg.0.0",
+    r"attn\.to_qkv_multiscale\.0\.proj_out": "attn.aggreg.0.1",
+    r"attn\.norm_out": "attn.proj.norm",
+    r"\.attn\.": ".context_module.main.",
+    r"(op_list\.\d+)\.conv_out\.conv_depth\.": r"\1.local_module.main.depth_conv.conv.",
+    r"(op_list\.\d+)\.conv_out\.conv_inverted\.": r"\1.local_module.main.inverted_conv.conv.",
+    r"(op_list\.\d+)\.conv_out\.conv_point\.": r"\1.local_module.main.point_conv.conv.",
+    r"(op_list\.\d+)\.conv_out\.norm\.": r"\1.local_module.main.point_conv.norm.",
+    r"(op_list\.\d+)\.norm\.": r"\1.main.conv2.norm.",
+    r"(op_list\.\d+)\.(conv1|conv2)\.(weight|bias)": r"\1.main.\2.conv.\3",
+    r"(op_list\.\d+)\.conv\.(weight|bias)": r"\1.main.conv.conv.\2",
+}
+
+
 def ltx2(state: Tensors) -> Tensors:
     names = LTX2 | LTX_STATISTICS
     return {started(key, names).replace("resnets", "res_blocks"): value for key, value in state.items()}

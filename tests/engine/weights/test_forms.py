@@ -95,6 +95,7 @@ ORIGINAL: dict[str, tuple[Callable[[], Any], Callable[[Tensors], Tensors]]] = {
     "hunyuan-image": (small.hunyuan_image, original_names.hunyuan_image),
     "ltx": (small.ltx, original_names.ltx),
     "ltx-2": (small.ltx2, original_names.ltx2),
+    "dc": (small.dc, original_names.dc),
 }
 
 
@@ -292,7 +293,9 @@ DECIDED: dict[str, Callable[[Tensors], Tensors]] = {
     "hunyuan-video-1.5": original_names.hunyuan_video_15,
     "hunyuan-image": lambda state: original_names.hunyuan_image(state, layers_per_block=2),
     "ltx-video": original_names.ltx,
+    "ltx-video-0.9.5": original_names.ltx_095,
     "ltx-2": original_names.ltx2,
+    "sana": original_names.dc,
     "taesd": original_names.taesd_decoder,
     "taef1": original_names.taesd_encoder,
 }
@@ -421,6 +424,13 @@ def test_tensors_of_another_architecture(kl: Any, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, original_names.wan_22(small.wan_22().state_dict()), PLAIN)
     said = refused(lambda: check_weights(source(folder)))
     assert "are of another architecture than AutoencoderKL, which its config.json names" in said
+
+
+def test_a_config_of_a_smaller_model_is_not_used_for_a_larger_one(kl: Any, tmp_path: Path) -> None:
+    """Its tensors would all be there."""
+    small.kl(layers_per_block=2).save_pretrained(tmp_path / "larger")
+    said = refused(lambda: check_weights(source(tmp_path / "larger", tmp_path / "kl")))
+    assert re.search(rf"{PLAIN} has \S+resnets\S+, .* which the file that config names does not know", said)
 
 
 def test_quantized_weights_are_refused(kl: Any, tmp_path: Path) -> None:
