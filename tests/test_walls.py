@@ -15,7 +15,7 @@ SERVER = REPOSITORY / "server"
 # What the front process imports. `engine` owns a device; `inprocess` and two of the commands run one in their process.
 WITHOUT_TORCH = (
     *("config", "contract", "families", "ffmpeg", "inputs", "outputs", "scheduling", "web", "workers"),
-    *("commands.cli", "errors", "listing", "logs", "metrics", "model_info", "values"),
+    *("commands.cli", "errors", "listing", "logs", "metrics", "model_info", "own_thread", "values"),
 )
 LOOK = """
 import importlib, pkgutil, sys
@@ -97,6 +97,7 @@ def test_the_layout_in_the_readme_is_the_tree() -> None:
 FORMS = {"Parameters", "Job", "Request", "Pending", "Batch", "Result"}
 CARRIERS = {  # what holds a request, or is told of one, and is no form of it
     ("web", "EncodeFile"): "a file to encode that is received but not read",
+    ("web", "Streamed"): "an answer that is sent while it is computed",
     ("scheduling", "Dispatcher"): "the batches of every engine",
     ("workers", "ProcessEngine"): "the batches that a worker has",
     ("workers", "Run"): "the message to a worker",

@@ -12,9 +12,9 @@ from ..config import USUAL_FPS, Settings
 from ..errors import Impossible, ServerError, WrongChannels
 from ..families import FAMILIES, check_limits
 from ..model_info import Direction, Kind, ModelInfo
-from ..outputs import OUTPUT_TYPES, Format
+from ..outputs import OUTPUT_TYPES, STREAMED_MP4, Format, format_named
 from ..values import Geometry, Job, Layout, RenderOptions
-from .formats import choose_format
+from .formats import asks_for_stream, choose_format
 from .parameters import Parameters
 
 BOTH_ROUTES = "latents are decoded at POST / or /{model}, images encoded there and at POST /encode or /{model}/encode"
@@ -62,6 +62,8 @@ def decode_job(
     is_image = info.latents.kind == "image" or (geometry.num_frames == 1 and output_type == "pil")
     kind: Kind = "image" if is_image else "video"
     chosen, media_type = choose_format(parameters, output_type, accept, kind)
+    if asks_for_stream(parameters, accept):
+        chosen = _streamed(chosen)
     check_limits(geometry, info.limits, info.name)
     layout = _layout(chosen, output_type, is_partial)
     _check_fits(geometry, chosen, layout, kind)
@@ -81,6 +83,14 @@ def decode_job(
         layout=layout,
         output_dtype=parameters.output_dtype(),
     )
+
+
+def _streamed(chosen: Format) -> Format:
+    if "mp4" not in chosen.names:
+        raise Impossible(
+            "stream=True answers a video as an MP4 in fragments; send output_type=mp4 to a video model, or no stream"
+        )
+    return format_named(STREAMED_MP4)
 
 
 def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, others: Iterable[ModelInfo]) -> Geometry:

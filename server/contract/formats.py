@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain, groupby
 
 from ..errors import NotAcceptable
@@ -9,6 +10,7 @@ from ..model_info import Kind
 from ..outputs import FORMATS, Format
 from .parameters import DECIMAL, Parameters
 
+FRAGMENTED = re.compile(r"video/mp4\s*;\s*profile=\"?fragmented\"?", re.I)
 MOST_TYPES = 64  # media types of an `Accept` header that are read; the rest is ignored
 
 
@@ -38,6 +40,11 @@ def choose_format(parameters: Parameters, output_type: str, accept: str, kind: K
                 if is_match or (wanted == "*/*" and entry in usual):
                     return entry, media_type
     raise NotAcceptable(_no_format(output_type, kind, [*usual, *named]))
+
+
+def asks_for_stream(parameters: Parameters, accept: str) -> bool:
+    """Return whether the answer is to be sent while it is computed: `stream=True`, or a profile in `Accept`."""
+    return parameters.flag("stream") or FRAGMENTED.search(accept) is not None
 
 
 def _no_format(output_type: str, kind: Kind, possible: list[Format]) -> str:

@@ -11,9 +11,9 @@ import torch
 
 from ..config import Settings
 from ..model_info import CoderId, LoadedInfo, ModelInfo
+from ..own_thread import in_own_thread
 from ..values import Request
 from .models import LoadedModels
-from .own_thread import in_own_thread
 from .runner import Listener, Runner
 
 log = logging.getLogger(__name__)

@@ -79,6 +79,14 @@ class LoopListener:
         """Note that the device has begun with the batch."""
         self._loop.call_soon_threadsafe(self._batch.note_started)
 
+    def progressed(self, index: int, frames: int) -> None:
+        """Note how many frames of a video are done."""
+        self._batch.members[index].frames_done = frames
+
+    def emitted(self, index: int, piece: bytes) -> None:
+        """Pass on a piece of a streamed answer."""
+        self._loop.call_soon_threadsafe(self._batch.members[index].emit, piece)
+
     def computed(self) -> None:
         """Note that the batch no longer uses the device."""
         self._loop.call_soon_threadsafe(self._batch.note_computed)

@@ -139,12 +139,14 @@ class LoadedModels:
         outcomes = self._run(key, model, requests, stream, check)
         while any(isinstance(outcome, TooLargeForDevice) for outcome in outcomes) and self._unload_another(key, model):
             outcomes = [
-                self._run(key, model, [request], None, check)[0] if isinstance(outcome, TooLargeForDevice) else outcome
+                self._run(key, model, [request], stream, check)[0]
+                if isinstance(outcome, TooLargeForDevice)
+                else outcome
                 for request, outcome in zip(requests, outcomes, strict=True)
             ]
         is_single = model.dtype is torch.float32
         return [
-            self._run_upcast(request, is_single, check) if isinstance(outcome, NonFiniteOutput) else outcome
+            self._run_upcast(request, is_single, stream, check) if isinstance(outcome, NonFiniteOutput) else outcome
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
@@ -170,7 +172,9 @@ class LoadedModels:
             for outcome in outcomes
         ]
 
-    def _run_upcast(self, request: Request, is_single: bool, check: Check) -> TensorResult | Exception:
+    def _run_upcast(
+        self, request: Request, is_single: bool, stream: Stream | None, check: Check
+    ) -> TensorResult | Exception:
         job = request.job
         key, overflow = Key(*job.coder, is_upcast=True), OVERFLOWS[job.direction]
         if is_single:
@@ -181,7 +185,7 @@ class LoadedModels:
             if is_lost_device(error.__cause__):
                 raise
             return NonFiniteInput(overflow.format(" in half precision, and the model could not be loaded in float32"))
-        outcome = self._run(key, model, [request], None, check)[0]
+        outcome = self._run(key, model, [request], stream, check)[0]
         if isinstance(outcome, NonFiniteOutput):
             return NonFiniteInput(overflow.format(" even in float32"))
         return replace(outcome, is_upcast=True) if isinstance(outcome, Result) else outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -35,8 +36,8 @@ class Stream(Protocol):
         """Take the next frames."""
         ...
 
-    def abandon(self) -> None:
-        """Discard everything that was written: the decode failed, or will be repeated."""
+    def rewind(self) -> None:
+        """Note that the decode begins again with the first frame, because this attempt failed."""
         ...
 
 
@@ -135,21 +136,20 @@ def _within_memory(
     measures that were taken. Raises NonFiniteOutput, Stopped, and the error of the last attempt if memory ran out
     again.
     """
-    emit = stream.write if stream else None
+    emit = partial(_emit, stream) if stream else None
     measures = _measures(model)
     for count, step in enumerate(measures):
         if step:
             _free_caches(model)
         try:
             coded = compute(_budget_bytes(model, step), emit)
-        except Exception as error:  # many classes mean out of memory, and the stream must be abandoned on any error
-            _abandon(stream)
-            stream = emit = None
+        except Exception as error:  # many classes mean out of memory
+            if stream:
+                stream.rewind()
             if not is_out_of_memory(error) or step == measures[-1]:
                 raise
             continue
         if not bool(coded.finite):
-            _abandon(stream)
             raise NonFiniteOutput
         return coded.tensor, measures[1 : count + 1]
     raise AssertionError("the last step returns or raises")
@@ -177,9 +177,11 @@ def _budget_bytes(model: LoadedModel[Any], step: str) -> int | None:
             return model.budget_bytes
 
 
-def _abandon(stream: Stream | None) -> None:
-    if stream is not None:
-        stream.abandon()
+def _emit(stream: Stream, frames: torch.Tensor, finite: torch.Tensor) -> None:
+    """Pass frames on, unless half precision overflowed: their rounding to uint8 would hide that."""
+    if not bool(finite):
+        raise NonFiniteOutput
+    stream.write(frames)
 
 
 def _free_caches(model: LoadedModel[Any]) -> None:

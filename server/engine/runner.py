@@ -16,10 +16,10 @@ from ..config import Settings
 from ..errors import ServerError, TooLargeForDevice
 from ..model_info import CoderId
 from ..outputs import format_named
+from ..own_thread import in_own_thread
 from ..values import RawTensor, Rendered, RenderedResult, Request, TensorResult
 from .coders.interface import Stopped
 from .models import LoadedModels, NotLoaded
-from .own_thread import in_own_thread
 from .video_render import VideoRender
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,14 @@ class Listener(Protocol):
         """Note that the device has begun."""
         ...
 
+    def progressed(self, index: int, frames: int) -> None:
+        """Note how many frames of a video are done."""
+        ...
+
+    def emitted(self, index: int, piece: bytes) -> None:
+        """Take the next piece of the answer to a request whose format is streamed."""
+        ...
+
     def computed(self) -> None:
         """Note that the batch no longer uses the device. Its answers may still be rendered."""
         ...
@@ -58,11 +66,15 @@ class Listener(Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """A batch that was submitted. is_taken: a thread runs it or has run it."""
+    """A batch that was submitted.
+
+    is_taken: a thread runs it or has run it. video: renders the frames of its only request, if that is a video.
+    """
 
     requests: Sequence[Request]
     listener: Listener
     is_taken: bool = False
+    video: VideoRender | None = None
 
     @property
     def coder(self) -> CoderId:
@@ -183,12 +195,14 @@ class Runner:
             listener.computed()
             return
         listener.started()
-        video = self._video_render(requests[wanted[0]], listener, wanted[0]) if len(wanted) == 1 else None
+        if len(wanted) == 1 and work.video is None:
+            work.video = self._video_render(requests[wanted[0]], listener, wanted[0])
+        video = work.video if len(wanted) == 1 else None
         outcomes = self._compute(work, wanted, video)
         if self._on_device and any(isinstance(outcome, NotLoaded | TooLargeForDevice) for outcome in outcomes):
             # The work beside it holds the memory, or its model was unloaded just now. Try again with the whole device.
             if video:
-                video.abandon()
+                video.rewind()
             self._device.submit(self._run_or_fail, work)
             return
         if video and isinstance(outcomes[0], Exception):
@@ -199,7 +213,7 @@ class Runner:
                 if not isinstance(outcome, ServerError):
                     log.error("a request failed", exc_info=outcome)
                 listener.failed(index, outcome)
-            elif video and not video.is_abandoned:
+            elif video:
                 video.close()
                 video.rendered.add_done_callback(partial(_deliver, outcome, index, listener, time.perf_counter()))
             else:
@@ -227,7 +241,13 @@ class Runner:
         """Return the render that takes frames while they are decoded, for a format that has one."""
         if format_named(request.job.format).render_frames is None:
             return None
-        return VideoRender(self._video_renders, request.job, partial(listener.is_wanted, index))
+        return VideoRender(
+            self._video_renders,
+            request.job,
+            partial(listener.is_wanted, index),
+            partial(listener.progressed, index),
+            partial(listener.emitted, index),
+        )
 
 
 def _render(request: Request, result: TensorResult, index: int, listener: Listener) -> None:

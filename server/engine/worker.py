@@ -132,6 +132,15 @@ class BatchListener:
         """Tell the front process that the device has begun with the batch."""
         self._worker.send(messages.Started(self._batch))
 
+    def progressed(self, index: int, frames: int) -> None:
+        """Tell the front process how many frames of a video are done."""
+        self._worker.send(messages.Progressed(self._batch, index, frames))
+
+    def emitted(self, index: int, piece: bytes) -> None:
+        """Send the next piece of a streamed answer, unless the request was dropped."""
+        if self.is_wanted(index):
+            self._worker.send(messages.Emitted(self._batch, index, piece))
+
     def computed(self) -> None:
         """Tell the front process that the batch no longer uses the device."""
         self._worker.tell_models()

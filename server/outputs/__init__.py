@@ -6,14 +6,14 @@ answer from that table; no other code names a format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..model_info import Kind
 from ..values import RawTensor, Rendered, RenderOptions
 from .image import render_jpeg, render_png
 from .tensor import render_base64, render_binary
-from .video import render_mp4, render_mp4_frames
+from .video import render_fragmented_mp4, render_mp4, render_mp4_frames, stream_mp4_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Format:
     quality: the range of the parameter `quality`; None if the format has no quality.
     max_side: the most pixels that a row or column can have in this format; None if there is no limit.
     render_frames: renders a video while its chunks of frames are still decoded; None if the format needs all of them.
+    stream_frames: yields the answer piece by piece, each to be sent at once; None if it is sent as a whole. Such a
+        format is chosen only if the client asks for a stream.
     """
 
     names: tuple[str, ...]
@@ -42,11 +44,14 @@ class Format:
     quality: tuple[float, float] | None = None
     max_side: int | None = None
     render_frames: Callable[[Iterable[RawTensor], RenderOptions], Rendered] | None = None
+    stream_frames: Callable[[Iterable[RawTensor], RenderOptions], Iterator[bytes]] | None = None
 
 
 IMAGE: frozenset[Kind] = frozenset({"image"})
 VIDEO: frozenset[Kind] = frozenset({"video"})
 PIL, PT, MP4 = frozenset({"pil"}), frozenset({"pt"}), frozenset({"mp4"})
+
+STREAMED_MP4 = "fragmented-mp4"
 
 FORMATS: list[Format] = [
     Format(("jpg", "jpeg"), ("image/jpeg",), IMAGE, PIL, render_jpeg, quality=(1, 100), max_side=65500),
@@ -61,6 +66,17 @@ FORMATS: list[Format] = [
         max_side=16384,
         render_frames=render_mp4_frames,
     ),
+    Format(
+        (STREAMED_MP4,),
+        ("video/mp4", "text/plain"),
+        VIDEO,
+        frozenset(),
+        lambda pixels, options: render_fragmented_mp4([pixels], options),
+        quality=(1, 10),
+        max_side=16384,
+        render_frames=render_fragmented_mp4,
+        stream_frames=stream_mp4_frames,
+    ),
     Format(("binary",), ("tensor/binary", "application/octet-stream"), IMAGE | VIDEO, PT, render_binary, PIL, False),
     Format(("base64",), ("tensor/base64", "application/json"), IMAGE | VIDEO, PT, render_base64, PIL, False),
 ]
@@ -73,4 +89,4 @@ def format_named(name: str) -> Format:
     return next(entry for entry in FORMATS if name in entry.names)
 
 
-__all__ = ["FORMATS", "OUTPUT_TYPES", "Format", "format_named"]
+__all__ = ["FORMATS", "OUTPUT_TYPES", "STREAMED_MP4", "Format", "format_named"]

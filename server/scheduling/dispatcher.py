@@ -398,10 +398,13 @@ class Dispatcher:
         Return whether another attempt is allowed; if not, fail the request.
         """
         pending.tries += 1
-        if pending.deaths < MAX_DEATHS and pending.tries < MAX_TRIES:
+        if pending.emitted_bytes:  # another attempt might give other bytes than those that were sent
+            pending.fail(WorkerCrashed("the worker process crashed after a part of the answer had been sent"))
+        elif pending.deaths < MAX_DEATHS and pending.tries < MAX_TRIES:
             return True
+        else:
+            pending.fail(WorkerCrashed("the worker process crashed again while it had this request"))
         self.queue.remove(pending)
-        pending.fail(WorkerCrashed("the worker process crashed again while it had this request"))
         return False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -25,6 +25,9 @@ class Pending(Ticket):
     tries: how many attempts were ended by the death of a worker, on the device or not.
     least_seconds: the least time that it takes on a device; 0 if that is not known.
     on_start: called whenever a device begins with it.
+    on_piece: receives the pieces of an answer that is streamed; None if the answer is wanted as a whole.
+    emitted_bytes: how many bytes of the answer were passed on as pieces.
+    frames_done: how many frames of a video are done.
     """
 
     coder: CoderId
@@ -35,6 +38,9 @@ class Pending(Ticket):
     tries: int = 0
     least_seconds: float = 0.0
     on_start: Callable[[], None] = lambda: None
+    on_piece: Callable[[bytes], None] | None = None
+    emitted_bytes: int = 0
+    frames_done: int = 0
 
     @staticmethod
     def of(
@@ -57,8 +63,14 @@ class Pending(Ticket):
 
     def note_started(self) -> None:
         """Note that a device has begun with it."""
-        self.started = asyncio.get_running_loop().time()
+        self.started, self.frames_done = asyncio.get_running_loop().time(), 0
         self.on_start()
+
+    def emit(self, piece: bytes) -> None:
+        """Pass on the next piece of the answer, unless the client has left."""
+        if self.is_wanted and self.on_piece:
+            self.emitted_bytes += len(piece)
+            self.on_piece(piece)
 
     def finish(self, result: RenderedResult) -> None:
         """Answer the client, unless it has an answer or has left."""

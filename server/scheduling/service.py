@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -252,12 +252,16 @@ class Service:
         """Hold one of the places for requests that wait or are computed, in a context. Raises QueueFull."""
         return self._admissions.place(admission.peer)
 
-    async def answer(self, request: Request, admission: Admission) -> RenderedResult:
+    async def answer(
+        self, request: Request, admission: Admission, on_piece: Callable[[bytes], None] | None = None
+    ) -> RenderedResult:
         """Queue a request, and return its result once it is decoded or encoded, and rendered.
 
+        on_piece: receives the pieces of a streamed answer, which the result's body then lacks.
         Raises what `Devices.answer` raises.
         """
         pending = self._pending(request, admission)
+        pending.on_piece = on_piece
         try:
             result = await self._devices.answer(pending)
         except asyncio.CancelledError:
@@ -266,7 +270,7 @@ class Service:
             raise
         started = pending.arrived if pending.started is None else pending.started
         result = replace(result, queue_ms=(started - pending.arrived) * 1e3)
-        self._note(request, result)
+        self._note(request, result, pending.emitted_bytes)
         return result
 
     def _pending(self, request: Request, admission: Admission) -> Pending:
@@ -279,8 +283,8 @@ class Service:
             deadline=admission.deadline,
         )
 
-    def _note(self, request: Request, result: RenderedResult) -> None:
-        """Record a result in the metrics and the estimates."""
+    def _note(self, request: Request, result: RenderedResult, emitted_bytes: int) -> None:
+        """Record a result in the metrics and the estimates. emitted_bytes: what was streamed before."""
         metrics, job = self.metrics, request.job
         pixels, device_s = job.geometry.pixels, result.device_ms / 1e3
         is_encode = job.direction is Direction.ENCODE
@@ -289,7 +293,7 @@ class Service:
         (metrics.encode_s if is_encode else metrics.decode_s).labels(job.model).observe(device_s)
         metrics.render_s.labels(job.format).observe(result.render_ms / 1e3)
         metrics.request_bytes.observe(request.data.nbytes)
-        metrics.response_bytes.observe(result.body.body.nbytes)
+        metrics.response_bytes.observe(emitted_bytes + result.body.body.nbytes)
         (metrics.input_pixels if is_encode else metrics.output_pixels).labels(job.model).inc(pixels)
         metrics.batch_size.observe(result.batch_size)
         for step in result.oom_steps:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ServerError, Unavailable
 from .failures import failure
+from .responses import BrokenAnswer
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,10 @@ class RequestScope:
                 )
                 scope["app"].state.service.metrics.cancelled.labels("sending").inc()
             status = CLIENT_LEFT
+        except BrokenAnswer as broken:
+            log.warning("a streamed answer broke off: %s", broken, extra={"request_id": request_id})
+            scope["state"]["code"] = broken.error.code
+            status = broken.error.status  # for the log and the metrics; the client has got 200
         except asyncio.CancelledError:  # by uvicorn, when the time to shut down has passed; it would log this as a bug
             if status == CLIENT_LEFT:
                 error = Unavailable("the server is shutting down and did not finish this request; try again later")

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..errors import ServerError
 from ..values import Job, RenderedResult
 
 PIECE_BYTES = 256 << 10
@@ -23,6 +24,11 @@ class InPieces(Response):
     uvicorn applies backpressure before each write, not after it. One large write would count as sent immediately.
     """
 
+    @property
+    def size_bytes(self) -> int:
+        """The length of the body."""
+        return len(self.body)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -32,7 +38,7 @@ class InPieces(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def response_of(job: Job, result: RenderedResult) -> Response:
+def response_of(job: Job, result: RenderedResult) -> InPieces:
     """Return the response for a result, with `Server-Timing` and the headers of its format."""
     stages = ("queue", result.queue_ms), (job.direction, result.device_ms), ("render", result.render_ms)
     timing = ", ".join(f"{stage};dur={ms:.1f}" for stage, ms in stages)
@@ -44,6 +50,68 @@ def response_of(job: Job, result: RenderedResult) -> Response:
     # Not set by the constructor, because Starlette would add a charset to text/plain, which is a video here.
     response.headers["content-type"] = rendered.media_type
     return response
+
+
+class BrokenAnswer(Exception):
+    """An answer failed after its first piece was sent. error: why.
+
+    The connection ends without the last chunk, so that the client does not take what it has got for the whole.
+    """
+
+    def __init__(self, error: ServerError) -> None:
+        """Keep the reason."""
+        super().__init__(str(error))
+        self.error = error
+
+
+class Streamed(Response):
+    """An answer that is sent piece by piece while it is computed.
+
+    Pieces that the client has not read yet wait in memory, which was reserved for the whole answer.
+
+    has_begun: whether a part of it was sent.
+    """
+
+    def __init__(self, job: Job, send: Send) -> None:
+        """Begin to send what `put` will bring."""
+        super().__init__(media_type=job.render.media_type, headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self.has_begun = False
+        self._send = send
+        self._pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._unsent_bytes = 0
+        self._sending = asyncio.create_task(self._send_pieces())
+
+    def put(self, piece: bytes) -> None:
+        """Take the next piece."""
+        self._unsent_bytes += len(piece)
+        self._pieces.put_nowait(piece)
+
+    def end(self) -> None:
+        """Note that there are no more pieces."""
+        self._pieces.put_nowait(None)
+
+    def cancel(self) -> None:
+        """Send nothing more, not even that the answer is complete."""
+        self._sending.cancel()
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that are not sent yet."""
+        return self._unsent_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wait until everything is sent."""
+        await self._sending
+
+    async def _send_pieces(self) -> None:
+        while (piece := await self._pieces.get()) is not None:
+            if not self.has_begun:
+                self.has_begun = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            self._unsent_bytes -= len(piece)
+        await self._send({"type": "http.response.body", "body": b""})
 
 
 async def unless_client_left(request: Request, work: Coroutine[Any, Any, T]) -> T:

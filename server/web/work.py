@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from .. import contract, values
 from ..config import ServerOptions
-from ..errors import BadRequest
+from ..errors import BadRequest, ServerError
 from ..inputs import VIDEO_TYPE, media_type_of
 from ..model_info import Direction, ModelInfo
+from ..outputs import format_named
 from ..scheduling.admission import Admission
 from ..scheduling.service import Service
 from .receive import BodyThreads, check_declared, declared_length, receive, receive_whole
-from .responses import response_of, send_all, unless_client_left
+from .responses import BrokenAnswer, InPieces, Streamed, response_of, send_all, unless_client_left
 
 MOST_PARAMETERS = 256  # the most `&` in a query, because parsing thousands of parameters would block the event loop
 
@@ -45,21 +46,46 @@ class Work:
         _note_model(request, service)
         patience_s = contract.patience_s(request.headers.get("x-request-timeout"))
         with service.admitted(peer_of(request), patience_s) as admission, ExitStack() as until_sent:
-            intake = Intake(request, service, admission)
-            async with service.in_time(admission):
-                received = await intake.receive(self._direction)
-                until_sent.enter_context(service.answering())
-                with service.place(admission):
-                    job, result = await unless_client_left(request, _answer(intake, received))
-                del received  # its bytes are no longer counted while the answer is sent
-            admission.send(result.body.body.nbytes)
-            request.state.queue_ms, request.state.size = round(result.queue_ms), job.geometry.size_text  # for the log
-            await send_all(request, response_of(job, result), send)
+            intake = Intake(request, service, admission, send)
+            try:
+                async with service.in_time(admission):
+                    received = await intake.receive(self._direction)
+                    until_sent.enter_context(service.answering())
+                    with service.place(admission):
+                        response = await unless_client_left(request, _answer(intake, received))
+                    del received  # its bytes are no longer counted while the answer is sent
+            except Exception as error:
+                if intake.has_begun and not isinstance(error, ClientDisconnect):
+                    raise BrokenAnswer(error if isinstance(error, ServerError) else ServerError()) from error
+                raise
+            admission.send(response.size_bytes)
+            await send_all(request, response, send)
 
 
-async def _answer(intake: Intake, received: values.Request | EncodeFile) -> tuple[values.Job, values.RenderedResult]:
+async def _answer(intake: Intake, received: values.Request | EncodeFile) -> InPieces | Streamed:
+    """Return the response, of which nothing is sent yet unless it is streamed."""
     request = received if isinstance(received, values.Request) else await intake.read_file(received)
-    return request.job, await intake.service.answer(request, intake.admission)
+    if format_named(request.job.format).stream_frames is not None:
+        return await _stream(intake, request)
+    result = await intake.service.answer(request, intake.admission)
+    intake.note(request.job, result)
+    return response_of(request.job, result)
+
+
+async def _stream(intake: Intake, request: values.Request) -> InPieces | Streamed:
+    """Send the pieces of an answer while it is computed, and return the response once all are computed."""
+    streamed = intake.streamed = Streamed(request.job, intake.send)
+    try:
+        result = await intake.service.answer(request, intake.admission, streamed.put)
+    except BaseException:  # also when it is cancelled: the client must see that the answer is not complete
+        streamed.cancel()
+        raise
+    intake.note(request.job, result)
+    if result.body.body.nbytes:  # computed as a whole, where pieces cannot be passed on
+        streamed.cancel()
+        return response_of(request.job, result)
+    streamed.end()
+    return streamed
 
 
 def peer_of(request: Request) -> str:
@@ -89,15 +115,29 @@ class EncodeFile:
 
 
 class Intake:
-    """Receives one request, and holds memory for it."""
+    """Receives one request, and holds memory for it.
 
-    def __init__(self, request: Request, service: Service, admission: Admission) -> None:
+    streamed: the answer, if it is sent while it is computed.
+    """
+
+    def __init__(self, request: Request, service: Service, admission: Admission, send: Send) -> None:
         """Begin to receive an admitted request."""
         self.service = service
         self.admission = admission
+        self.send = send
+        self.streamed: Streamed | None = None
         self._request = request
         self._options: ServerOptions = service.settings.options
         self._threads: BodyThreads = request.app.state.body_threads
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of the answer was sent while it is computed."""
+        return self.streamed is not None and self.streamed.has_begun
+
+    def note(self, job: values.Job, result: values.RenderedResult) -> None:
+        """Note what the log says of an answer."""
+        self._request.state.queue_ms, self._request.state.size = round(result.queue_ms), job.geometry.size_text
 
     def hold(self, size_bytes: int) -> None:
         """Hold this many bytes of memory until the answer is sent. Raises QueueFull."""

@@ -108,6 +108,22 @@ class Started(msgspec.Struct, tag=True, frozen=True):
     batch: int
 
 
+class Progressed(msgspec.Struct, tag=True, frozen=True):
+    """So many frames of a video are done."""
+
+    batch: int
+    index: int
+    frames: int
+
+
+class Emitted(msgspec.Struct, tag=True, frozen=True):
+    """The next piece of the answer to a request whose format is streamed."""
+
+    batch: int
+    index: int
+    piece: bytes
+
+
 class Computed(msgspec.Struct, tag=True, frozen=True):
     """The device has finished a batch and is free. Its answers may still be rendered."""
 
@@ -145,7 +161,7 @@ class Holds(msgspec.Struct, tag=True, frozen=True):
 
 
 ToWorker = Run | Drop | Ping | Describe | Load
-FromWorker = Pong | Ready | Unusable | Started | Computed | Finished | Failed | Replied | Holds
+FromWorker = Pong | Ready | Unusable | Started | Progressed | Emitted | Computed | Finished | Failed | Replied | Holds
 
 to_worker = msgspec.msgpack.Decoder(ToWorker)
 from_worker = msgspec.msgpack.Decoder(FromWorker)

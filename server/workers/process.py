@@ -348,7 +348,13 @@ class ProcessEngine:
                 await self.load(self._wanted.pop())
 
     def _hear_of_batch(
-        self, message: messages.Started | messages.Computed | messages.Finished | messages.Failed
+        self,
+        message: messages.Started
+        | messages.Progressed
+        | messages.Emitted
+        | messages.Computed
+        | messages.Finished
+        | messages.Failed,
     ) -> None:
         if message.batch not in self._batches:
             return
@@ -356,6 +362,10 @@ class ProcessEngine:
         match message:
             case messages.Started():
                 batch.note_started()
+            case messages.Progressed(_, index, frames):
+                batch.members[index].frames_done = frames
+            case messages.Emitted(_, index, piece):
+                batch.members[index].emit(piece)
             case messages.Computed():
                 batch.note_computed()
                 self._end_if_done(message.batch)

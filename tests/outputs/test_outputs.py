@@ -129,6 +129,18 @@ def test_an_mp4_can_be_played_while_it_loads() -> None:
     assert body.index(b"moov") < body.index(b"mdat")
 
 
+def test_a_fragmented_mp4_has_the_same_frames_each_in_a_fragment(tmp_path: Path) -> None:
+    pixels = smooth(13, 64, 96)
+    made = format_named("fragmented-mp4").render_frames
+    assert made is not None
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(made(iter([raw(pixels[:1]), raw(pixels[1:5]), raw(pixels[5:])]), options(fps=12, quality=9)).body)
+    assert "12 fps" in probe(path)
+    frames = frames_of(path, 64, 96)
+    assert len(frames) == path.read_bytes().count(b"moof") == 13
+    assert np.abs(frames.astype(int) - pixels).mean() < 4
+
+
 def test_quality_and_fps_change_an_mp4() -> None:
     noisy = raw(np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), "uint8"))
     sizes = [len(format_named("mp4").render(noisy, options(quality=q)).body) for q in (1, 5, 10)]

@@ -200,3 +200,32 @@ def test_an_mp4_plays_and_seeks(browser: Any, url: str, vaes: dict[str, LocalVae
     assert played[2] == pytest.approx(1.7, abs=0.1), "17 frames at 10 a second"
     assert played[3] == pytest.approx(1.0)
     assert played[4] == pytest.approx(played[2], abs=0.01)
+
+
+def test_a_stream_plays_in_a_media_source(browser: Any, serve: Serve, vaes: dict[str, LocalVae]) -> None:
+    """Piece by piece, as they come, long before the end."""
+    url = serve({"hunyuan": {"repo": str(vaes["hunyuan"].folder)}})
+    latents = vaes["hunyuan"].latents(5, 4, 6)
+    page = open_page(browser, url)
+    query = "&".join(f"shape={size}" for size in latents.shape) + "&dtype=float32&output_type=mp4&stream=True"
+    script = """async ([query, bytes]) => {
+        const source = new MediaSource(), video = document.createElement("video");
+        const opened = new Promise(done => source.addEventListener("sourceopen", done));
+        video.src = URL.createObjectURL(source);
+        await opened;
+        const buffer = source.addSourceBuffer('video/mp4; codecs="avc1.640028"');
+        const answer = await fetch("/?" + query, {method: "POST", body: new Uint8Array(bytes)});
+        const reader = answer.body.getReader();
+        for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
+            const appended = new Promise(done => buffer.addEventListener("updateend", done, {once: true}));
+            buffer.appendBuffer(piece.value);
+            await appended;
+        }
+        source.endOfStream();
+        await new Promise(done => setTimeout(done, 0));
+        return [source.duration, buffer.buffered.length && buffer.buffered.end(0), video.error];
+    }"""
+    duration, buffered, error = page.evaluate(script, [query, list(latents.numpy().tobytes())])
+    assert error is None
+    assert duration == pytest.approx(1.7, abs=0.01)
+    assert buffered == pytest.approx(1.7, abs=0.11)

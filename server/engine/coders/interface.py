@@ -15,8 +15,11 @@ from ...values import Layout
 Check = Callable[[], None]
 """Called by a coder between two steps of its work. Raises Stopped once every client of the work has left."""
 
-Emit = Callable[[Tensor], None]
-"""Receives finished images or frames in order, on the device, in the layout that was asked for."""
+Emit = Callable[[Tensor, Tensor], None]
+"""`emit(frames, finite)` receives finished images or frames in order, on the device, in the layout that was asked for.
+
+finite: whether everything computed so far was finite, as in `Coded`.
+"""
 
 
 class Stopped(ServerError):

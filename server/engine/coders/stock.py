@@ -62,7 +62,7 @@ class StockDecoder(StockCoder):
         sample = self.run(lambda part: self.family.decode(self.vae, part, **arguments), latents, check)
         output = postprocess(sample.tensor, layout)
         if emit is not None:
-            emit(output)
+            emit(output, sample.finite)
         return Coded(output, sample.finite)
 
 

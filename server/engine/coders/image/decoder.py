@@ -61,7 +61,7 @@ class ExactKLDecoder(ExactCoder[DecoderWeights]):
             launch = partial(self.run, plan, layout=layout, check=go_on)
             image, finite = self.graphs.run((latents.shape, layout, plan), launch, latents)
         if emit is not None:
-            emit(image)
+            emit(image, finite)
         return Coded(image, finite)
 
     def run(

@@ -106,6 +106,6 @@ def _writer(output: Output, first: int, dropped: int, height: int, emit: Emit | 
             return
         output.write(start, top, sample)
         if emit is not None and top + sample.shape[1] == height:
-            emit(output.tensor[start : start + len(sample)])
+            emit(output.tensor[start : start + len(sample)], output.finite)
 
     return write

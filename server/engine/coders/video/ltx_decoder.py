@@ -102,5 +102,5 @@ def _decode(
         for sample in decode_frames(decoder, run, plan.chunk_bytes, video[:, above:below]):  # [n, H, W, 3]
             output.write(frame, ratio * top, sample[:, ratio * (top - above) : ratio * (bottom - above)])
             if emit is not None and bottom == height:
-                emit(output.tensor[frame : frame + len(sample)])
+                emit(output.tensor[frame : frame + len(sample)], output.finite)
             frame += len(sample)
