@@ -19,8 +19,11 @@ from .hunyuan_image import HunyuanImage
 from .hunyuan_video import HunyuanVideo
 from .hunyuan_video_15 import HunyuanVideo15
 from .kl import KL
+from .kvae import KVAE, KVAEVideo
 from .ltx import LTX, LTX2
+from .ltx2_diffusion import LTX2Diffusion
 from .magvit import Magvit
+from .minimax_h3 import MiniMaxH3
 from .mochi import Mochi
 from .plain import PlainImage, PlainVideo, is_video
 from .qwen_image import QwenImage, QwenImage21
@@ -29,11 +32,11 @@ from .tiny import Tiny
 from .wan import Wan
 
 IMAGE_FAMILIES: tuple[Family, ...] = (
-    *(KL(), Flux(), Flux2(), QwenImage(), QwenImage21(), HunyuanImage(), DC(), Tiny()),
+    *(KL(), Flux(), Flux2(), QwenImage(), QwenImage21(), HunyuanImage(), DC(), Tiny(), KVAE()),
 )
 VIDEO_FAMILIES: tuple[Family, ...] = (
     *(Wan(), HunyuanVideo(), HunyuanVideo15(), LTX(), LTX2(), CogVideoX(), Mochi(), Cosmos(), StableVideo()),
-    *(Allegro(), Magvit()),
+    *(Allegro(), Magvit(), MiniMaxH3(), LTX2Diffusion(), KVAEVideo()),
 )
 PLAIN: tuple[Family, ...] = (PlainImage(), PlainVideo())
 FAMILIES: dict[str, Family] = {family.name: family for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *PLAIN)}

@@ -49,10 +49,10 @@ class LTX(Video):
             return found
         return replace(found, arguments=(("timestep", sent.number("decode_timestep", 0, 1) or 0.0),))
 
-    def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Run diffusers' decode, with the timestep for all videos of the batch if there is one."""
         if "timestep" not in arguments:
-            return super().decode(vae, latents)
+            return super().decode(vae, latents, **arguments)
         timestep = latents.new_tensor([arguments["timestep"]] * len(latents))  # [B]
         sample: torch.Tensor = vae.decode(latents, timestep, return_dict=False)[0]
         return sample

@@ -10,8 +10,10 @@ from tests.pipelines import (
     cosmos,
     hunyuan,
     kandinsky,
+    kvae,
     ltx,
     ltx2,
+    minimax_h3,
     mmdit,
     patched,
     pictures,
@@ -40,6 +42,8 @@ FILES = (
     cosmos,
     kandinsky,
     stable_video,
+    minimax_h3,
+    kvae,
 )
 SAMPLES: dict[str, Callable[[], Sample]] = {name: cache(make) for file in FILES for name, make in file.SAMPLES.items()}
 

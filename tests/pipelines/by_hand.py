@@ -10,6 +10,7 @@ import torch
 from tests.pipelines.sample import Sample
 
 Decode = Callable[[Sample], torch.Tensor]
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations
 
 
 def pixels(sample: Sample) -> torch.Tensor:
@@ -129,6 +130,29 @@ def stable_video(sample: Sample) -> torch.Tensor:
     return frames.unflatten(0, (-1, sample.num_frames)).transpose(1, 2)  # [B F, C, H, W] -> [B, C, F, H, W]
 
 
+def minimax_h3(sample: Sample) -> torch.Tensor:
+    """The VAE gives pixels normalised as ImageNet's; here they become [-1, 1]."""
+    mean, std = statistics(sample.vae, 5)
+    normalised = decode(sample.vae, sample.latents * std + mean)
+    pixel_mean, pixel_std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in IMAGENET)
+    return 2 * (normalised * pixel_std + pixel_mean) - 1
+
+
+def ltx2_diffusion(sample: Sample) -> torch.Tensor:
+    """Noise of seed 0. Only packed latents are scaled."""
+    vae, latents = sample.vae, sample.latents
+    if sample.is_packed:
+        sizes = ((sample.num_frames - 1) // 8 + 1, sample.height // 32, sample.width // 32)
+        latents = latents.mT.unflatten(2, sizes)  # [B, F h w, C] -> [B, C, F, h, w]
+        latents = latents * vae.latents_std.view(1, -1, 1, 1, 1) + vae.latents_mean.view(1, -1, 1, 1, 1)
+    return decode(vae, latents, torch.Generator().manual_seed(0))
+
+
+def unscaled(sample: Sample) -> torch.Tensor:
+    """KVAE."""
+    return decode(sample.vae, sample.latents)
+
+
 def unpack(sample: Sample, scale: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """Patches of 2x2: [B, (h/2)(w/2), 4C] -> [B, C, h, w]."""
     rows, columns = sample.height // scale // 2, sample.width // scale // 2
@@ -147,8 +171,8 @@ def statistics(vae: Any, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
 
 
-def decode(vae: Any, latents: torch.Tensor, *timestep: Any) -> torch.Tensor:
-    decoded: torch.Tensor = vae.decode(latents, *timestep, return_dict=False)[0]
+def decode(vae: Any, latents: torch.Tensor, *others: Any) -> torch.Tensor:
+    decoded: torch.Tensor = vae.decode(latents, *others, return_dict=False)[0]
     return decoded
 
 
@@ -196,4 +220,10 @@ BY_HAND: dict[str, Decode] = {
     "kandinsky5-video": kandinsky,
     "kandinsky5-image": kandinsky,
     "stable-video": stable_video,
+    "minimax-h3": minimax_h3,
+    "minimax-h3-tiles": minimax_h3,
+    "ltx2-diffusion": ltx2_diffusion,
+    "ltx2-diffusion-unpacked": ltx2_diffusion,
+    "kvae": unscaled,
+    "kvae-video": unscaled,
 }

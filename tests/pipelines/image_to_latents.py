@@ -104,6 +104,11 @@ def kandinsky(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return pipe.prepare_latents((pixels + 1) / 2, **shape, **CPU, generator=generator())[..., 16:32]
 
 
+def kvae(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """No pipeline takes it."""
+    return vae.encode(pixels).latent_dist.mode()
+
+
 def _encoded(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
     return pipe._encode_vae_image(pixels, generator())
 
@@ -125,5 +130,6 @@ ENCODERS: dict[str, Encode] = {
     "sana": sana,
     "cosmos2": cosmos2,
     "kandinsky5-image": kandinsky,
+    "kvae": kvae,
 }
 PICTURE_TO_LATENTS = {name: torch.no_grad()(encode) for name, encode in ENCODERS.items()}

@@ -43,6 +43,7 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "In CPU autocast")
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         yield
 
 
@@ -87,6 +88,34 @@ def run(
         is_packed=is_packed,
         are_scaled=are_scaled,
         are_floored=are_floored,
+    )
+
+
+def run_block(
+    name: str, block: Any, latents: torch.Tensor, *, is_packed: bool = False, are_scaled: bool = True, **given: Any
+) -> Sample:
+    """Run one decoding block of a modular pipeline on latents.
+
+    given: its component, by name, and its other inputs.
+    """
+    (part,) = given.keys() & {"vae", "diffusion_decoder"}
+    vae = given.pop(part)
+    with quiet():
+        pipe = block.init_pipeline()
+        pipe.update_components(**{part: vae})
+        (output,) = block.output_names
+        pixels = pipe(latents=latents, output_type="pt", **given, output=output)
+    is_clip = pixels.ndim == 5
+    return Sample(
+        name=name,
+        vae=vae,
+        latents=latents,
+        pixels=pixels.float(),
+        height=pixels.shape[-2],
+        width=pixels.shape[-1],
+        num_frames=pixels.shape[1] if is_clip else 1,
+        is_packed=is_packed,
+        are_scaled=are_scaled,
     )
 
 

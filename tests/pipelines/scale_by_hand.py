@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.pipelines.by_hand import statistics
+from tests.pipelines.by_hand import IMAGENET, statistics
 
 Scale = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -19,6 +19,9 @@ def latents(name: str, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
             pixels = pixels[:, :, :1]
         if name in PICTURES_OF_CLIPS:
             pixels = pixels[:, :, None]
+        if name == "minimax-h3":
+            mean, std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in IMAGENET)
+            pixels = (pixels / 2 + 0.5 - mean) / std
         return SCALE[name](vae, mode(vae.encode(pixels[:, :, 0] if name == "stable-video" else pixels)))
 
 
@@ -112,4 +115,7 @@ SCALE: dict[str, Scale] = {
     "cosmos": framewise,
     "kandinsky5-video": channels_last,
     "stable-video": as_they_are,
+    "minimax-h3": spread,
+    "kvae": as_they_are,
+    "kvae-video": as_they_are,
 }

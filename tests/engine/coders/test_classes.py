@@ -16,16 +16,13 @@ from server.errors import ModelUnavailable
 from server.families import FAMILIES, family_of_class
 from tests.pipelines import SAMPLES
 
-# What a plain decode of some of them would get wrong: pixels that are normalised as ImageNet's (MiniMax-H3), noise
-# without a seed (LTX-2's diffusion decoder, the consistency decoder), a mask (the asymmetric one), a code book (VQ), sound.
+# What a plain decode of some of them would get wrong: noise without a seed (the consistency decoder), a mask (the
+# asymmetric one), a code book (VQ), sound.
 REFUSED = {
     "AsymmetricAutoencoderKL",
     "AutoencoderKLHunyuanImageRefiner",
-    "AutoencoderKLKVAE",
     "AutoencoderKLKVAEAudio",
-    "AutoencoderKLKVAEVideo",
     "AutoencoderKLLTX2Audio",
-    "AutoencoderKLMiniMaxH3",
     "AutoencoderKLMiniMaxH3Audio",
     "AutoencoderOobleck",
     "AutoencoderRAE",
@@ -34,7 +31,6 @@ REFUSED = {
     "ConsistencyDecoderVAE",
     "Cosmos3AVAEAudioTokenizer",
     "Kandinsky6SRVAE",
-    "LTX2VideoDiffusionDecoderModel",
     "LongCatAudioDiTVae",
     "MMAudioVAE",
     "RFD4ProteinaAutoencoder",
