@@ -103,3 +103,13 @@ class LTX2(LTX):
         return super().latents_in(
             latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling
         )
+
+
+class ScaledLTX2(LTX2):
+    """LTX-2's VAE in the pipelines of SANA-Video and SANA-WM, whose latents are never packed, and always scaled."""
+
+    name = "scaled_ltx2"
+
+    def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+        """Unscale with the model's own statistics too."""
+        return LTX.latents_in(self, latents, spec, geometry, scaling)

@@ -8,6 +8,7 @@ from functools import cache
 from tests.pipelines import (
     clips,
     cosmos,
+    flux2_relatives,
     hunyuan,
     kandinsky,
     kvae,
@@ -18,9 +19,12 @@ from tests.pipelines import (
     patched,
     pictures,
     qwen_image_21,
+    qwen_relatives,
     sana,
     stable_diffusion,
     stable_video,
+    still_clips,
+    still_pictures,
     wan,
 )
 from tests.pipelines.clip_to_latents import CLIP_TO_LATENTS
@@ -44,6 +48,10 @@ FILES = (
     stable_video,
     minimax_h3,
     kvae,
+    flux2_relatives,
+    qwen_relatives,
+    still_pictures,
+    still_clips,
 )
 SAMPLES: dict[str, Callable[[], Sample]] = {name: cache(make) for file in FILES for name, make in file.SAMPLES.items()}
 

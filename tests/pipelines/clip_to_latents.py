@@ -19,6 +19,7 @@ from diffusers import (
     Kandinsky5I2VPipeline,
     LTX2ImageToVideoPipeline,
     LTXLatentUpsamplePipeline,
+    SanaWMPipeline,
     StableVideoDiffusionPipeline,
     WanImageToVideoPipeline,
     WanVideoToVideoPipeline,
@@ -111,6 +112,11 @@ def minimax_h3(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return encode_vae_condition(vae, of_bytes, *IMAGENET)
 
 
+def sana_wm(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Of the first frame."""
+    return bare(SanaWMPipeline, vae)._encode_first_frame(pixels[:, :, 0], **CPU)
+
+
 def kvae_video(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """No pipeline takes it."""
     return vae.encode(pixels).latent_dist.mode()
@@ -133,5 +139,6 @@ ENCODERS: dict[str, Encode] = {
     "stable-video": stable_video,
     "minimax-h3": minimax_h3,
     "kvae-video": kvae_video,
+    "sana-wm": sana_wm,
 }
 CLIP_TO_LATENTS = {name: torch.no_grad()(encode) for name, encode in ENCODERS.items()}

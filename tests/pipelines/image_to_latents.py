@@ -14,6 +14,7 @@ from diffusers import (
     Cosmos2VideoToWorldPipeline,
     Flux2Pipeline,
     FluxKontextPipeline,
+    HunyuanImageRefinerPipeline,
     Kandinsky5I2IPipeline,
     QwenImage21Pipeline,
     QwenImageEditPipeline,
@@ -109,6 +110,11 @@ def kvae(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return vae.encode(pixels).latent_dist.mode()
 
 
+def refiner(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Samples. [B, 2C, 1, h, w]."""
+    return _encoded(bare(HunyuanImageRefinerPipeline, vae), pixels[:, :, None])
+
+
 def _encoded(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
     return pipe._encode_vae_image(pixels, generator())
 
@@ -131,5 +137,6 @@ ENCODERS: dict[str, Encode] = {
     "cosmos2": cosmos2,
     "kandinsky5-image": kandinsky,
     "kvae": kvae,
+    "hunyuan-image-refiner": refiner,
 }
 PICTURE_TO_LATENTS = {name: torch.no_grad()(encode) for name, encode in ENCODERS.items()}

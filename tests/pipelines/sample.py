@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,32 @@ def run(
 
 
 def run_block(
-    name: str, block: Any, latents: torch.Tensor, *, is_packed: bool = False, are_scaled: bool = True, **given: Any
+    name: str,
+    blocks: Any,
+    latents: torch.Tensor,
+    *,
+    is_packed: bool = False,
+    are_scaled: bool = True,
+    config: dict[str, Any] | None = None,
+    **given: Any,
 ) -> Sample:
-    """Run one decoding block of a modular pipeline on latents.
+    """Run the decoding block of a modular pipeline on latents, or several blocks, the last of which gives the pixels.
 
-    given: its component, by name, and its other inputs.
+    config: of the whole pipeline. given: the component that decodes, by name, and further inputs.
     """
     (part,) = given.keys() & {"vae", "diffusion_decoder"}
     vae = given.pop(part)
+    several = blocks if isinstance(blocks, list) else [blocks]
     with quiet():
-        pipe = block.init_pipeline()
+        chain = SequentialPipelineBlocks.from_blocks_dict({str(number): each for number, each in enumerate(several)})
+        pipe = chain.init_pipeline()
         pipe.update_components(**{part: vae})
-        (output,) = block.output_names
-        pixels = pipe(latents=latents, output_type="pt", **given, output=output)
+        pipe.register_to_config(**config or {})
+        (output,) = (each.name for each in several[-1].intermediate_outputs)
+        held = {} if "latent_chunks" in given else {"latents": latents}
+        made = pipe(**held, output_type="pt", **given, output=output)
+    pixels = made[0] if isinstance(made, list) else made
+    pixels = pixels[None] if output == "videos" and pixels.ndim == 4 else pixels  # one clip has no batch axis
     is_clip = pixels.ndim == 5
     return Sample(
         name=name,

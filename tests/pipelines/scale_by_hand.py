@@ -54,7 +54,11 @@ def spread(vae: Any, z: torch.Tensor) -> torch.Tensor:
 
 def buffered(vae: Any, z: torch.Tensor) -> torch.Tensor:
     mean, std = (values.view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
-    return (z - mean) / std
+    return (z - mean) * vae.config.scaling_factor / std
+
+
+def twice(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    return scaled(vae, torch.cat([z, z], 1))
 
 
 def patched(vae: Any, z: torch.Tensor) -> torch.Tensor:
@@ -82,8 +86,16 @@ def framewise(vae: Any, z: torch.Tensor) -> torch.Tensor:
     return (z - mean) * 0.5 / std
 
 
-FIRST_FRAME = {"wan-2.2-5b", "ltx2", "hunyuan-video", "hunyuan-video-1.5", "kandinsky5-video", "stable-video"}
-PICTURES_OF_CLIPS = {"qwen-image", "qwen-image-2.1", "cosmos2"}
+FIRST_FRAME = {
+    "sana-wm",
+    "wan-2.2-5b",
+    "ltx2",
+    "hunyuan-video",
+    "hunyuan-video-1.5",
+    "kandinsky5-video",
+    "stable-video",
+}
+PICTURES_OF_CLIPS = {"qwen-image", "qwen-image-2.1", "cosmos2", "hunyuan-image-refiner"}
 SCALE: dict[str, Scale] = {
     "stable-diffusion": scaled,
     "stable-diffusion-taesd": scaled,
@@ -116,6 +128,8 @@ SCALE: dict[str, Scale] = {
     "kandinsky5-video": channels_last,
     "stable-video": as_they_are,
     "minimax-h3": spread,
+    "hunyuan-image-refiner": twice,
+    "sana-wm": buffered,
     "kvae": as_they_are,
     "kvae-video": as_they_are,
 }

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKLCosmos,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanImage,
+    AutoencoderKLHunyuanImageRefiner,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLKVAE,
@@ -76,9 +77,9 @@ def wan_22() -> Any:
     return wan(z_dim=48, decoder_base_dim=8, **patches, **statistics(48))
 
 
-def qwen_image() -> Any:
+def qwen_image(**config: Any) -> Any:
     """Wan 2.1's architecture under another name, for a clip of one frame."""
-    vae = seeded(AutoencoderKLQwenImage, **WAN)
+    vae = seeded(AutoencoderKLQwenImage, **WAN | config)
     return brightened(vae, vae.decoder.conv_out)
 
 
@@ -133,6 +134,13 @@ def hunyuan_image() -> Any:
         "block_out_channels": (32, 32, 32, 32, 64, 128),
     }
     return seeded(AutoencoderKLHunyuanImage, layers_per_block=1, **size, **channels)
+
+
+def hunyuan_image_refiner() -> Any:
+    """16 times smaller, 32 channels, a scaling factor."""
+    channels = {"latent_channels": 32, "block_out_channels": (32, 32, 32, 64, 64)}
+    vae = seeded(AutoencoderKLHunyuanImageRefiner, layers_per_block=1, **channels)
+    return brightened(vae, vae.decoder.conv_out.conv)
 
 
 def dc() -> Any:

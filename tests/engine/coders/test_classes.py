@@ -20,7 +20,6 @@ from tests.pipelines import SAMPLES
 # asymmetric one), a code book (VQ), sound.
 REFUSED = {
     "AsymmetricAutoencoderKL",
-    "AutoencoderKLHunyuanImageRefiner",
     "AutoencoderKLKVAEAudio",
     "AutoencoderKLLTX2Audio",
     "AutoencoderKLMiniMaxH3Audio",
