@@ -61,6 +61,7 @@ class LatentSpec:
     has_encoder: the model can encode. False for a decoder that is a model of its own.
     takes_timestep: decoding accepts the parameter `decode_timestep`.
     takes_seed: decoding draws noise, and accepts the parameters `seed` and `decode_steps`.
+    is_preview: the pixels are only similar to those of another model, which takes the same latents.
     inverts_scale: encoded latents are divided by the scaling factor instead of being multiplied by it.
     """
 
@@ -81,6 +82,7 @@ class LatentSpec:
     has_encoder: bool = True
     takes_timestep: bool = False
     takes_seed: bool = False
+    is_preview: bool = False
     inverts_scale: bool = False
 
 
