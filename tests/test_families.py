@@ -118,7 +118,7 @@ def test_pixels_become_the_latents_that_an_image_to_image_pipeline_holds(address
     torch.testing.assert_close(answer, expected, atol=1e-4, rtol=0)
 
 
-BATCHED = ["stable-video", "hunyuan-video-1.5", "wan", "qwen-image", "cogvideox", "ltx", "sd3"]
+BATCHED = ["stable-video", "hunyuan-video-1.5", "wan", "qwen-image", "cogvideox", "ltx", "sd3", "qwen-image-layered"]
 
 
 @pytest.mark.parametrize("name", BATCHED)

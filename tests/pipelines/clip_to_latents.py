@@ -131,6 +131,7 @@ ENCODERS: dict[str, Encode] = {
     "ltx": ltx,
     "ltx-timestep": ltx,
     "ltx2": ltx2,
+    "ltx2.3": ltx2,
     "hunyuan-video": hunyuan_video,
     "hunyuan-video-1.5": hunyuan_video_15,
     "easy-animate": easy_animate,

@@ -77,17 +77,17 @@ UNGUIDED = {
 }
 
 
-def ltx2() -> Sample:
+def ltx2(name: str, vae: Any) -> Sample:
     sound = {"audio_vae": seeded(AutoencoderKLLTX2Audio, **AUDIO), "vocoder": seeded(LTX2Vocoder, **VOCODER)}
     parts = {
         "transformer": seeded(LTX2VideoTransformer3DModel, **TRANSFORMER, **ROPE),
         "connectors": seeded(LTX2TextConnectors, **CONNECTORS, **ROPE),
         "scheduler": FlowMatchEulerDiscreteScheduler(),
     }
-    pipe = LTX2Pipeline(vae=vaes.ltx2(), text_encoder=None, tokenizer=None, **parts, **sound)
+    pipe = LTX2Pipeline(vae=vae, text_encoder=None, tokenizer=None, **parts, **sound)
     prompt = {"prompt_embeds": noise(1, 4, 64), "prompt_attention_mask": ones(1, 4)}
     size = {"height": 96, "width": 64, "num_frames": 9}
-    return run("ltx2", pipe, are_scaled=False, **size, **prompt, **UNGUIDED, audio_stg_scale=0.0)
+    return run(name, pipe, are_scaled=False, **size, **prompt, **UNGUIDED, audio_stg_scale=0.0)
 
 
 def diffusion_packed() -> Sample:
@@ -107,4 +107,9 @@ def diffusion_unpacked() -> Sample:
     return Sample("ltx2-diffusion-unpacked", decoder, latents, pixels, 96, 128, 9, is_packed=False, are_scaled=False)
 
 
-SAMPLES = {"ltx2": ltx2, "ltx2-diffusion": diffusion_packed, "ltx2-diffusion-unpacked": diffusion_unpacked}
+SAMPLES = {
+    "ltx2": lambda: ltx2("ltx2", vaes.ltx2()),
+    "ltx2.3": lambda: ltx2("ltx2.3", vaes.ltx23()),
+    "ltx2-diffusion": diffusion_packed,
+    "ltx2-diffusion-unpacked": diffusion_unpacked,
+}

@@ -89,6 +89,7 @@ def framewise(vae: Any, z: torch.Tensor) -> torch.Tensor:
 FIRST_FRAME = {
     "sana-wm",
     "wan-2.2-5b",
+    "ltx2.3",
     "ltx2",
     "hunyuan-video",
     "hunyuan-video-1.5",
@@ -121,6 +122,7 @@ SCALE: dict[str, Scale] = {
     "ltx": buffered,
     "ltx-timestep": buffered,
     "ltx2": buffered,
+    "ltx2.3": buffered,
     "hunyuan-video": scaled,
     "hunyuan-video-1.5": scaled,
     "easy-animate": scaled,

@@ -32,7 +32,7 @@ def pipeline(kind: Any, vae: Any, transformer: Still, **parts: Any) -> Any:
 
 def glm_image() -> Sample:
     """Means and deviations, and a scaling factor that the pipeline does not use."""
-    vae = vaes.kl16(scaling_factor=0.5, shift_factor=None, **vaes.statistics(16))
+    vae = vaes.kl16(scaling_factor=0.5, shift_factor=None, mid_block_add_attention=False, **vaes.statistics(16))
     pipe = pipeline(GlmImagePipeline, vae, Still(in_channels=16, patch_size=2, num_layers=1))
     pipe.check_inputs = lambda *_, **__: None  # it wants sizes of 32 pixels and more tokens than are needed here
     prior = torch.zeros(1, 12, dtype=torch.long)

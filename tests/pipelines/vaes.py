@@ -83,9 +83,9 @@ def qwen_image(**config: Any) -> Any:
     return brightened(vae, vae.decoder.conv_out)
 
 
-def flux2() -> Any:
+def flux2(**config: Any) -> Any:
     """32 channels, 128 after the patches of 2x2 that the statistics are kept for, in a batch norm's buffers."""
-    vae = seeded(AutoencoderKLFlux2, **BLOCKS, latent_channels=32)
+    vae = seeded(AutoencoderKLFlux2, **BLOCKS | {"latent_channels": 32} | config)
     vae.bn.running_mean.normal_(std=0.5)
     vae.bn.running_var.uniform_(0.5, 3.0)
     return vae
@@ -173,6 +173,22 @@ def ltx2(**config: Any) -> Any:
     vae.latents_mean.normal_(std=0.5)
     vae.latents_std.uniform_(0.5, 3.0)
     return vae
+
+
+def ltx23() -> Any:
+    """LTX-2.3 and 2.5: as LTX-2, with a decoder of other blocks."""
+    channels = {"block_out_channels": (8, 16, 32, 32), "decoder_block_out_channels": (8, 16, 16, 32)}
+    layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5}
+    ratios = {
+        "upsample_type": ("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
+        "upsample_factor": (2, 2, 1, 2),
+    }
+    flags = {
+        "decoder_spatio_temporal_scaling": (True,) * 4,
+        "decoder_inject_noise": (False,) * 5,
+        "upsample_residual": (False,) * 4,
+    }
+    return ltx2(**channels, **layers, **ratios, **flags, decoder_spatial_padding_mode="zeros")
 
 
 def qwen_image_21() -> Any:
