@@ -36,7 +36,7 @@ SHARES = {
     "images": 130,
     "videos": 130,
     "shapes": 30,
-    "memory": 50,
+    "memory": 70,
     "four_models": 40,
     "serving": 75,
     "lost_device": 35,

@@ -16,8 +16,9 @@ log = logging.getLogger(__name__)
 
 # How many graphs a coder keeps.
 GRAPHS = 8
-# Of how many keys a coder remembers that it has seen them once, or that recording failed.
+# Of how many keys a coder remembers when it saw them, or that recording failed.
 REMEMBERED = 256
+FAILED = -1
 # The largest batch, in pixels, that is run as a graph. A larger one keeps the GPU busy without a graph, and a graph
 # would hold the memory of its activations.
 GRAPH_PIXELS = 1 << 20
@@ -110,14 +111,18 @@ class Recorder(Protocol):
 class Graphs:
     """The recordings of one coder, by key.
 
-    A key is recorded when it comes for the second time, because recording costs two runs. The least recently used
-    recording is dropped when there are more than `limit`. A key whose recording failed is never recorded again.
+    A key is recorded when it comes for the second time, because recording costs two runs. If there are `limit`
+    recordings already, then the least recently used one is dropped for it, but only if that one was not used since the
+    key came before: otherwise a few more keys in rotation than `limit` would each be recorded at every call. A key
+    whose recording failed is never recorded again.
     """
 
     def __init__(self, recorder: Recorder, limit: int = GRAPHS) -> None:
         self.recorder, self.limit = recorder, limit
-        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether it may be recorded, by key
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the least recently used one first
+        self._calls = 0
+        self._used: dict[Hashable, int] = {}  # the number of the last call with each recording
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()  # of the last call without one, or FAILED, by key
         _all.add(self)
 
     def __len__(self) -> int:
@@ -127,6 +132,7 @@ class Graphs:
     def clear(self) -> None:
         """Drop all recordings, so that torch can free their memory."""
         self._recordings.clear()
+        self._used.clear()
         self.recorder.forget()
 
     def run(self, key: Hashable, function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,30 +140,35 @@ class Graphs:
 
         key: must differ whenever `function` would launch other kernels, or the same kernels with other arguments.
         """
+        self._calls += 1
         recording = self._recordings.get(key) or self._recorded(key, function, x)
         if recording is None:
             return function(x)
         self._recordings.move_to_end(key)
+        self._used[key] = self._calls
         return recording(x)
 
     def _recorded(self, key: Hashable, function: Function, x: Tensor) -> Recording | None:
-        """Record a key that was seen before, unless that failed then."""
-        may_be_recorded = self._seen.get(key, False)
-        self._note(key, self._seen.get(key, True))
-        if not may_be_recorded:
+        """Record a key that was seen before, unless that failed then or other recordings are needed more."""
+        before = self._seen.get(key)
+        self._note(key, FAILED if before == FAILED else self._calls)
+        if before is None or before == FAILED:
             return None
+        oldest = next(iter(self._recordings), None) if len(self._recordings) >= self.limit else None
+        if oldest is not None:
+            if self._used[oldest] > before:
+                return None
+            del self._recordings[oldest], self._used[oldest]
         try:
             recording = self._recordings[key] = self.recorder.record(function, x)
         except Exception as error:  # noqa: BLE001  # whatever recording raises, the function still runs without it
-            self._note(key, False)
+            self._note(key, FAILED)
             log.warning("a CUDA graph could not be recorded (%s); this size runs without one", error)
             return None
-        if len(self._recordings) > self.limit:
-            self._recordings.popitem(last=False)
         return recording
 
-    def _note(self, key: Hashable, may_be_recorded: bool) -> None:
-        self._seen[key] = may_be_recorded
+    def _note(self, key: Hashable, call: int) -> None:
+        self._seen[key] = call
         self._seen.move_to_end(key)
         if len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)

@@ -82,8 +82,21 @@ def test_the_least_recently_used_recording_is_dropped(recorder: CountingRecorder
     before = recorder.recorded
     run(graphs, "a")
     assert recorder.recorded == before
-    run(graphs, "b")  # was dropped, but has been seen: it is recorded at once
+    run(graphs, "b")  # was dropped; the other two were used since it came last
+    assert recorder.recorded == before
+    run(graphs, "b")
     assert recorder.recorded == before + 1
+
+
+def test_more_shapes_in_rotation_than_are_kept_are_not_recorded_again_and_again(recorder: CountingRecorder) -> None:
+    graphs, rounds = Graphs(recorder, limit=8), 5
+    for _ in range(rounds):
+        for key in range(12):
+            assert run(graphs, key) == 6
+    assert recorder.recorded == 8
+    for key in range(100, 108):  # other shapes take their places at once
+        assert [run(graphs, key) for _ in range(2)] == [6, 6]
+    assert recorder.recorded == 16
 
 
 def test_the_memory_of_all_coders_graphs_is_counted_and_freed(recorder: CountingRecorder) -> None:
