@@ -67,7 +67,7 @@ def test_every_class_with_a_family_is_compared_with_a_pipeline() -> None:
 def test_an_unknown_class_is_refused_with_what_to_do(class_name: str, tmp_path: Path) -> None:
     said = refusal(source(tmp_path, class_name))
     assert f"does not know the range, scaling and noise of the VAE class {class_name}, so" in said
-    assert "AutoencoderKL, AutoencoderKLAllegro" in said
+    assert "known classes: AutoencoderDC, AutoencoderKL, AutoencoderKLAllegro" in said, "each once"
     assert "write `decoder: plain` into its entry of models.yaml" in said
 
 
