@@ -1,17 +1,19 @@
-"""Describe models, for `GET /models`, for `python -m server models`, and for the table in README.md."""
+"""Describe models, for `GET /models`, for `python -m server models`, and for the tables in README.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import groupby
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .config import Settings
 from .model_info import LatentSpec, ModelInfo, Weights
 from .outputs import FORMATS
 from .values import LATENT_DTYPES
 
+ListedKind = Literal["image", "video", "preview"]
+KINDS: tuple[ListedKind, ...] = get_args(ListedKind)
+HEADINGS: dict[ListedKind, str] = {"image": "images", "video": "videos", "preview": "previews"}
 INPUTS = {
     "image": ["image/png", "image/jpeg", "image/webp", "tensor/binary"],
     "video": ["video/mp4", "image/png", "image/jpeg", "image/webp", "tensor/binary"],
@@ -38,6 +40,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
     kind = info.latents.kind
     outputs = [media_type for form in FORMATS if kind in form.kinds for media_type in form.media_types]
     return known | {
+        "kind": kind_of(info),
         "class": info.class_name,
         "latents": asdict(info.latents),
         "fps": settings.fps_of(name) if kind == "video" else None,
@@ -70,17 +73,40 @@ def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:
 
 
 def families_table(settings: Settings, infos: dict[str, ModelInfo]) -> str:
-    """Return a Markdown table of models. Neighbours with the same class and latents share a row."""
+    """Return Markdown tables of models, one for each kind. Models with the same class and latents share a row."""
+    tables = []
+    for kind in KINDS:
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for name in chosen(settings, infos, kind):
+            spec = infos[name].latents
+            alike = _latents(spec), _ratios(spec), infos[name].class_name
+            rows.setdefault(alike, []).append(f"`{name}`" + (" (gated)" if infos[name].is_gated else ""))
+        if rows:
+            lines = [f"| {', '.join(names)} | {' | '.join(alike)} |" for alike, names in rows.items()]
+            head = f"| {HEADINGS[kind]} | latents | a latent pixel is | class |\n| --- | --- | --- | --- |\n"
+            tables.append(head + "\n".join(lines) + "\n")
+    return "\n".join(tables)
 
-    def alike(name: str) -> tuple[str, ...]:
-        spec = infos[name].latents
-        return infos[name].class_name, _latents(spec), _ratios(spec)
 
-    rows = ["| models | class | latents | a latent pixel is |", "| --- | --- | --- | --- |"]
-    for (class_name, latents, ratios), names in groupby(infos, alike):
-        each = ", ".join(f"`{name}`" + (" (gated)" if infos[name].is_gated else "") for name in names)
-        rows.append(f"| {each} | {class_name} | {latents} | {ratios} |")
-    return "\n".join(rows) + "\n"
+def kind_of(info: ModelInfo) -> ListedKind:
+    """Return the kind by which a list of models is filtered: what the model decodes to, or `preview`."""
+    return "preview" if info.latents.is_preview else info.latents.kind
+
+
+def chosen(
+    settings: Settings, infos: Mapping[str, ModelInfo], kind: str | None = None, part: str | None = None
+) -> list[str]:
+    """Return the names of the models to list, in the order of models.yaml.
+
+    kind: one of KINDS; None for all. Models without a description have no kind.
+    part: a part of the name or of an alias, in any case; None for all.
+    """
+    return [
+        name
+        for name, entry in settings.models.items()
+        if (part is None or any(part.lower() in each.lower() for each in (name, *entry.aliases)))
+        and (kind is None or (name in infos and kind_of(infos[name]) == kind))
+    ]
 
 
 def _latents(spec: LatentSpec) -> str:

@@ -60,7 +60,10 @@ class LatentSpec:
     patch_size: side of a packed patch, in latent pixels.
     image_channels: 3, or 4 for a VAE whose images have an alpha channel.
     has_posterior: encoding returns a distribution. The answer is its mode unless a sample is requested.
+    has_encoder: the model can encode. False for a decoder that is a model of its own.
     takes_timestep: decoding accepts the parameter `decode_timestep`.
+    takes_seed: decoding draws noise, and accepts the parameters `seed` and `decode_steps`.
+    is_preview: the pixels are only similar to those of another model, which takes the same latents.
     inverts_scale: encoded latents are divided by the scaling factor instead of being multiplied by it.
     """
 
@@ -78,7 +81,10 @@ class LatentSpec:
     patch_size: int = 2
     image_channels: int = 3
     has_posterior: bool = True
+    has_encoder: bool = True
     takes_timestep: bool = False
+    takes_seed: bool = False
+    is_preview: bool = False
     inverts_scale: bool = False
 
 

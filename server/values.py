@@ -72,7 +72,7 @@ class Geometry:
     num_frames, height, width: of the pixels; num_frames is 1 for an image model.
     axes: order of the axes of the video latents that were sent.
     skipped_frames: latent frames at the start of the tensor that are not part of the video.
-    arguments: further keyword arguments of `vae.decode`.
+    arguments: further keyword arguments of `vae.decode`; a `seed` stands for its `generator`.
     """
 
     latent_shape: tuple[int, ...]
@@ -82,7 +82,7 @@ class Geometry:
     width: int
     axes: str = "BCFHW"
     skipped_frames: int = 0
-    arguments: tuple[tuple[str, float], ...] = ()
+    arguments: tuple[tuple[str, int | float], ...] = ()
 
     @property
     def batch(self) -> int:

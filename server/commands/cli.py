@@ -201,21 +201,28 @@ def announce(settings: Settings, listener: socket.socket) -> None:
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", help="format of the list"
 )
+@click.option("--kind", type=click.Choice(["image", "video", "preview"]), help="list only models of this kind")
+@click.argument("part", required=False, metavar="[PART-OF-A-NAME]")
 @options("config")
-def models(form: str, config: str | None) -> None:
-    """List the models of models.yaml: latents, statistics, limits, licences, weights."""
-    from ..listing import as_text, families_table, listed
+def models(form: str, kind: str | None, part: str | None, config: str | None) -> None:
+    """List the models of models.yaml: latents, statistics, limits, licences, weights.
+
+    With a part of a name, list only models whose name or alias contains it.
+    """
+    from ..listing import as_text, chosen, families_table, listed
     from .checks import describe_all
 
     settings = load_settings(config=config)
     infos = describe_all(settings)
+    names = chosen(settings, infos, kind, part)
     if form == "markdown":
-        click.echo(families_table(settings, infos), nl=False)
+        click.echo(families_table(settings, {name: infos[name] for name in names if name in infos}), nl=False)
     elif form == "json":
-        click.echo(json.dumps([listed(settings, name, infos.get(name)) for name in settings.models], indent=1))
-    else:
-        for name in settings.models:
-            click.echo(as_text(settings, name, infos.get(name)))
+        click.echo(json.dumps([listed(settings, name, infos.get(name)) for name in names], indent=1))
+    elif not names:
+        fail("no model of models.yaml matches; run `python -m server models` for all of them", 1)
+    for name in names if form == "text" else ():
+        click.echo(as_text(settings, name, infos.get(name)))
 
 
 @main.command()
@@ -265,6 +272,8 @@ def download(names: tuple[str, ...], config: str | None) -> None:
 @click.option("--height", type=int, help="height of the image in pixels, for packed latents")
 @click.option("--width", type=int, help="width of the image in pixels, for packed latents")
 @click.option("--num-frames", type=int, help="number of frames, for CogVideoX 1.5 and packed video latents")
+@click.option("--seed", type=int, help="seed of the noise of a diffusion decoder; default: 0")
+@click.option("--decode-steps", type=int, help="number of denoising steps of a diffusion decoder")
 @click.option(
     "--scaled/--unscaled",
     default=True,

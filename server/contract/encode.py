@@ -42,6 +42,7 @@ def encode_job(parameters: Parameters, accept: str, info: ModelInfo) -> Job:
 def _job(
     parameters: Parameters, accept: str, info: ModelInfo, shape: tuple[int, ...], dtype: str, pixel_axes: str
 ) -> Job:
+    _check_encoder(info)
     chosen, media_type = choose_format(parameters, "pt", accept, info.latents.kind)
     batch, frames, height, width = (dict(zip(pixel_axes, shape, strict=True)).get(axis, 1) for axis in "BFHW")
     geometry = FAMILIES[info.latents.family].encode_geometry(info.latents, batch, frames, height, width)
@@ -59,6 +60,16 @@ def _job(
         seed=_seed(parameters, info.latents),
         output_dtype=parameters.output_dtype(),
     )
+
+
+def _check_encoder(info: ModelInfo) -> None:
+    """Raise Impossible if the model cannot encode, by its class or by its weights."""
+    if not info.latents.has_encoder:
+        raise Impossible(
+            f"'{info.name}' only decodes, because it is a decoder without an encoder; encode with a model that has the "
+            "same latents"
+        )
+    info.check_direction(Direction.ENCODE)
 
 
 def pixel_order(shape: tuple[int, ...], spec: LatentSpec, colours: Collection[int]) -> str | None:
@@ -102,7 +113,7 @@ def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
 
     Raises BadRequest, NotAcceptable, Impossible.
     """
-    info.check_direction(Direction.ENCODE)
+    _check_encoder(info)
     choose_format(parameters, "pt", accept, info.latents.kind)
     parameters.scaling()
     parameters.output_dtype()

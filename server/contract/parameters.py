@@ -20,6 +20,7 @@ KNOWN = frozenset(
             "num_frames",
             "decode_timestep",
             "decode_chunk_size",
+            "decode_steps",
             "fps",
             "quality",
         ),

@@ -1,6 +1,7 @@
 """The VAE families that the server knows.
 
-To add a family, write its class in a new file of this package and add it to `IMAGE_FAMILIES` or `VIDEO_FAMILIES`.
+To add a family, write its class in a new file of this package and add it to `IMAGE_FAMILIES`, `VIDEO_FAMILIES` or
+`NAMED_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -13,30 +14,43 @@ from .base import Family, check_limits
 from .cogvideox import CogVideoX
 from .cosmos import Cosmos
 from .dc import DC
+from .fibo import Fibo
 from .flux import Flux
 from .flux2 import Flux2
+from .flux2_relatives import ErnieImage, Ideogram4
+from .glm_image import GlmImage
 from .hunyuan_image import HunyuanImage
+from .hunyuan_image_refiner import HunyuanImageRefiner
 from .hunyuan_video import HunyuanVideo
 from .hunyuan_video_15 import HunyuanVideo15
 from .kl import KL
-from .ltx import LTX, LTX2
+from .kvae import KVAE, KVAEVideo
+from .ltx import LTX, LTX2, ScaledLTX2
+from .ltx2_diffusion import LTX2Diffusion
 from .magvit import Magvit
+from .minimax_h3 import MiniMaxH3
 from .mochi import Mochi
 from .plain import PlainImage, PlainVideo, is_video
-from .qwen_image import QwenImage, QwenImage21
+from .qwen_image import QwenImage, QwenImage21, QwenImageLayered
 from .stable_video import StableVideo
 from .tiny import Tiny
 from .wan import Wan
 
 IMAGE_FAMILIES: tuple[Family, ...] = (
-    *(KL(), Flux(), Flux2(), QwenImage(), QwenImage21(), HunyuanImage(), DC(), Tiny()),
+    *(KL(), Flux(), Flux2(), QwenImage(), QwenImage21(), HunyuanImage(), DC(), Tiny(), KVAE(), HunyuanImageRefiner()),
 )
 VIDEO_FAMILIES: tuple[Family, ...] = (
     *(Wan(), HunyuanVideo(), HunyuanVideo15(), LTX(), LTX2(), CogVideoX(), Mochi(), Cosmos(), StableVideo()),
-    *(Allegro(), Magvit()),
+    *(Allegro(), Magvit(), MiniMaxH3(), LTX2Diffusion(), KVAEVideo()),
+)
+# The classes of these have another family above, which is used unless an entry of models.yaml names one of these.
+NAMED_FAMILIES: tuple[Family, ...] = (
+    *(GlmImage(), ErnieImage(), Ideogram4(), QwenImageLayered(), Fibo(), ScaledLTX2()),
 )
 PLAIN: tuple[Family, ...] = (PlainImage(), PlainVideo())
-FAMILIES: dict[str, Family] = {family.name: family for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *PLAIN)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *NAMED_FAMILIES, *PLAIN)
+}
 
 
 def family_of_class(class_name: str) -> Family | None:

@@ -33,6 +33,10 @@ class Sent(Protocol):
         """Return the integer sent as `key`, or None."""
         ...
 
+    def long(self, key: str) -> int | None:
+        """Return the integer from 0 to 2**64 - 1 sent as `key`, or None."""
+        ...
+
     def number(self, key: str, low: float, high: float) -> float | None:
         """Return the number sent as `key`, or None. Raises BadRequest if it is not in [low, high]."""
         ...
@@ -126,10 +130,11 @@ class Family(ABC):
         """
         return self.unscale(self.unpack(latents, geometry), spec, scaling)
 
-    def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Run diffusers' own decode as the pipelines call it. Return the sample `[B, C, (F,) H, W]`.
 
-        latents: as `latents_in` returns them. arguments: `Geometry.arguments`.
+        latents: as `latents_in` returns them. arguments: `Geometry.arguments`, with a torch `generator` in place of a
+            `seed`.
         """
         sample: torch.Tensor = vae.decode(latents, return_dict=False, **arguments)[0]
         return sample

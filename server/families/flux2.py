@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import WrongShape
 from ..model_info import LatentSpec
@@ -22,11 +22,20 @@ class Flux2(KL):
     class_names = ("AutoencoderKLFlux2",)
     is_usually_packed = True
     gpu_dtype = "bfloat16"
+    fixed_eps: ClassVar[float | None] = None  # used in place of the config's `batch_norm_eps`
 
     def refine(self, spec: LatentSpec, vae: Any) -> LatentSpec:
         """Read the statistics, one value for each of the 128 patch channels, from the batch norm of the VAE."""
-        std = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
-        return replace(spec, latents_mean=tuple(vae.bn.running_mean.float().tolist()), latents_std=tuple(std.tolist()))
+        return self.with_statistics(spec, *self.statistics(vae))
+
+    def statistics(self, vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean and the standard deviation of each patch channel, `[4 C]` each."""
+        eps = vae.config.batch_norm_eps if self.fixed_eps is None else self.fixed_eps
+        return vae.bn.running_mean.float(), (vae.bn.running_var.float() + eps).sqrt()
+
+    def with_statistics(self, spec: LatentSpec, mean: torch.Tensor, std: torch.Tensor) -> LatentSpec:
+        """Return the spec with these statistics."""
+        return replace(spec, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
 
     def grid(self, spec: LatentSpec) -> int:
         """Return 16 pixels for a VAE with a ratio of 8: latents consist of whole patches."""

@@ -19,6 +19,9 @@ class Checkpoint:
     decoder_weights, encoder_weights: the number of parameters that each direction needs.
     gated: downloading needs a token of an account that accepted the licence.
     config: the entries of config.json that differ from the defaults of the class.
+    source: where these facts come from; None for diffusers' conversion scripts and class defaults.
+    unverified: the facts that were not compared with the repository: "licence", "gated", "config".
+    shared_by: repositories that are said to contain the same VAE, each as "REPO:SUBFOLDER".
     """
 
     class_name: str
@@ -27,6 +30,9 @@ class Checkpoint:
     encoder_weights: int
     gated: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    unverified: list[str] = field(default_factory=list)
+    shared_by: list[str] = field(default_factory=list)
 
 
 def known(repo: str, subfolder: str | None) -> Checkpoint | None:
@@ -38,3 +44,8 @@ def known(repo: str, subfolder: str | None) -> Checkpoint | None:
 def _all() -> dict[str, Checkpoint]:
     entries = yaml.safe_load((resources.files(__package__) / "known.yaml").read_text(encoding="utf-8"))
     return {name: Checkpoint(class_name=entry.pop("class"), **entry) for name, entry in entries.items()}
+
+
+def all_known() -> dict[str, Checkpoint]:
+    """Return all checkpoints, by their repository or "REPO:SUBFOLDER"."""
+    return dict(_all())

@@ -49,10 +49,10 @@ class LTX(Video):
             return found
         return replace(found, arguments=(("timestep", sent.number("decode_timestep", 0, 1) or 0.0),))
 
-    def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Run diffusers' decode, with the timestep for all videos of the batch if there is one."""
         if "timestep" not in arguments:
-            return super().decode(vae, latents)
+            return super().decode(vae, latents, **arguments)
         timestep = latents.new_tensor([arguments["timestep"]] * len(latents))  # [B]
         sample: torch.Tensor = vae.decode(latents, timestep, return_dict=False)[0]
         return sample
@@ -103,3 +103,13 @@ class LTX2(LTX):
         return super().latents_in(
             latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling
         )
+
+
+class ScaledLTX2(LTX2):
+    """LTX-2's VAE in the pipelines of SANA-Video and SANA-WM, whose latents are never packed, and always scaled."""
+
+    name = "scaled_ltx2"
+
+    def latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry, scaling: Scaling) -> torch.Tensor:
+        """Unscale with the model's own statistics too."""
+        return LTX.latents_in(self, latents, spec, geometry, scaling)

@@ -15,7 +15,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..config import ServerOptions, paths
-from ..listing import listed
+from ..contract import Parameters
+from ..listing import KINDS, chosen, listed
 from ..model_info import Direction
 from ..scheduling.service import Service
 from .openapi import DESCRIPTION
@@ -44,9 +45,11 @@ async def prometheus(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """Answer GET /models with a description of each model and its state."""
+    """Answer GET /models with a description of each model and its state. `kind` and `name` choose some of them."""
     service: Service = request.app.state.service
-    known = [_listed(service, name) for name in service.settings.models]
+    sent = Parameters(request.query_params.multi_items())
+    names = chosen(service.settings, service.infos, sent.word("kind", KINDS), sent.text("name"))
+    known = [_listed(service, name) for name in names]
     return JSONResponse({"default": service.settings.default, "models": known})
 
 

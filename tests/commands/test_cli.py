@@ -125,6 +125,29 @@ def test_models_lists_every_shipped_model_without_the_network() -> None:
         assert (model["licence"] is None) == (model["name"] == "demo")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--kind", "preview"), {"taesd", "taesdxl", "taesd3", "taef1"}),
+        (("KREA",), {"qwen-image"}),
+        (("--kind", "video", "ltx-2.5"), {"ltx-2.5", "ltx-2.5-diffusion"}),
+        (("--kind", "image", "ltx"), set()),
+    ],
+)
+def test_models_lists_some_of_them(arguments: tuple[str, ...], expected: set[str]) -> None:
+    listed = json.loads(invoke("models", *arguments, "--format", "json").stdout)
+    assert {model["name"] for model in listed} == expected
+
+
+def test_models_lists_each_model_in_one_kind() -> None:
+    kinds = [invoke("models", "--kind", kind, "--format", "markdown").stdout for kind in ("image", "video", "preview")]
+    assert "\n".join(kinds) == invoke("models", "--format", "markdown").stdout
+
+
+def test_models_says_that_none_matches() -> None:
+    assert_one_sentence(run("models", "nobody"), "no model of models.yaml matches; run", 1)
+
+
 def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
     ran = invoke("check", "--config", models_yaml)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -10,8 +10,8 @@ from accelerate import init_empty_weights
 
 from server.config import SHIPPED_MODELS_YAML, load_settings
 from server.engine.weights.agreement import OTHER_PARTS
-from server.families import family_of_class
-from server.families.known import Checkpoint, known
+from server.families import FAMILIES, family_of_class
+from server.families.known import Checkpoint, all_known, known
 from server.model_info import Direction
 
 ENTRIES = load_settings(config=SHIPPED_MODELS_YAML).models
@@ -28,10 +28,23 @@ def test_a_listed_checkpoint_is_known_and_builds_as_it_says(name: str) -> None:
     for key, weight in vae.named_parameters():
         counts[key.split(".")[0] in OTHER_PARTS[Direction.DECODE]] += weight.numel()
     assert (counts[False], counts[True]) == (checkpoint.decoder_weights, checkpoint.encoder_weights)
-    family = family_of_class(checkpoint.class_name)
+    named = ENTRIES[name].family
+    family = FAMILIES[named] if named else family_of_class(checkpoint.class_name)
     assert family is not None
+    assert checkpoint.class_name in family.class_names
     spec = family.describe(dict(vae.config))
     said = {**vae.config, **vars(vae)}  # some classes keep the ratios in their config, some as attributes
     spatial = said.get("spatial_compression_ratio") or said.get("scale_factor_spatial")
     assert spatial in (None, spec.vae_scale_factor)
     assert spec.kind == "image" or said.get("temporal_compression_ratio") in (None, spec.temporal_compression_ratio)
+
+
+def test_what_is_unverified_has_a_source() -> None:
+    for name, checkpoint in all_known().items():
+        assert set(checkpoint.unverified) <= {"licence", "gated", "config"}, name
+        assert checkpoint.source or not checkpoint.unverified, f"{name}: say where its facts come from"
+
+
+def test_every_known_checkpoint_has_an_entry() -> None:
+    entries = {f"{entry.repo}:{entry.subfolder}" if entry.subfolder else entry.repo for entry in ENTRIES.values()}
+    assert set(all_known()) <= entries

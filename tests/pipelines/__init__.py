@@ -8,17 +8,23 @@ from functools import cache
 from tests.pipelines import (
     clips,
     cosmos,
+    flux2_relatives,
     hunyuan,
     kandinsky,
+    kvae,
     ltx,
     ltx2,
+    minimax_h3,
     mmdit,
     patched,
     pictures,
     qwen_image_21,
+    qwen_relatives,
     sana,
     stable_diffusion,
     stable_video,
+    still_clips,
+    still_pictures,
     wan,
 )
 from tests.pipelines.clip_to_latents import CLIP_TO_LATENTS
@@ -40,6 +46,12 @@ FILES = (
     cosmos,
     kandinsky,
     stable_video,
+    minimax_h3,
+    kvae,
+    flux2_relatives,
+    qwen_relatives,
+    still_pictures,
+    still_clips,
 )
 SAMPLES: dict[str, Callable[[], Sample]] = {name: cache(make) for file in FILES for name, make in file.SAMPLES.items()}
 

@@ -10,6 +10,7 @@ import torch
 from tests.pipelines.sample import Sample
 
 Decode = Callable[[Sample], torch.Tensor]
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations
 
 
 def pixels(sample: Sample) -> torch.Tensor:
@@ -63,8 +64,79 @@ def flux2(sample: Sample) -> torch.Tensor:
     return decode(sample.vae, unpack(sample, 8, tokens))
 
 
+def ernie_image(sample: Sample) -> torch.Tensor:
+    """The batch norm's eps is the pipeline's own."""
+    norm = sample.vae.bn
+    mean, std = norm.running_mean.view(1, -1, 1, 1), (norm.running_var + 1e-5).sqrt().view(1, -1, 1, 1)
+    patches = sample.latents * std + mean  # [B, 4C, h/2, w/2]
+    return decode(sample.vae, torch.nn.functional.pixel_shuffle(patches, 2))
+
+
+def ideogram4(sample: Sample) -> torch.Tensor:
+    """In a token, the row and the column of the patch come before the channel."""
+    rows, columns = sample.height // 16, sample.width // 16
+    if sample.is_packed:
+        tokens = sample.latents.unflatten(1, (rows, columns))  # [B, h/2, w/2, 4C]
+    else:
+        patches = sample.latents.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # [B, C, h/2, 2, w/2, 2]
+        tokens = patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
+    norm = sample.vae.bn
+    tokens = tokens * (norm.running_var + sample.vae.config.batch_norm_eps).sqrt() + norm.running_mean
+    patches = tokens.unflatten(3, (2, 2, -1))  # [B, h/2, w/2, 2, 2, C]
+    return decode(sample.vae, patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3))
+
+
+def fibo2(sample: Sample) -> torch.Tensor:
+    """FLUX.2's statistics, of latents without patches."""
+    norm = sample.vae.bn
+    patches = torch.nn.functional.pixel_unshuffle(sample.latents, 2)  # [B, 4C, h/2, w/2]
+    std = (norm.running_var + sample.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    return decode(sample.vae, torch.nn.functional.pixel_shuffle(patches * std + norm.running_mean.view(1, -1, 1, 1), 2))
+
+
+def anima(sample: Sample) -> torch.Tensor:
+    mean, std = statistics(sample.vae, 5)
+    return decode(sample.vae, sample.latents * std + mean)[:, :, 0]
+
+
+def layered(sample: Sample) -> torch.Tensor:
+    """Every frame but the first is a picture of its own."""
+    latents = sample.latents
+    if sample.is_packed:
+        frames = latents.unflatten(1, (4, -1)).flatten(0, 1)  # [B F, S, 4C]
+        latents = unpack(sample, 8, frames).transpose(0, 1)[None]  # [1, C, F, h, w]
+    mean, std = statistics(sample.vae, 5)
+    pictures = (latents * std + mean)[0, :, 1:].transpose(0, 1)[:, :, None]  # [layers, C, 1, h, w]
+    return decode(sample.vae, pictures)[:, :, 0]
+
+
+def glm_image(sample: Sample) -> torch.Tensor:
+    """Its VAE has a scaling factor, which is not used."""
+    mean, std = statistics(sample.vae, 4)
+    return decode(sample.vae, sample.latents * std + mean)
+
+
+def refiner(sample: Sample) -> torch.Tensor:
+    """Only the second half of the channels is decoded."""
+    return decode(sample.vae, sample.latents[:, 32:] / sample.vae.config.scaling_factor)[:, :, 0]
+
+
+def fibo(sample: Sample) -> torch.Tensor:
+    """Wan 2.2's VAE. A token is one latent pixel."""
+    latents = sample.latents.mT.unflatten(2, (1, sample.height // 16, sample.width // 16))  # [B, C, 1, h, w]
+    mean, std = statistics(sample.vae, 5)
+    return decode(sample.vae, latents * std + mean)[:, :, 0]
+
+
+def scaled_ltx2(sample: Sample) -> torch.Tensor:
+    """SANA-Video and SANA-WM."""
+    vae = sample.vae
+    mean, std = (values.view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
+    return decode(vae, sample.latents / vae.config.scaling_factor * std + mean)
+
+
 def wan(sample: Sample) -> torch.Tensor:
-    """Wan, Sana-Video."""
+    """Wan, Sana-Video and others."""
     mean, std = statistics(sample.vae, 5)
     return decode(sample.vae, sample.latents * std + mean)
 
@@ -129,6 +201,29 @@ def stable_video(sample: Sample) -> torch.Tensor:
     return frames.unflatten(0, (-1, sample.num_frames)).transpose(1, 2)  # [B F, C, H, W] -> [B, C, F, H, W]
 
 
+def minimax_h3(sample: Sample) -> torch.Tensor:
+    """The VAE gives pixels normalised as ImageNet's; here they become [-1, 1]."""
+    mean, std = statistics(sample.vae, 5)
+    normalised = decode(sample.vae, sample.latents * std + mean)
+    pixel_mean, pixel_std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in IMAGENET)
+    return 2 * (normalised * pixel_std + pixel_mean) - 1
+
+
+def ltx2_diffusion(sample: Sample) -> torch.Tensor:
+    """Noise of seed 0. Only packed latents are scaled."""
+    vae, latents = sample.vae, sample.latents
+    if sample.is_packed:
+        sizes = ((sample.num_frames - 1) // 8 + 1, sample.height // 32, sample.width // 32)
+        latents = latents.mT.unflatten(2, sizes)  # [B, F h w, C] -> [B, C, F, h, w]
+        latents = latents * vae.latents_std.view(1, -1, 1, 1, 1) + vae.latents_mean.view(1, -1, 1, 1, 1)
+    return decode(vae, latents, torch.Generator().manual_seed(0))
+
+
+def unscaled(sample: Sample) -> torch.Tensor:
+    """KVAE."""
+    return decode(sample.vae, sample.latents)
+
+
 def unpack(sample: Sample, scale: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
     """Patches of 2x2: [B, (h/2)(w/2), 4C] -> [B, C, h, w]."""
     rows, columns = sample.height // scale // 2, sample.width // scale // 2
@@ -147,8 +242,8 @@ def statistics(vae: Any, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
 
 
-def decode(vae: Any, latents: torch.Tensor, *timestep: Any) -> torch.Tensor:
-    decoded: torch.Tensor = vae.decode(latents, *timestep, return_dict=False)[0]
+def decode(vae: Any, latents: torch.Tensor, *others: Any) -> torch.Tensor:
+    decoded: torch.Tensor = vae.decode(latents, *others, return_dict=False)[0]
     return decoded
 
 
@@ -173,6 +268,7 @@ BY_HAND: dict[str, Decode] = {
     "qwen-image": qwen_image,
     "qwen-image-2.1": qwen_image_21,
     "flux2": flux2,
+    "flux2-small-decoder": flux2,
     "sana": scaled,
     "sana-video": wan,
     "wan": wan,
@@ -185,6 +281,7 @@ BY_HAND: dict[str, Decode] = {
     "ltx": ltx,
     "ltx-timestep": ltx,
     "ltx2": ltx2,
+    "ltx2.3": ltx2,
     "cogvideox": cogvideox,
     "cogvideox-even": cogvideox,
     "cogvideox-1.5": cogvideox,
@@ -196,4 +293,36 @@ BY_HAND: dict[str, Decode] = {
     "kandinsky5-video": kandinsky,
     "kandinsky5-image": kandinsky,
     "stable-video": stable_video,
+    "minimax-h3": minimax_h3,
+    "minimax-h3-tiles": minimax_h3,
+    "ltx2-diffusion": ltx2_diffusion,
+    "ltx2-diffusion-unpacked": ltx2_diffusion,
+    "flux3": flux2,
+    "ernie-image": ernie_image,
+    "ideogram4": ideogram4,
+    "ideogram4-unpatched": ideogram4,
+    "fibo2": fibo2,
+    "krea2": qwen_image,
+    "anima": anima,
+    "qwen-image-layered": layered,
+    "qwen-image-layered-unpacked": layered,
+    "glm-image": glm_image,
+    "hunyuan-image-refiner": refiner,
+    "fibo": fibo,
+    "ovis-image": flux,
+    "longcat-image": flux,
+    "bria": flux,
+    "prx": shifted,
+    "chrono-edit": wan,
+    "motif-video": wan,
+    "anyflow": wan,
+    "skyreels-v2": wan,
+    "lucy-edit": wan,
+    "cosmos-2.5": wan,
+    "cosmos-3": wan,
+    "helios": wan,
+    "sana-video-ltx2": scaled_ltx2,
+    "sana-wm": scaled_ltx2,
+    "kvae": unscaled,
+    "kvae-video": unscaled,
 }

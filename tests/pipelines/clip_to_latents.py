@@ -19,12 +19,15 @@ from diffusers import (
     Kandinsky5I2VPipeline,
     LTX2ImageToVideoPipeline,
     LTXLatentUpsamplePipeline,
+    SanaWMPipeline,
     StableVideoDiffusionPipeline,
     WanImageToVideoPipeline,
     WanVideoToVideoPipeline,
 )
+from diffusers.modular_pipelines.minimax_h3.encoders import encode_vae_condition
 
 from tests.pipelines import kandinsky as kandinsky5
+from tests.pipelines.by_hand import IMAGENET
 from tests.pipelines.cosmos import Unguarded
 from tests.pipelines.encoding import CPU, START, bare, generator, silent, size
 
@@ -103,6 +106,22 @@ def stable_video(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return pipe._encode_vae_image(pixels[:, :, 0], "cpu", 1, False)
 
 
+def minimax_h3(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Samples, and rounds the latents to float16 before it scales them."""
+    of_bytes = (pixels + 1) * 127.5
+    return encode_vae_condition(vae, of_bytes, *IMAGENET)
+
+
+def sana_wm(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Of the first frame."""
+    return bare(SanaWMPipeline, vae)._encode_first_frame(pixels[:, :, 0], **CPU)
+
+
+def kvae_video(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """No pipeline takes it."""
+    return vae.encode(pixels).latent_dist.mode()
+
+
 ENCODERS: dict[str, Encode] = {
     "wan": wan,
     "wan-one-frame": wan,
@@ -112,11 +131,15 @@ ENCODERS: dict[str, Encode] = {
     "ltx": ltx,
     "ltx-timestep": ltx,
     "ltx2": ltx2,
+    "ltx2.3": ltx2,
     "hunyuan-video": hunyuan_video,
     "hunyuan-video-1.5": hunyuan_video_15,
     "easy-animate": easy_animate,
     "cosmos": cosmos,
     "kandinsky5-video": kandinsky,
     "stable-video": stable_video,
+    "minimax-h3": minimax_h3,
+    "kvae-video": kvae_video,
+    "sana-wm": sana_wm,
 }
 CLIP_TO_LATENTS = {name: torch.no_grad()(encode) for name, encode in ENCODERS.items()}

@@ -30,7 +30,7 @@ def certain(vae: Any) -> Any:
         return copy
     last = copy.quant_conv if getattr(copy, "quant_conv", None) is not None else copy.encoder.conv_out
     last = getattr(last, "conv", last)
-    means = copy.config.get("latent_channels") or copy.config.z_dim
+    means = next(copy.config[key] for key in ("latent_channels", "z_dim", "z_channels") if key in copy.config)
     with torch.no_grad():
         last.weight[means:] = 0
         last.bias[means:] = -30  # log-variances

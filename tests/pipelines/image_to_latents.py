@@ -14,6 +14,7 @@ from diffusers import (
     Cosmos2VideoToWorldPipeline,
     Flux2Pipeline,
     FluxKontextPipeline,
+    HunyuanImageRefinerPipeline,
     Kandinsky5I2IPipeline,
     QwenImage21Pipeline,
     QwenImageEditPipeline,
@@ -104,6 +105,16 @@ def kandinsky(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return pipe.prepare_latents((pixels + 1) / 2, **shape, **CPU, generator=generator())[..., 16:32]
 
 
+def kvae(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """No pipeline takes it."""
+    return vae.encode(pixels).latent_dist.mode()
+
+
+def refiner(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Samples. [B, 2C, 1, h, w]."""
+    return _encoded(bare(HunyuanImageRefinerPipeline, vae), pixels[:, :, None])
+
+
 def _encoded(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
     return pipe._encode_vae_image(pixels, generator())
 
@@ -125,5 +136,7 @@ ENCODERS: dict[str, Encode] = {
     "sana": sana,
     "cosmos2": cosmos2,
     "kandinsky5-image": kandinsky,
+    "kvae": kvae,
+    "hunyuan-image-refiner": refiner,
 }
 PICTURE_TO_LATENTS = {name: torch.no_grad()(encode) for name, encode in ENCODERS.items()}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKLLTX2Audio,
     FlowMatchEulerDiscreteScheduler,
     LTX2Pipeline,
+    LTX2VideoDiffusionDecodePipeline,
     LTX2VideoTransformer3DModel,
 )
+from diffusers.modular_pipelines.ltx2.decoders import LTX2DiffusionVaeDecoderStep
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
 from tests.pipelines import vaes
-from tests.pipelines.sample import Sample, noise, ones, run, seeded
+from tests.pipelines.sample import Sample, noise, ones, quiet, run, run_block, seeded
 
 ROPE = {"rope_double_precision": False, "rope_type": "split"}
 TRANSFORMER: dict[str, Any] = {
@@ -60,7 +63,7 @@ VOCODER: dict[str, Any] = {
     "upsample_factors": [2, 2],
     "resnet_kernel_sizes": [3],
     "resnet_dilations": [[1, 3, 5]],
-    "output_sampling_rate": 16000,
+    "output_sampling_rate": 12800,
 }
 UNGUIDED = {
     "guidance_scale": 1.0,
@@ -74,17 +77,39 @@ UNGUIDED = {
 }
 
 
-def ltx2() -> Sample:
+def ltx2(name: str, vae: Any) -> Sample:
     sound = {"audio_vae": seeded(AutoencoderKLLTX2Audio, **AUDIO), "vocoder": seeded(LTX2Vocoder, **VOCODER)}
     parts = {
         "transformer": seeded(LTX2VideoTransformer3DModel, **TRANSFORMER, **ROPE),
         "connectors": seeded(LTX2TextConnectors, **CONNECTORS, **ROPE),
         "scheduler": FlowMatchEulerDiscreteScheduler(),
     }
-    pipe = LTX2Pipeline(vae=vaes.ltx2(), text_encoder=None, tokenizer=None, **parts, **sound)
+    pipe = LTX2Pipeline(vae=vae, text_encoder=None, tokenizer=None, **parts, **sound)
     prompt = {"prompt_embeds": noise(1, 4, 64), "prompt_attention_mask": ones(1, 4)}
     size = {"height": 96, "width": 64, "num_frames": 9}
-    return run("ltx2", pipe, are_scaled=False, **size, **prompt, **UNGUIDED, audio_stg_scale=0.0)
+    return run(name, pipe, are_scaled=False, **size, **prompt, **UNGUIDED, audio_stg_scale=0.0)
 
 
-SAMPLES = {"ltx2": ltx2}
+def diffusion_packed() -> Sample:
+    """The pipeline's latents inside its loop: packed and scaled."""
+    size = {"height": 96, "width": 128, "num_frames": 9, "dtype": torch.float32}
+    inputs = {"diffusion_decoder": vaes.ltx2_diffusion(), "generator": torch.Generator().manual_seed(0), **size}
+    return run_block("ltx2-diffusion", LTX2DiffusionVaeDecoderStep(), noise(1, 24, 16), is_packed=True, **inputs)
+
+
+def diffusion_unpacked() -> Sample:
+    """The latents that an LTX-2 pipeline returns: unpacked and unscaled."""
+    decoder = vaes.ltx2_diffusion()
+    pipe = LTX2VideoDiffusionDecodePipeline(diffusion_decoder=decoder, scheduler=FlowMatchEulerDiscreteScheduler())
+    latents, seed = noise(1, 16, 2, 3, 4), torch.Generator().manual_seed(0)
+    with quiet():
+        pixels = pipe(latents, generator=seed, output_type="pt", denormalize=False).frames
+    return Sample("ltx2-diffusion-unpacked", decoder, latents, pixels, 96, 128, 9, is_packed=False, are_scaled=False)
+
+
+SAMPLES = {
+    "ltx2": lambda: ltx2("ltx2", vaes.ltx2()),
+    "ltx2.3": lambda: ltx2("ltx2.3", vaes.ltx23()),
+    "ltx2-diffusion": diffusion_packed,
+    "ltx2-diffusion-unpacked": diffusion_unpacked,
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Pipeline,
@@ -26,12 +28,17 @@ def qwen_image() -> Sample:
     return run("qwen-image", pipe, is_packed=True, true_cfg_scale=1.0, **SIZE, **prompt)
 
 
-def flux2() -> Sample:
+def flux2(name: str, **config: Any) -> Sample:
     layers = {"num_layers": 1, "num_single_layers": 1, "axes_dims_rope": (4, 4, 4, 4)}
     transformer = seeded(Flux2Transformer2DModel, in_channels=128, **layers, **HEADS)
     scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = Flux2Pipeline(scheduler=scheduler, vae=vaes.flux2(), transformer=transformer, **NO_TEXT)
-    return run("flux2", pipe, is_packed=True, prompt_embeds=noise(1, 4, 8), **SIZE)
+    pipe = Flux2Pipeline(scheduler=scheduler, vae=vaes.flux2(**config), transformer=transformer, **NO_TEXT)
+    return run(name, pipe, is_packed=True, prompt_embeds=noise(1, 4, 8), **SIZE)
 
 
-SAMPLES = {"qwen-image": qwen_image, "flux2": flux2}
+SMALL = {"block_out_channels": (8, 8, 16, 16), "decoder_block_out_channels": (4, 8, 8, 12)}  # FLUX.2-small-decoder
+SAMPLES = {
+    "qwen-image": qwen_image,
+    "flux2": lambda: flux2("flux2"),
+    "flux2-small-decoder": lambda: flux2("flux2-small-decoder", **SMALL),
+}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "In CPU autocast")
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         yield
 
 
@@ -87,6 +89,47 @@ def run(
         is_packed=is_packed,
         are_scaled=are_scaled,
         are_floored=are_floored,
+    )
+
+
+def run_block(
+    name: str,
+    blocks: Any,
+    latents: torch.Tensor,
+    *,
+    is_packed: bool = False,
+    are_scaled: bool = True,
+    config: dict[str, Any] | None = None,
+    **given: Any,
+) -> Sample:
+    """Run the decoding block of a modular pipeline on latents, or several blocks, the last of which gives the pixels.
+
+    config: of the whole pipeline. given: the component that decodes, by name, and further inputs.
+    """
+    (part,) = given.keys() & {"vae", "diffusion_decoder"}
+    vae = given.pop(part)
+    several = blocks if isinstance(blocks, list) else [blocks]
+    with quiet():
+        chain = SequentialPipelineBlocks.from_blocks_dict({str(number): each for number, each in enumerate(several)})
+        pipe = chain.init_pipeline()
+        pipe.update_components(**{part: vae})
+        pipe.register_to_config(**config or {})
+        (output,) = (each.name for each in several[-1].intermediate_outputs)
+        held = {} if "latent_chunks" in given else {"latents": latents}
+        made = pipe(**held, output_type="pt", **given, output=output)
+    pixels = made[0] if isinstance(made, list) else made
+    pixels = pixels[None] if output == "videos" and pixels.ndim == 4 else pixels  # one clip has no batch axis
+    is_clip = pixels.ndim == 5
+    return Sample(
+        name=name,
+        vae=vae,
+        latents=latents,
+        pixels=pixels.float(),
+        height=pixels.shape[-2],
+        width=pixels.shape[-1],
+        num_frames=pixels.shape[1] if is_clip else 1,
+        is_packed=is_packed,
+        are_scaled=are_scaled,
     )
 
 

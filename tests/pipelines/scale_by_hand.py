@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.pipelines.by_hand import statistics
+from tests.pipelines.by_hand import IMAGENET, statistics
 
 Scale = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -19,6 +19,9 @@ def latents(name: str, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
             pixels = pixels[:, :, :1]
         if name in PICTURES_OF_CLIPS:
             pixels = pixels[:, :, None]
+        if name == "minimax-h3":
+            mean, std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in IMAGENET)
+            pixels = (pixels / 2 + 0.5 - mean) / std
         return SCALE[name](vae, mode(vae.encode(pixels[:, :, 0] if name == "stable-video" else pixels)))
 
 
@@ -51,7 +54,11 @@ def spread(vae: Any, z: torch.Tensor) -> torch.Tensor:
 
 def buffered(vae: Any, z: torch.Tensor) -> torch.Tensor:
     mean, std = (values.view(1, -1, 1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
-    return (z - mean) / std
+    return (z - mean) * vae.config.scaling_factor / std
+
+
+def twice(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    return scaled(vae, torch.cat([z, z], 1))
 
 
 def patched(vae: Any, z: torch.Tensor) -> torch.Tensor:
@@ -79,8 +86,17 @@ def framewise(vae: Any, z: torch.Tensor) -> torch.Tensor:
     return (z - mean) * 0.5 / std
 
 
-FIRST_FRAME = {"wan-2.2-5b", "ltx2", "hunyuan-video", "hunyuan-video-1.5", "kandinsky5-video", "stable-video"}
-PICTURES_OF_CLIPS = {"qwen-image", "qwen-image-2.1", "cosmos2"}
+FIRST_FRAME = {
+    "sana-wm",
+    "wan-2.2-5b",
+    "ltx2.3",
+    "ltx2",
+    "hunyuan-video",
+    "hunyuan-video-1.5",
+    "kandinsky5-video",
+    "stable-video",
+}
+PICTURES_OF_CLIPS = {"qwen-image", "qwen-image-2.1", "cosmos2", "hunyuan-image-refiner"}
 SCALE: dict[str, Scale] = {
     "stable-diffusion": scaled,
     "stable-diffusion-taesd": scaled,
@@ -106,10 +122,16 @@ SCALE: dict[str, Scale] = {
     "ltx": buffered,
     "ltx-timestep": buffered,
     "ltx2": buffered,
+    "ltx2.3": buffered,
     "hunyuan-video": scaled,
     "hunyuan-video-1.5": scaled,
     "easy-animate": scaled,
     "cosmos": framewise,
     "kandinsky5-video": channels_last,
     "stable-video": as_they_are,
+    "minimax-h3": spread,
+    "hunyuan-image-refiner": twice,
+    "sana-wm": buffered,
+    "kvae": as_they_are,
+    "kvae-video": as_they_are,
 }

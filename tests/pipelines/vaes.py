@@ -14,17 +14,22 @@ from diffusers import (
     AutoencoderKLCosmos,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanImage,
+    AutoencoderKLHunyuanImageRefiner,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLKVAE,
+    AutoencoderKLKVAEVideo,
     AutoencoderKLLTX2Video,
     AutoencoderKLLTXVideo,
     AutoencoderKLMagvit,
+    AutoencoderKLMiniMaxH3,
     AutoencoderKLMochi,
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     AutoencoderTiny,
+    LTX2VideoDiffusionDecoderModel,
 )
 
 from tests.pipelines.sample import seeded
@@ -72,15 +77,15 @@ def wan_22() -> Any:
     return wan(z_dim=48, decoder_base_dim=8, **patches, **statistics(48))
 
 
-def qwen_image() -> Any:
+def qwen_image(**config: Any) -> Any:
     """Wan 2.1's architecture under another name, for a clip of one frame."""
-    vae = seeded(AutoencoderKLQwenImage, **WAN)
+    vae = seeded(AutoencoderKLQwenImage, **WAN | config)
     return brightened(vae, vae.decoder.conv_out)
 
 
-def flux2() -> Any:
+def flux2(**config: Any) -> Any:
     """32 channels, 128 after the patches of 2x2 that the statistics are kept for, in a batch norm's buffers."""
-    vae = seeded(AutoencoderKLFlux2, **BLOCKS, latent_channels=32)
+    vae = seeded(AutoencoderKLFlux2, **BLOCKS | {"latent_channels": 32} | config)
     vae.bn.running_mean.normal_(std=0.5)
     vae.bn.running_var.uniform_(0.5, 3.0)
     return vae
@@ -131,6 +136,13 @@ def hunyuan_image() -> Any:
     return seeded(AutoencoderKLHunyuanImage, layers_per_block=1, **size, **channels)
 
 
+def hunyuan_image_refiner() -> Any:
+    """16 times smaller, 32 channels, a scaling factor."""
+    channels = {"latent_channels": 32, "block_out_channels": (32, 32, 32, 64, 64)}
+    vae = seeded(AutoencoderKLHunyuanImageRefiner, layers_per_block=1, **channels)
+    return brightened(vae, vae.decoder.conv_out.conv)
+
+
 def dc() -> Any:
     """Sana's: 32 times smaller by six levels, 32 channels, a scaling factor."""
     types = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
@@ -163,6 +175,22 @@ def ltx2(**config: Any) -> Any:
     return vae
 
 
+def ltx23() -> Any:
+    """LTX-2.3 and 2.5: as LTX-2, with a decoder of other blocks."""
+    channels = {"block_out_channels": (8, 16, 32, 32), "decoder_block_out_channels": (8, 16, 16, 32)}
+    layers = {"layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5}
+    ratios = {
+        "upsample_type": ("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
+        "upsample_factor": (2, 2, 1, 2),
+    }
+    flags = {
+        "decoder_spatio_temporal_scaling": (True,) * 4,
+        "decoder_inject_noise": (False,) * 5,
+        "upsample_residual": (False,) * 4,
+    }
+    return ltx2(**channels, **layers, **ratios, **flags, decoder_spatial_padding_mode="zeros")
+
+
 def qwen_image_21() -> Any:
     """16 times smaller, 64 channels, and pixels with an alpha channel; the class's own means and deviations."""
     sizes = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1}
@@ -189,6 +217,51 @@ def asymmetric() -> Any:
     channels = {"down_block_out_channels": (8, 16), "up_block_out_channels": (8, 16), "norm_num_groups": 4}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return seeded(AsymmetricAutoencoderKL, **channels, **blocks, scaling_factor=0.5)
+
+
+def minimax_h3() -> Any:
+    """16 times smaller, 4 times shorter, in clips of 17 frames; a mean and a deviation for each channel.
+
+    The attention of its decoder and the gates beside it start at 0, where a lost layer would not show.
+    """
+    encoder = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    ratios = {"spatial_downsample_factors": (2, 2, 2, 2), "temporal_downsample_factors": (1, 2, 2, 1)}
+    heads = {"decoder_num_attention_heads": 2, "decoder_attention_head_dim": 8, "decoder_num_register_tokens": 2}
+    layers = {"decoder_num_layers": 2, "decoder_ffn_mult": 2, "latent_channels": 8}
+    vae = seeded(AutoencoderKLMiniMaxH3, **encoder, **ratios, **heads, **layers, **statistics(8))
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if name.endswith(("scale1", "scale2", "register_tokens")):
+                parameter.normal_(std=0.5)
+    with torch.no_grad():  # small latents, which the pipeline rounds to float16
+        vae.quant_conv.weight.mul_(0.005)
+        vae.quant_conv.bias.zero_()
+    return brightened(vae, vae.decoder.proj_out)
+
+
+def ltx2_diffusion() -> Any:
+    """LTX-2.5's diffusion decoder: 32 times smaller, 8 times shorter; statistics in buffers."""
+    stages = {"decoder_stage_channels": (64, 32, 16, 16, 16), "decoder_stage_depths": (1,) * 5}
+    windows = {"decoder_stage_kernels": ((3, 3, 3),) * 4, "decoder_stage5_kernel": (3, 5, 5)}
+    sizes = {"latent_channels": 16, "patch_size": 4, "decoder_head_dim": 16, "decoder_t_emb_dim": 32}
+    ratios = {"decoder_upsample_channel_reductions": (2, 2, 1, 1)}
+    vae = seeded(LTX2VideoDiffusionDecoderModel, **stages, **windows, **sizes, **ratios)
+    vae.latents_mean.normal_(std=0.5)
+    vae.latents_std.uniform_(0.5, 3.0)
+    return vae
+
+
+def kvae() -> Any:
+    """KVAE for images: 8 times smaller, 16 channels, no statistics. Its norms want 32 channels."""
+    blocks = {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "ch_mult": (1, 1, 1, 1)}
+    vae = seeded(AutoencoderKLKVAE, **blocks)
+    return brightened(vae, vae.decoder.conv_out)
+
+
+def kvae_video() -> Any:
+    """KVAE for videos: 8 times smaller, 4 times shorter, 16 channels, no statistics. Its norms want 32 channels."""
+    vae = seeded(AutoencoderKLKVAEVideo, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
+    return brightened(vae, vae.decoder.conv_out.conv)
 
 
 def brightened(vae: Any, last: Any, gain: float = 4, bias: float = 0) -> Any:

@@ -42,6 +42,7 @@ REAL = [
     ("/health/live", "get", "health/live", {}, "*/*"),
     ("/metrics", "get", "metrics", {}, "*/*"),
     ("/models", "get", "models", {}, "*/*"),
+    ("/models", "get", "models", {"kind": "audio"}, "*/*"),
     ("/openapi.json", "get", "openapi.json", {}, "*/*"),
 ]
 

@@ -19,7 +19,9 @@ from tests.requests import decode_job
 
 
 def request(side: int) -> Request:
-    job = decode_job("sd", Geometry((1, 4, side, side), is_packed=False, num_frames=1, height=8, width=8))
+    seed = ("seed", 2**64 - 1), ("timestep", 0.5)  # a float would lose digits of the seed
+    size = Geometry((1, 4, side, side), is_packed=False, num_frames=1, height=8, width=8, arguments=seed)
+    job = decode_job("sd", size)
     return Request(job, memoryview(bytes(range(256)) * (job.bytes_needed // 256)))
 
 

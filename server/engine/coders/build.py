@@ -13,6 +13,7 @@ from .image import structure
 from .image.decoder import ExactKLDecoder
 from .image.encoder import ExactKLEncoder
 from .interface import Decoder, Encoder
+from .neighborhood import use_blocks
 from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import DECODED_CLASSES, ExactCausalDecoder
 from .video.causal_encoder import ENCODED_CLASSES, ExactCausalEncoder
@@ -36,6 +37,8 @@ def build_coder(
     tiling: `diffusers` enables diffusers' tiles, whose blending is not exact.
     """
     stock = StockEncoder if direction is Direction.ENCODE else StockDecoder
+    if choice == "auto":
+        use_blocks(vae)
     if tiling == "diffusers":
         vae.enable_tiling()
         return stock(vae, family), "models.yaml asks for diffusers' tiles"

@@ -58,8 +58,18 @@ class StockDecoder(StockCoder):
         check: Check = go_on,
         **arguments: float,
     ) -> Coded:
-        """Decode as `Decoder.decode` says. The budget has no effect, because diffusers has no such setting."""
-        sample = self.run(lambda part: self.family.decode(self.vae, part, **arguments), latents, check)
+        """Decode as `Decoder.decode` says. The budget has no effect, because diffusers has no such setting.
+
+        arguments: a `seed` becomes the `generator` of each call of `vae.decode`. It draws on the CPU, so that the noise
+            is the same on every device.
+        """
+        others = {name: value for name, value in arguments.items() if name != "seed"}
+
+        def compute(part: torch.Tensor) -> torch.Tensor:
+            noise = {"generator": torch.Generator().manual_seed(int(arguments["seed"]))} if "seed" in arguments else {}
+            return self.family.decode(self.vae, part, **others, **noise)
+
+        sample = self.run(compute, latents, check)
         output = postprocess(sample.tensor, layout)
         if emit is not None:
             emit(output, sample.finite)

@@ -170,7 +170,7 @@ def _family(name: str, entry: ModelEntry, class_name: str, config: Mapping[str, 
 
 
 def _unknown_class(class_name: str) -> str:
-    known = sorted(class_name for family in FAMILIES.values() for class_name in family.class_names)
+    known = sorted({class_name for family in FAMILIES.values() for class_name in family.class_names})
     return (
         f"this server does not know the range, scaling and noise of the VAE class {class_name}, so its pixels could be "
         f"wrong; known classes: {', '.join(known)}. To serve it anyway, with diffusers' own decode and the statistics "

@@ -97,17 +97,19 @@ def _check(vae: torch.nn.Module, source: Source) -> None:
 
 
 def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
-    """Copy every tensor, and convert it to `dtype` if it holds floats.
+    """Copy every tensor, and convert it to `dtype` if it holds floats, or to float32 where diffusers insists on it.
 
     diffusers' `torch_dtype` is not used, because it changes torch's default dtype while another model may be decoding.
     Tensors that have the dtype already are copied too, because they would otherwise stay mapped to the file: a write to
     the file would change results or crash the process. Raises ModelUnavailable if finite values overflow.
     """
     overflowing = []
+    pinned = _pinned(vae)
     for name, tensor in _tensors(vae):
         if tensor.is_meta:
             continue
-        tensor.data = tensor.data.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        wanted = torch.float32 if name in pinned else dtype
+        tensor.data = tensor.data.to(wanted if tensor.is_floating_point() else tensor.dtype, copy=True)
         if not torch.isfinite(tensor).all():
             overflowing.append(name)
     if overflowing:
@@ -115,3 +117,13 @@ def _convert(vae: torch.nn.Module, dtype: torch.dtype, source: Source) -> None:
         raise source.failure(
             f"the weights overflow {short} in {some(overflowing)}; set dtype: bfloat16 or float32 in models.yaml"
         )
+
+
+def _pinned(vae: torch.nn.Module) -> frozenset[str]:
+    """Return the names of the tensors that stay in float32, as with diffusers' `torch_dtype`.
+
+    Some classes name modules that half precision would damage. Their buffers stay in float32 too.
+    """
+    modules = frozenset(getattr(vae, "_keep_in_fp32_modules", None) or ())
+    parameters = (name for name, _ in vae.named_parameters() if modules.intersection(name.split(".")))
+    return frozenset([*parameters, *(name for name, _ in vae.named_buffers() if modules)])
