@@ -22,6 +22,7 @@ from .paths import RESERVED
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 Pixels = Annotated[int, Field(ge=64)]
+FILE = r"^[^/\\]+\.safetensors$"
 PATH_STARTS = (".", "/", "~")
 KeyPath = tuple[str | int, ...]
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for a key that no field has
@@ -39,6 +40,7 @@ class ModelEntry(Strict):
 
     repo: str = Field(min_length=1)
     subfolder: str | None = None
+    file: str | None = Field(None, pattern=FILE)
     revision: str | None = None
     config: str | None = Field(None, min_length=1)
     family: str | None = None

@@ -13,7 +13,6 @@ import torch
 from ...config import ModelEntry
 from ...errors import ModelUnavailable
 from ...families import FAMILIES, Family, family_of_class, plain_family
-from ...families.known import known
 from ...model_info import Direction, LatentSpec, ModelInfo, Weights
 from .agreement import OTHER_PARTS, OWN_PART, Stored, directions_in, read_stored, skeleton
 from .defaults import is_vae_class, whole_config
@@ -32,7 +31,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     Raises ModelUnavailable if nothing tells the configuration, or if this server cannot run the VAE that it describes.
     """
     name, entry = source.name, source.entry
-    checkpoint = known(entry.repo, entry.subfolder) if source.local is None else None
+    checkpoint = source.checkpoint()
     is_assumed = False
     try:
         found = configuration_of(source, is_local_only=is_local_only)
@@ -83,7 +82,7 @@ def weigh(source: Source, dtype: torch.dtype) -> Weights:
         encoder, decoder = _count(stored)
         disk_mb = sum(path.stat().st_size for path in files.weights) >> 20
         return Weights(True, name, disk_mb, decoder * dtype.itemsize >> 20, encoder * dtype.itemsize >> 20)
-    checkpoint = known(source.entry.repo, source.entry.subfolder) if source.local is None else None
+    checkpoint = source.checkpoint()
     if checkpoint is None:
         return Weights(False, name)
     counts = checkpoint.decoder_weights, checkpoint.encoder_weights
