@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -50,6 +51,8 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     try:
         spec: LatentSpec = family.describe(whole_config(class_name, config))
         check_spec(spec)
+        if entry.custom_decoder:
+            spec = replace(spec, takes_timestep=False, takes_seed=False)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = str(error) if type(error) is ValueError else repr(error)
         raise ModelUnavailable(
@@ -102,8 +105,11 @@ def _count(stored: Stored) -> tuple[int, int]:
 def directions_of(source: Source) -> tuple[Direction, ...]:
     """Return the directions that the weights on this machine contain; both if there are none here, or damaged ones.
 
-    This looks only at the names. `check_weights` compares the weights with the config.
+    This looks only at the names. `check_weights` compares the weights with the config. A decoder of another package
+    only decodes.
     """
+    if source.entry.custom_decoder:
+        return (Direction.DECODE,)
     try:
         files = source.files(is_local_only=True)
         stored = read_stored(files.weights)
@@ -116,12 +122,15 @@ def directions_of(source: Source) -> tuple[Direction, ...]:
 def check_weights(source: Source) -> tuple[Direction, ...]:
     """Return the directions that the weights on this machine serve, from their headers and the config.
 
-    Raises ModelUnavailable unless the index, the files and the config agree.
+    Raises ModelUnavailable unless the index, the files and the config agree. What a decoder of another package needs is
+    not known, so for it only the files themselves are checked.
     """
     files = source.files(is_local_only=True)
     found = configuration_of(source, is_local_only=True)
     try:
         stored = read_stored(files.weights, files.index)
+        if source.entry.custom_decoder:
+            return (Direction.DECODE,)
         config = whole_config(found.class_name, found.values)
         return directions_in(
             skeleton(found.class_name, found.values, found.origin),
