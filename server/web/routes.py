@@ -19,6 +19,7 @@ from ..contract import Parameters
 from ..listing import KINDS, chosen, listed
 from ..model_info import Direction
 from ..scheduling.service import Service
+from . import jobs
 from .openapi import DESCRIPTION
 from .work import Work
 
@@ -111,6 +112,10 @@ def all_routes(options: ServerOptions) -> list[NamedRoute]:
         NamedRoute(paths.MODELS, models, "models"),
         NamedRoute(paths.OPENAPI, openapi, "openapi"),
         NamedRoute("/", root, "root"),
+        NamedRoute(f"{paths.JOBS}/{{id}}", jobs.show, "job"),
+        NamedRoute(f"{paths.JOBS}/{{id}}", jobs.cancel, "job", method="DELETE"),
+        NamedRoute(f"{paths.JOBS}/{{id}}/result", jobs.result, "job_result"),
+        NamedRoute(f"{paths.REQUESTS}/{{id}}/progress", jobs.progress, "progress"),
         *(NamedRoute(path, decode, "decode", method="POST") for path in paths.DECODE),
         NamedRoute(paths.ENCODE, encode, "encode", method="POST"),
         NamedRoute("/{model:model}", decode, "decode", method="POST"),
