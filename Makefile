@@ -8,7 +8,7 @@ MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report demo browser prometheus clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,9 @@ bench-server: $(INSTALLED) ## Compare this server with the hosted design and Lit
 
 gpu-report: $(INSTALLED) ## Report rates, times, memory and errors of a GPU (nine minutes; ARGS="--device cpu --minutes 1" tests the report)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+screenshots: $(INSTALLED) ## Take the picture of the web page that README shows (needs chromium)
+	$(BIN)/python -m tests.screenshots $(ARGS)
 
 demo: $(INSTALLED) ## Train the embedded demo model again
 	$(BIN)/python server/demo/train.py $(ARGS)

@@ -8,6 +8,7 @@ METRICS = "/metrics"
 MODELS = "/models"
 OPENAPI = "/openapi.json"
 JOBS = "/jobs"
+PAGE = "/page"
 REQUESTS = "/requests"
 DECODE = ("/", "/predict", "/invocations")
 ENCODE = "/encode"
@@ -15,6 +16,6 @@ ENCODE = "/encode"
 PROBES = frozenset({*HEALTH, LIVE})
 """The health routes, which need no key and accept any IP address as Host."""
 
-ALL = (*HEALTH, METRICS, MODELS, OPENAPI, JOBS, REQUESTS, *DECODE, ENCODE)
+ALL = (*HEALTH, METRICS, MODELS, OPENAPI, JOBS, PAGE, REQUESTS, *DECODE, ENCODE)
 RESERVED = frozenset(path.split("/")[1] for path in ALL) - {""}
 """The first segments of all paths. A model cannot have such a name."""
