@@ -80,7 +80,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gated": ({"repo": "owner/gated"}, "the repository is gated: accept its licence at .*, then set HF_TOKEN"),
     "nothing": ({"repo": "owner/nothing"}, "the hub has no such repository, or it is private"),
     "pickled": ({"repo": "owner/pickled"}, "only pickle weights .*bin. .* a pickle file can run code"),
-    "whole": ({"repo": "owner/full"}, "the repository has no config.json; check subfolder in models.yaml"),
     "misspelt": ({"repo": "owner/full", "subfolder": "vea"}, "has no vea/config.json; check subfolder"),
     "lost": ({"repo": "owner/full", "file": "x.safetensors", "config": "sd"}, "has no x.safetensors; check file"),
     "old": ({"repo": "owner/full", "subfolder": "vae", "revision": "v9"}, "no revision 'v9'; check revision"),

@@ -220,7 +220,7 @@ def test_a_default_model_that_does_not_load_ends_the_process(app_dir: Path, tmp_
     (folder / "models.yaml").write_text("models: {lost: {repo: ./lost}}")
     with launched(app_dir, folder, tmp_path / "log") as app:
         app.process.wait(PATIENCE_S)
-        assert "lost (./lost): there is no such folder" in app.log.read_text()
+        assert "lost (./lost): there is no such file or folder" in app.log.read_text()
 
 
 def test_a_configuration_that_cannot_be_read_ends_the_process(app_dir: Path, tmp_path: Path) -> None:

@@ -263,6 +263,9 @@ ALIKE = {
     "flux": (original_names.ldm, "sd3 or flux"),
     "wan": (original_names.wan, "qwen-image or wan"),
     "cogvideox": (lambda state: state, "cogvideox-2b or cogvideox"),
+    "flux-2": (original_names.flux2, "flux-2 or ernie-image or ideogram-4"),
+    "wan-2.2": (lambda state: wan_22(state), "fibo or wan-2.2"),
+    "ltx-2": (original_names.ltx2, "ltx-2 or sana-video-720p"),
 }
 
 
@@ -288,14 +291,11 @@ def test_the_name_of_a_configuration_decides(tmp_path: Path) -> None:
 
 
 DECIDED: dict[str, Callable[[Tensors], Tensors]] = {
-    "flux-2": original_names.flux2,
-    "wan-2.2": wan_22,
     "hunyuan-video": lambda state: original_names.ldm(state, axes=3),
     "hunyuan-video-1.5": original_names.hunyuan_video_15,
     "hunyuan-image": lambda state: original_names.hunyuan_image(state, layers_per_block=2),
     "ltx-video": original_names.ltx,
     "ltx-video-0.9.5": original_names.ltx_095,
-    "ltx-2": original_names.ltx2,
     "sana": original_names.dc,
     "taesd": original_names.taesd_decoder,
     "taef1": original_names.taesd_encoder,
