@@ -37,6 +37,7 @@ OVERFLOWS = {
     Direction.DECODE: "these latents overflow the VAE{}; check scaling_factor and dtype",
     Direction.ENCODE: "these pixels overflow the VAE{}; send them in [-1, 1]",
 }
+STATISTICS = ("latents_mean", "latents_std", "bn.running_mean", "bn.running_var")
 
 
 class Key(NamedTuple):
@@ -287,7 +288,9 @@ class LoadedModels:
         with self._turn, on(device):
             placement.move(vae, device)
             coder, note = build_coder(vae, family, direction, entry.decoder, entry.tiling)
-            loaded = LoadedInfo(str(device), NAMES[dtype], note=note, dtype_note=precision.reason)
+            loaded = LoadedInfo(
+                str(device), NAMES[dtype], note=note, dtype_note=precision.reason, statistics=statistics_of(vae)
+            )
             if direction is Direction.ENCODE:
                 loaded = replace(loaded, encoder=coder.name)
             else:
@@ -324,6 +327,11 @@ class LoadedModels:
             return placement.choose_precision(wanted, located.info, located.device, is_exact=is_exact)
         except ValueError as error:
             raise ModelUnavailable(located.info.name, f"{located.info.name}: {error}") from None
+
+
+def statistics_of(vae: torch.nn.Module) -> dict[str, tuple[float, ...]]:
+    """Return the statistics of the latents that a VAE keeps in its buffers. Most VAEs keep them in their config."""
+    return {name: tuple(each.float().tolist()) for name, each in vae.named_buffers() if name in STATISTICS}
 
 
 def on(device: torch.device) -> Any:
