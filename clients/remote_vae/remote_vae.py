@@ -468,6 +468,11 @@ class RemoteVAE(torch.nn.Module):
         """The device that pipelines move to."""
         return self._placed.device
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an entry of the config as an attribute, as the VAEs of diffusers do."""
+        config = self.__dict__.get("config", {})
+        return config[name] if name in config else super().__getattr__(name)
+
     def extra_repr(self) -> str:
         """Return the addresses and the class, without a key."""
         return f"{', '.join(each.label for each in self._pool.servers)}: {self._entry['class']}"
@@ -726,13 +731,10 @@ class RemoteVAE(torch.nn.Module):
             raise RemoteVAEError(f"{label} does not list the config of its models; update the server")
         self.config = Config(entry["config"], force_upcast=False)
         self.spatial_compression_ratio = latents["vae_scale_factor"]
-        self.temporal_compression_ratio = latents["temporal_compression_ratio"]
-        if "temperal_downsample" in self.config:
-            self.temperal_downsample = self.config.temperal_downsample
+        ratio = self.config.get("temporal_compression_ratio")
+        self.temporal_compression_ratio = ratio or latents["temporal_compression_ratio"]
         if "clip_length" in self.config:
             self.tokens_chunk_size = -(-self.config.clip_length // self.temporal_compression_ratio)
-        if "sample_size" in self.config:
-            self.sample_size = self.config.sample_size
         statistics = {name: torch.tensor(values) for name, values in entry.get("statistics", {}).items()}
         for name in statistics.keys() & {"latents_mean", "latents_std"}:
             self.register_buffer(name, statistics[name], persistent=False)
