@@ -446,8 +446,8 @@ class RemoteVAE(torch.nn.Module):
         self._save_latents = None if save_latents is None else Path(save_latents)
         key = os.environ.get("REMOTE_VAE_KEY") if key is None else key
         self._pool = Pool(servers, key, Timeout(*timeout), retries, progress or (lambda *_: None))
-        # Moved by `to()` like a weight, so that torch and accelerate keep the device and the dtype.
-        self.register_buffer("_placed", torch.zeros(0, dtype=dtype), persistent=False)
+        # A weight without values, which `to()` and the hooks of accelerate move, as they expect of a module.
+        self._placed = torch.nn.Parameter(torch.zeros(0, dtype=dtype), requires_grad=False)
         self._entry = self._describe()
         self._take_over()
 
