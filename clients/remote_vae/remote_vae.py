@@ -50,7 +50,7 @@ class Timeout(NamedTuple):
     """Time limits in seconds.
 
     connect: to connect to one server. read: without any byte from the server.
-    total: for a decode or an encode, with all attempts and waiting. The server stops at the same time.
+    total: for a request with all attempts and waiting. The server stops at the same time.
     """
 
     connect: float = 10
@@ -302,7 +302,7 @@ class Pool:
 
     def _prefer(self, server: Server) -> None:
         """Ask this server first the next time."""
-        self.servers.sort(key=lambda each: each != server)
+        self.servers = sorted(self.servers, key=lambda each: each != server)  # another thread may be reading the list
 
     def _wait(self, seconds: float) -> None:
         self.progress("wait", 0, seconds)
@@ -415,7 +415,7 @@ class RemoteVAE(torch.nn.Module):
         receive: str = "uint8",
         retries: int = 2,
         progress: Progress | None = None,
-        fallback: str | Callable[[], Any] | None = None,
+        fallback: str | torch.nn.Module | Callable[[], Any] | None = None,
         save_latents: str | os.PathLike[str] | None = ".",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -430,8 +430,9 @@ class RemoteVAE(torch.nn.Module):
             `float16` or `float32`.
         retries: how often to ask again if no server can be reached. A busy server is asked until the total timeout.
         progress: called with the stage, what is done, and the total; in a thread of its own.
-        fallback: a VAE to use while no server can. `local`: the repository that the server names. Another text: a
-            repository or a folder. Or a function that returns the VAE. It is loaded when it is first needed.
+        fallback: a local VAE to use, with a warning, while no server can. `local`: from the repository that the server
+            names. Another text: from this repository or folder. Or a VAE, or a function that returns one when it is
+            first needed.
         save_latents: the folder into which the latents of a failed decode are saved; None does not save them.
         dtype: the first value of `dtype`.
         """
@@ -441,8 +442,10 @@ class RemoteVAE(torch.nn.Module):
         servers = [Server.of(each, model) for each in ([address] if isinstance(address, str) else address)]
         if not servers:
             raise ValueError("give the address of at least one server")
-        self._receive, self._fallback = receive, fallback
-        self._local: list[Any] = []  # a list, because torch would move a module in an attribute along with this one
+        self._receive = receive
+        # Inside a list and a function, because torch would move a module in an attribute along with this one.
+        self._local: list[Any] = []
+        self._fallback = (lambda: fallback) if isinstance(fallback, torch.nn.Module) else fallback
         self._save_latents = None if save_latents is None else Path(save_latents)
         key = os.environ.get("REMOTE_VAE_KEY") if key is None else key
         self._pool = Pool(servers, key, Timeout(*timeout), retries, progress or (lambda *_: None))
@@ -681,8 +684,12 @@ class RemoteVAE(torch.nn.Module):
         body = tensor.detach().to("cpu", known).contiguous()
         about = [*(("shape", size) for size in body.shape), ("dtype", str(known).removeprefix("torch."))]
         answer = self._pool.ask("POST", lambda server: server.route(*route), [*about, *params], body)
-        shape, dtype = json.loads(answer.headers["shape"]), DTYPES[answer.headers["dtype"]]
-        return torch.frombuffer(answer.body, dtype=dtype).reshape(shape)
+        try:
+            shape, dtype = json.loads(answer.headers["shape"]), DTYPES[answer.headers["dtype"]]
+            return torch.frombuffer(answer.body, dtype=dtype).reshape(shape)
+        except (KeyError, ValueError, RuntimeError) as error:
+            label = self._pool.servers[0].label
+            raise RemoteVAEError(f"{label} sent something else than a tensor; check the address") from error
 
     def _run_hook(self) -> None:
         """Run the hook of accelerate, which makes `enable_model_cpu_offload` unload the model before this one."""

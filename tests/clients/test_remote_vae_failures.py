@@ -168,7 +168,7 @@ def test_a_local_vae_takes_over_with_a_warning(
 ) -> None:
     script, address = proxy
     local, asked = vaes["sd"], []
-    ways = [str(local.folder), lambda: asked.append(1) or local.module, "local"]
+    ways = [str(local.folder), lambda: asked.append(1) or local.module, local.module, "local"]
     for fallback in ways:
         vae = RemoteVAE(address + "sd", fallback=fallback, save_latents=tmp_path)
         vae._entry["repo"] = str(local.folder)  # of a model of the Hub it is the repository
@@ -222,6 +222,15 @@ def test_a_wrong_model_is_told_with_those_that_there_are(url: str) -> None:
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="is not the address of a server"):
         RemoteVAE(address)
+
+
+def test_an_answer_that_is_no_tensor_is_told(proxy: tuple[Proxy, str], latents: torch.Tensor, tmp_path: Path) -> None:
+    script, address = proxy
+    vae = RemoteVAE(address + "sd", save_latents=tmp_path)
+    script.script += [(200, None)]
+    with pytest.raises(RemoteVAEError, match="sent something else than a tensor") as raised:
+        vae.decode(latents)
+    assert raised.value.latents_file
 
 
 def test_something_else_than_this_server_is_told(tmp_path: Path) -> None:

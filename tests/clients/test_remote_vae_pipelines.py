@@ -170,3 +170,11 @@ def test_a_pipeline_that_takes_images_makes_the_same(address: str, kind: str) ->
         others = {key: value for key, value in case.inputs.items() if key in accepted}
         made.append(pipes.run(pipe, **others | inputs))
     pipes.assert_same(made[1], made[0])
+
+
+def test_as_many_latent_frames_as_channels_are_not_mistaken_for_them(address: str) -> None:
+    vae, latents = pipes.whole("cogvideox").vae, noise(1, 16, 16, 2, 2)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample.clamp(-1, 1)
+    found = RemoteVAE(address + "cogvideox", receive="float32").decode(latents).sample.clamp(-1, 1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
