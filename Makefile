@@ -2,27 +2,32 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+SERVING := $(VENV)/.serving
 INSTALLED := $(VENV)/.installed
 MODELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report demo browser prometheus clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Create .venv with the packages for serving and testing
 
-$(INSTALLED): requirements.txt requirements-dev.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo 'venv is missing: apt-get install python3-venv'; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+# Only what serving needs. `deploy.install` says which packages these are and how large they are.
+$(SERVING): requirements.txt constraints.txt
+	@$(PYTHON) -m deploy.install $(VENV) $(if $(PORT_FROM),--port-from="$(ARGS)")
+	@touch $@
+
+$(INSTALLED): $(SERVING) requirements-dev.txt
+	@echo 'installing what the tests need'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-serve: $(INSTALLED) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for only that model, ARGS for flags)
-	$(BIN)/python -m server serve $(MODELS) $(ARGS)
+serve: PORT_FROM := yes
+serve: $(SERVING) ## Serve models.yaml on 127.0.0.1:8000 (MODELS="flux" for only that model, ARGS="--port 8001" for flags)
+	@$(BIN)/python -m server serve $(MODELS) $(ARGS)
 
 # Most tests wait for processes, so running two at a time takes half as long, even on two cores.
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
@@ -92,6 +97,9 @@ bench-server: $(INSTALLED) ## Compare this server with the hosted design and Lit
 
 gpu-report: $(INSTALLED) ## Report rates, times, memory and errors of a GPU (nine minutes; ARGS="--device cpu --minutes 1" tests the report)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+screenshots: $(INSTALLED) ## Take the picture of the web page that README shows (needs chromium)
+	$(BIN)/python -m tests.screenshots $(ARGS)
 
 demo: $(INSTALLED) ## Train the embedded demo model again
 	$(BIN)/python server/demo/train.py $(ARGS)

@@ -222,6 +222,25 @@ class QueueFull(ServerError):
         self.retry_after_s = retry_after_s
 
 
+class NotDone(ServerError):
+    """The result of a job was asked for before the job is done."""
+
+    status = 409
+    code = "not_done"
+
+    def __init__(self, sentence: str, retry_after_s: int) -> None:
+        """Make the error. retry_after_s: when to ask again, in seconds."""
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
+
+
+class IdempotencyConflict(ServerError):
+    """An `Idempotency-Key` was sent with two different requests."""
+
+    status = 409
+    code = "idempotency_conflict"
+
+
 class Unavailable(ServerError):
     """The server is starting, is draining, or has no running worker."""
 

@@ -38,7 +38,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
     if info is None:
         return known
     kind = info.latents.kind
-    outputs = [media_type for form in FORMATS if kind in form.kinds for media_type in form.media_types]
+    outputs = list(dict.fromkeys(name for form in FORMATS if kind in form.kinds for name in form.media_types))
     return known | {
         "kind": kind_of(info),
         "class": info.class_name,

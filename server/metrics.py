@@ -86,6 +86,8 @@ class Metrics:
             ["stage"],
             registry=registry,
         )
+        self.jobs = Gauge("vae_jobs", "Jobs that are kept, done or not", registry=registry)
+        self.job_bytes = Gauge("vae_job_bytes", "Memory that the answers of jobs hold", registry=registry)
         self.worker_restarts = Counter(
             "vae_worker_restarts", "Worker processes that ended", ["cause"], registry=registry
         )
@@ -117,6 +119,11 @@ class Metrics:
         self._workers += 1
         name = f"worker {self._workers} on {device}"
         self.resident_memory.labels(name).set_function(lambda: resident_bytes(pid()))
+
+    def watch_jobs(self, count: Count, size_bytes: Count) -> None:
+        """Report the jobs whenever the metrics are read. size_bytes: returns the memory that their answers hold."""
+        self.jobs.set_function(count)
+        self.job_bytes.set_function(size_bytes)
 
     def watch_queue(self, waiting: Count, running: Count, size_bytes: Count) -> None:
         """Report the queue whenever the metrics are read.

@@ -98,6 +98,7 @@ FORMS = {"Parameters", "Job", "Request", "Pending", "Batch", "Result"}
 CARRIERS = {  # what holds a request, or is told of one, and is no form of it
     ("web", "EncodeFile"): "a file to encode that is received but not read",
     ("web", "Streamed"): "an answer that is sent while it is computed",
+    ("scheduling", "Service"): "those that wait or are computed, to tell how far they are",
     ("scheduling", "Dispatcher"): "the batches of every engine",
     ("workers", "ProcessEngine"): "the batches that a worker has",
     ("workers", "Run"): "the message to a worker",

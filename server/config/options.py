@@ -105,6 +105,13 @@ class ServerOptions(BaseSettings):
         ge=1,
         description="maximum memory for the bytes of accepted requests and their answers, in MiB; beyond it: 429",
     )
+    max_jobs: int = Field(
+        64, ge=1, description="maximum number of jobs (`Prefer: respond-async`), done or not; beyond it: 429"
+    )
+    job_ttl_s: float = Field(600, gt=0, description="how long the answer of a job is kept, in seconds")
+    job_results_mb: int = Field(
+        512, ge=1, description="maximum memory for the answers of jobs, in MiB; the oldest are dropped first"
+    )
     batch_pixels: int = Field(
         1 << 20,
         ge=1,

@@ -7,11 +7,15 @@ LIVE = "/health/live"
 METRICS = "/metrics"
 MODELS = "/models"
 OPENAPI = "/openapi.json"
+JOBS = "/jobs"
+PAGE = "/page"
+REQUESTS = "/requests"
 DECODE = ("/", "/predict", "/invocations")
 ENCODE = "/encode"
 
 PROBES = frozenset({*HEALTH, LIVE})
 """The health routes, which need no key and accept any IP address as Host."""
 
-RESERVED = frozenset(path.split("/")[1] for path in (*HEALTH, METRICS, MODELS, OPENAPI, *DECODE, ENCODE)) - {""}
+ALL = (*HEALTH, METRICS, MODELS, OPENAPI, JOBS, PAGE, REQUESTS, *DECODE, ENCODE)
+RESERVED = frozenset(path.split("/")[1] for path in ALL) - {""}
 """The first segments of all paths. A model cannot have such a name."""

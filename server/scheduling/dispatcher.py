@@ -139,6 +139,13 @@ class Dispatcher:
         alive = [engine for engine in self.engines if engine.is_alive]
         return (self._seconds_running(alive) + sum(pending.seconds for pending in self.queue)) / max(1, len(alive))
 
+    def place_of(self, pending: Pending) -> tuple[int, float]:
+        """Return how many requests are before one in the queue, and the estimated seconds that it will wait."""
+        waiting = list(self.queue)
+        if pending not in waiting:
+            return 0, 0.0
+        return waiting.index(pending), self._seconds_before(pending)
+
     def pump(self) -> None:
         """Fail the requests that cannot be served, give batches to the engines, and start loading needed models."""
         for late in self.queue.expire(asyncio.get_running_loop().time()):

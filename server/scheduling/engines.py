@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..errors import ModelUnavailable
@@ -41,6 +41,7 @@ class Pending(Ticket):
     on_piece: Callable[[bytes], None] | None = None
     emitted_bytes: int = 0
     frames_done: int = 0
+    _collected: list[bytes] = field(default_factory=list)
 
     @staticmethod
     def of(
@@ -63,17 +64,25 @@ class Pending(Ticket):
 
     def note_started(self) -> None:
         """Note that a device has begun with it."""
+        self._collected.clear()  # pieces of an attempt that was ended by the death of a worker
         self.started, self.frames_done = asyncio.get_running_loop().time(), 0
         self.on_start()
 
     def emit(self, piece: bytes) -> None:
-        """Pass on the next piece of the answer, unless the client has left."""
-        if self.is_wanted and self.on_piece:
-            self.emitted_bytes += len(piece)
-            self.on_piece(piece)
+        """Pass on the next piece of the answer, or keep it until the others are there. Not if the client has left."""
+        if not self.is_wanted:
+            return
+        if self.on_piece is None:
+            self._collected.append(piece)
+            return
+        self.emitted_bytes += len(piece)
+        self.on_piece(piece)
 
     def finish(self, result: RenderedResult) -> None:
         """Answer the client, unless it has an answer or has left."""
+        if self._collected:
+            whole = replace(result.body, body=memoryview(b"".join([*self._collected, result.body.body])))
+            result = replace(result, body=whole)
         if not self.answer.done():
             self.answer.set_result(result)
 
@@ -184,6 +193,13 @@ class Devices(Protocol):
     @property
     def seconds_ahead(self) -> float:
         """The estimated time, in seconds, that a new request would wait for those before it."""
+        ...
+
+    def place_of(self, pending: Pending) -> tuple[int, float]:
+        """Return how many requests are before one in the queue, and the estimated seconds that it will wait.
+
+        Both are 0 if it does not wait, or where there is no queue.
+        """
         ...
 
     async def start(self) -> None:

@@ -23,6 +23,7 @@ from ..values import RenderedResult, Request
 from .admission import Admission, Admissions
 from .engines import Devices, Pending
 from .estimates import Estimates
+from .progress import Progress, progress_of
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Service:
         self.infos: dict[str, ModelInfo] = {}
         self._devices = devices
         self._descriptions: dict[str, asyncio.Future[ModelInfo]] = {}  # those that are being read now
+        self._watched: dict[str, Pending] = {}  # by the id of the request, while it waits or is computed
         self._answering = 0  # the number of requests that are complete and whose answer has not been sent yet
         self._nothing_to_answer = asyncio.Event()
         options = settings.options
@@ -253,25 +255,41 @@ class Service:
         return self._admissions.place(admission.peer)
 
     async def answer(
-        self, request: Request, admission: Admission, on_piece: Callable[[bytes], None] | None = None
+        self,
+        request: Request,
+        admission: Admission,
+        on_piece: Callable[[bytes], None] | None = None,
+        request_id: str = "",
     ) -> RenderedResult:
         """Queue a request, and return its result once it is decoded or encoded, and rendered.
 
         on_piece: receives the pieces of a streamed answer, which the result's body then lacks.
+        request_id: by which `progress` knows the request.
         Raises what `Devices.answer` raises.
         """
         pending = self._pending(request, admission)
         pending.on_piece = on_piece
+        self._watched[request_id] = pending
         try:
             result = await self._devices.answer(pending)
         except asyncio.CancelledError:
             if asyncio.get_running_loop().time() < admission.deadline:
                 self.metrics.cancelled.labels("queued" if pending.started is None else "running").inc()
             raise
+        finally:
+            if self._watched.get(request_id) is pending:
+                del self._watched[request_id]
         started = pending.arrived if pending.started is None else pending.started
         result = replace(result, queue_ms=(started - pending.arrived) * 1e3)
         self._note(request, result, pending.emitted_bytes)
         return result
+
+    def progress(self, request_id: str) -> Progress | None:
+        """Return how far a request is that waits or is computed; None if there is none with this id."""
+        pending = self._watched.get(request_id)
+        if pending is None:
+            return None
+        return progress_of(pending, *self._devices.place_of(pending), asyncio.get_running_loop().time())
 
     def _pending(self, request: Request, admission: Admission) -> Pending:
         """Return the queue's entry for a request, with the estimates of its time."""

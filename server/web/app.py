@@ -15,6 +15,7 @@ from ..scheduling.service import Service, State
 from .auth import RequireKey
 from .failures import on_http_exception, on_server_error
 from .hosts import CheckHost
+from .jobs import Jobs
 from .origins import CheckOrigin, ExposeAnswers
 from .receive import BodyThreads
 from .request_scope import RequestScope
@@ -28,6 +29,9 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
     on_started: called once the service is READY or FAILED. Until then /health is 503.
     """
 
+    jobs = Jobs(service.settings.options)
+    service.metrics.watch_jobs(lambda: len(jobs), lambda: jobs.size_bytes)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         starting = asyncio.create_task(service.start())
@@ -38,6 +42,7 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
         finally:
             service.state = State.DRAINING
             starting.cancel()
+            jobs.close()
             await service.close()
 
     app = Starlette(
@@ -56,4 +61,5 @@ def create_app(service: Service, on_started: Callable[[], None] | None = None) -
     app.router.redirect_slashes = False
     app.state.service = service
     app.state.body_threads = BodyThreads()
+    app.state.jobs = jobs
     return app

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -16,11 +17,17 @@ from starlette.types import Receive, Scope, Send
 
 from ..config import ServerOptions, paths
 from ..contract import Parameters
+from ..errors import NotFound
 from ..listing import KINDS, chosen, listed
 from ..model_info import Direction
 from ..scheduling.service import Service
+from . import jobs
 from .openapi import DESCRIPTION
 from .work import Work
+
+PAGE = Path(str(resources.files(__package__))) / "page"
+EXAMPLES = PAGE.parent.parent / "demo" / "latents"
+PAGE_FILES = {path.name: path for folder in (PAGE, EXAMPLES) for path in folder.iterdir() if path.is_file()}
 
 decode, encode = Work(Direction.DECODE), Work(Direction.ENCODE)
 
@@ -64,8 +71,16 @@ def _listed(service: Service, name: str) -> dict[str, Any]:
 async def root(request: Request) -> Response:
     """Answer GET / with `Ok`, or with a page for a browser."""
     if "text/html" in request.headers.get("accept", ""):
-        return FileResponse(str(resources.files(__package__) / "page.html"), media_type="text/html")
+        return FileResponse(PAGE / "index.html", media_type="text/html")
     return PlainTextResponse("Ok")
+
+
+async def page_file(request: Request) -> Response:
+    """Answer GET /page/{file}: the page's style and script, and the examples that it shows."""
+    file = PAGE_FILES.get(request.path_params["file"])
+    if file is None:
+        raise NotFound("no such file of the page")
+    return FileResponse(file, headers={"Cache-Control": "no-cache"})
 
 
 async def openapi(request: Request) -> Response:
@@ -111,6 +126,11 @@ def all_routes(options: ServerOptions) -> list[NamedRoute]:
         NamedRoute(paths.MODELS, models, "models"),
         NamedRoute(paths.OPENAPI, openapi, "openapi"),
         NamedRoute("/", root, "root"),
+        NamedRoute(f"{paths.PAGE}/{{file}}", page_file, "page", is_quiet=True),
+        NamedRoute(f"{paths.JOBS}/{{id}}", jobs.show, "job"),
+        NamedRoute(f"{paths.JOBS}/{{id}}", jobs.cancel, "job", method="DELETE"),
+        NamedRoute(f"{paths.JOBS}/{{id}}/result", jobs.result, "job_result"),
+        NamedRoute(f"{paths.REQUESTS}/{{id}}/progress", jobs.progress, "progress"),
         *(NamedRoute(path, decode, "decode", method="POST") for path in paths.DECODE),
         NamedRoute(paths.ENCODE, encode, "encode", method="POST"),
         NamedRoute("/{model:model}", decode, "decode", method="POST"),

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .. import contract, values
@@ -20,6 +21,7 @@ from ..model_info import Direction, ModelInfo
 from ..outputs import format_named
 from ..scheduling.admission import Admission
 from ..scheduling.service import Service
+from .jobs import Jobs, accepted, wants_job
 from .receive import BodyThreads, check_declared, declared_length, receive, receive_whole
 from .responses import BrokenAnswer, InPieces, Streamed, response_of, send_all, unless_client_left
 
@@ -45,6 +47,9 @@ class Work:
             raise BadRequest(f"the query has more than {MOST_PARAMETERS} parameters; send fewer")
         _note_model(request, service)
         patience_s = contract.patience_s(request.headers.get("x-request-timeout"))
+        if wants_job(request):
+            await (await self._accept(request, service, patience_s, send))(scope, receive, send)
+            return
         with service.admitted(peer_of(request), patience_s) as admission, ExitStack() as until_sent:
             intake = Intake(request, service, admission, send)
             try:
@@ -61,22 +66,45 @@ class Work:
             admission.send(response.size_bytes)
             await send_all(request, response, send)
 
+    async def _accept(self, request: Request, service: Service, patience_s: float | None, send: Send) -> Response:
+        """Receive a request, begin to compute its answer, and return the response that names the job."""
+        jobs: Jobs = request.app.state.jobs
+        job = jobs.find(request)
+        if job is None:
+            jobs.check_room()
+            with ExitStack() as held:
+                admission = held.enter_context(service.admitted(peer_of(request), patience_s))
+                intake = Intake(request, service, admission, send, may_stream=False)
+                async with service.in_time(admission):
+                    received = await intake.receive(self._direction)
+                held.enter_context(service.answering())
+                held.enter_context(service.place(admission))
+                work = partial(_answer_in_time, intake, received)
+                job = jobs.start(request, work, held.pop_all())
+        return accepted(job, service)
+
 
 async def _answer(intake: Intake, received: values.Request | EncodeFile) -> InPieces | Streamed:
     """Return the response, of which nothing is sent yet unless it is streamed."""
     request = received if isinstance(received, values.Request) else await intake.read_file(received)
-    if format_named(request.job.format).stream_frames is not None:
+    if intake.may_stream and format_named(request.job.format).stream_frames is not None:
         return await _stream(intake, request)
-    result = await intake.service.answer(request, intake.admission)
+    result = await intake.service.answer(request, intake.admission, request_id=intake.request_id)
     intake.note(request.job, result)
     return response_of(request.job, result)
+
+
+async def _answer_in_time(intake: Intake, received: values.Request | EncodeFile) -> InPieces | Streamed:
+    """Return the response before the deadline of the request."""
+    async with intake.service.in_time(intake.admission):
+        return await _answer(intake, received)
 
 
 async def _stream(intake: Intake, request: values.Request) -> InPieces | Streamed:
     """Send the pieces of an answer while it is computed, and return the response once all are computed."""
     streamed = intake.streamed = Streamed(request.job, intake.send)
     try:
-        result = await intake.service.answer(request, intake.admission, streamed.put)
+        result = await intake.service.answer(request, intake.admission, streamed.put, intake.request_id)
     except BaseException:  # also when it is cancelled: the client must see that the answer is not complete
         streamed.cancel()
         raise
@@ -120,11 +148,15 @@ class Intake:
     streamed: the answer, if it is sent while it is computed.
     """
 
-    def __init__(self, request: Request, service: Service, admission: Admission, send: Send) -> None:
-        """Begin to receive an admitted request."""
+    def __init__(
+        self, request: Request, service: Service, admission: Admission, send: Send, *, may_stream: bool = True
+    ) -> None:
+        """Begin to receive an admitted request. may_stream: the answer may be sent while it is computed."""
         self.service = service
         self.admission = admission
         self.send = send
+        self.may_stream = may_stream
+        self.request_id: str = request.state.request_id
         self.streamed: Streamed | None = None
         self._request = request
         self._options: ServerOptions = service.settings.options

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +20,10 @@ from PIL import Image
 from playwright.sync_api import Error
 from safetensors.torch import save_file
 
-from tests.conftest import Serve
+from server.engine.video_render import VideoRender
+from tests.conftest import REPOSITORY, Serve
 from tests.vaes import LocalVae
+from tests.waiting import until
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -39,21 +43,24 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-def open_page(browser: Any, url: str) -> Any:
-    page = browser.new_page()
+def open_page(browser: Any, url: str, model: str = "", **context: Any) -> Any:
+    """model: is chosen by hand."""
+    page = browser.new_page(**context)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("requestfailed", lambda request: problems.append(request.url))
     page.goto(url)
     page.locator("#model option").first.wait_for(state="attached")
     page.problems = problems
+    if model:
+        page.select_option("#model", model)
     return page
 
 
 def test_the_page_decodes_a_picture(browser: Any, url: str, vaes: dict[str, LocalVae], tmp_path: Path) -> None:
     latents = tmp_path / "latents.safetensors"
     save_file({"latents": vaes["sd"].latents(8, 12).half()}, latents)
-    page = open_page(browser, url)
+    page = open_page(browser, url, "sd")
     page.set_input_files("#file", latents)
     page.wait_for_selector("#result img")
     size = page.evaluate(
@@ -62,7 +69,7 @@ def test_the_page_decodes_a_picture(browser: Any, url: str, vaes: dict[str, Loca
     assert size == [96, 64]
     assert "decode;dur=" in page.inner_text("#said")
     assert page.problems == []
-    assert page.locator("#height").is_visible(), "any AutoencoderKL takes packed latents"
+    assert not page.locator("#height").is_visible(), "only packed latents need it"
 
 
 def test_the_page_decodes_comfyuis_latent_unscaled(
@@ -70,7 +77,7 @@ def test_the_page_decodes_comfyuis_latent_unscaled(
 ) -> None:
     z = vaes["sd"].latents(8, 12)
     save_file({"latent_tensor": z, "latent_format_version_0": torch.tensor([])}, tmp_path / "z.latent")
-    page = open_page(browser, url)
+    page = open_page(browser, url, "sd")
     page.set_input_files("#file", tmp_path / "z.latent")
     page.wait_for_selector("#result img")
     assert page.problems == []
@@ -84,8 +91,8 @@ def test_the_snippet_runs_in_the_installed_diffusers_without_a_warning(
     browser: Any, url: str, vaes: dict[str, LocalVae], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = open_page(browser, url)
-    page.fill("#height", "64")
-    page.fill("#width", "96")
+    for side, pixels in (("height", 64), ("width", 96)):
+        page.evaluate(f"document.getElementById('{side}').value = {pixels}")
     page.select_option("#model", model)
     page.wait_for_selector(f"#python:has-text('/{model}')")
     vae = vaes[model.removesuffix("-bf16")]
@@ -161,8 +168,8 @@ def count(url: str) -> float:
 
 def test_the_page_says_why_a_file_is_wrong(browser: Any, url: str, vaes: dict[str, LocalVae], tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.safetensors"
-    page = open_page(browser, url)
-    for tensor, words in [(vaes["flux"].latents(8, 8), "have 16 channels"), (None, "shape is missing")]:
+    page = open_page(browser, url, "sd")
+    for tensor, words in [(torch.zeros(1, 5, 8, 8), "have 5 channels"), (None, "shape is missing")]:
         if tensor is None:
             wrong.write_bytes(b"not safetensors at all")
         else:
@@ -175,10 +182,8 @@ def test_an_mp4_plays_and_seeks(browser: Any, url: str, vaes: dict[str, LocalVae
     latents = tmp_path / "clip.safetensors"
     save_file({"latents": vaes["hunyuan"].latents(5, 8, 8)}, latents)
     page = open_page(browser, url)
-    page.select_option("#model", "hunyuan")
-    page.evaluate("document.getElementById('answer').replaceChildren(new Option('MP4', 'mp4 video/mp4'))")
     page.set_input_files("#file", latents)
-    page.wait_for_selector("#result video")
+    page.locator("#said", has_text="Done in").wait_for()
     played = page.evaluate(
         """async () => {
             const video = document.querySelector('#result video');
@@ -200,6 +205,140 @@ def test_an_mp4_plays_and_seeks(browser: Any, url: str, vaes: dict[str, LocalVae
     assert played[2] == pytest.approx(1.7, abs=0.1), "17 frames at 10 a second"
     assert played[3] == pytest.approx(1.0)
     assert played[4] == pytest.approx(played[2], abs=0.01)
+
+
+DEMO = {"demo": {"repo": str(REPOSITORY / "server" / "demo"), "dtype": "float32"}}
+
+
+def test_one_click_decodes_an_example(browser: Any, serve: Serve) -> None:
+    page = open_page(browser, serve(DEMO))
+    assert (
+        page.locator("#samples img").evaluate_all("all => all.map(each => each.complete && each.naturalWidth)")
+        == [192] * 4
+    )
+    page.get_by_role("button", name="coffee").press("Enter")
+    page.wait_for_selector("#result img")
+    assert page.locator("figcaption").inner_text().startswith("coffee.safetensors, demo: ")
+    with page.expect_download() as downloading:
+        page.get_by_role("link", name="Download").click()
+    assert downloading.value.suggested_filename == "coffee.png"
+    page.get_by_role("button", name="china").click()
+    page.locator("figure").nth(1).wait_for()
+    assert page.locator("figcaption").first.inner_text().startswith("china"), "the newest result comes first"
+    assert page.problems == []
+
+
+def test_the_model_that_fits_is_found_by_the_file(
+    browser: Any, serve: Serve, vaes: dict[str, LocalVae], tmp_path: Path
+) -> None:
+    url = serve({name: {"repo": str(vaes[name].folder)} for name in ("sd", "sdxl", "sd3", "hunyuan")})
+    page = open_page(browser, url)
+    save_file({"latents": vaes["sd3"].latents(4, 4)}, tmp_path / "one.safetensors")
+    page.set_input_files("#file", tmp_path / "one.safetensors")
+    page.locator("figcaption", has_text="one.safetensors, sd3").wait_for()
+    save_file({"latents": vaes["sd"].latents(4, 4)}, tmp_path / "two.safetensors")
+    page.set_input_files("#file", tmp_path / "two.safetensors")
+    page.locator("#choice button").nth(1).wait_for()
+    assert page.locator("#choice button").all_inner_texts() == ["sd", "sdxl"]
+    assert "fits 2 models" in page.inner_text("#choice h2")
+    page.locator("#choice button", has_text="sdxl").click()
+    page.locator("figcaption", has_text="two.safetensors, sdxl").wait_for()
+    assert page.problems == []
+
+
+def test_the_size_of_packed_latents_is_suggested_and_can_be_corrected(
+    browser: Any, serve: Serve, vaes: dict[str, LocalVae], tmp_path: Path
+) -> None:
+    page = open_page(browser, serve({"flux": {"repo": str(vaes["flux"].folder)}}))
+    assert not page.locator("#height").is_visible()
+    packed = FluxPipeline._pack_latents(vaes["flux"].latents(8, 12), 1, 16, 8, 12)
+    save_file({"latents": packed}, tmp_path / "packed.safetensors")
+    page.set_input_files("#file", tmp_path / "packed.safetensors")
+    page.wait_for_selector("#result img")
+    assert [page.input_value("#height"), page.input_value("#width")] == ["64", "96"]
+    page.fill("#height", "96")
+    page.fill("#width", "64")
+    page.set_input_files("#file", tmp_path / "packed.safetensors")
+    page.locator("figure").nth(1).wait_for()
+    size = "all => all.map(each => [each.naturalWidth, each.naturalHeight])"
+    assert page.locator("#result img").evaluate_all(size) == [[64, 96], [96, 64]]
+    assert page.problems == []
+
+
+def test_a_photo_is_shown_beside_its_reconstruction(browser: Any, serve: Serve, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), "uint8")).save(photo)
+    page = open_page(browser, serve(DEMO))
+    data = {"bytes": list(photo.read_bytes()), "name": "photo.png"}
+    page.evaluate(
+        """({bytes, name}) => {
+            const files = new DataTransfer();
+            files.items.add(new File([new Uint8Array(bytes)], name, {type: "image/png"}));
+            document.querySelector("h1").dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true}));
+        }""",
+        data,
+    )
+    page.locator("#result img").nth(1).wait_for()
+    size = "all => all.map(each => [each.naturalWidth, each.naturalHeight])"
+    assert page.locator("#result img").evaluate_all(size) == [[96, 64], [96, 64]]
+    assert "encoded to 1x4x8x12" in page.inner_text("figcaption")
+    assert page.problems == []
+
+
+def test_a_decode_shows_its_progress_and_can_be_cancelled(
+    browser: Any, serve: Serve, vaes: dict[str, LocalVae], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event, write, done = threading.Event(), VideoRender.write, 0
+
+    def holds(self: Any, frames: Any) -> None:
+        nonlocal done
+        done += len(frames)
+        write(self, frames)
+        if done >= 9:
+            assert event.wait(300)
+
+    monkeypatch.setattr(VideoRender, "write", holds)
+    page = open_page(browser, serve({"hunyuan": {"repo": str(vaes["hunyuan"].folder)}}))
+    save_file({"latents": vaes["hunyuan"].latents(5, 4, 6)}, tmp_path / "clip.safetensors")
+    page.set_input_files("#file", tmp_path / "clip.safetensors")
+    until(lambda: page.evaluate("document.getElementById('progress').value >= 9 / 17"), "half of the progress")
+    until(lambda: page.evaluate("document.querySelector('#result video')?.videoWidth > 0"), "the first frames")
+    page.get_by_role("button", name="Cancel").click()
+    page.locator("#said", has_text="Cancelled").wait_for()
+    assert page.locator("#progress").is_hidden()
+    assert page.locator("figure").count() == 0
+    event.set()
+
+
+def test_the_other_snippets_run(browser: Any, serve: Serve, tmp_path: Path) -> None:
+    page = open_page(browser, serve(DEMO), permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("tab", name="Python").press("ArrowRight")
+    assert page.get_by_role("tab", name="curl").get_attribute("aria-selected") == "true"
+    page.get_by_role("button", name="Copy").click()
+    page.locator("#said", has_text="Copied").wait_for()
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert command == page.inner_text("#curl")
+    latents = REPOSITORY / "server" / "demo" / "latents" / "china.safetensors"
+    shutil.copy(latents, tmp_path / "latents.safetensors")
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "image.jpg") as image:
+        assert image.size == (640, 424)
+    page.get_by_role("tab", name="JavaScript").click()
+    script = page.inner_text("#javascript")
+    ask = f"async (bytes) => {{ const latents = new Uint8Array(bytes);\n{script}\nreturn [image.type, image.size > 10000]; }}"
+    assert page.evaluate(ask, list(latents.read_bytes())) == ["image/jpeg", True]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_and_every_control_has_a_name(browser: Any, serve: Serve, scheme: str) -> None:
+    page = open_page(browser, serve(DEMO), viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page.get_by_role("button", name="coffee").click()
+    page.wait_for_selector("#result img")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    unnamed = """() => [...document.querySelectorAll("button, select, input, progress, [role=tabpanel]")].filter((each) =>
+        !(each.textContent.trim() || each.ariaLabel || each.labels?.length || each.getAttribute("aria-labelledby"))).length"""
+    assert page.evaluate(unnamed) == 0
+    assert page.problems == []
 
 
 def test_a_stream_plays_in_a_media_source(browser: Any, serve: Serve, vaes: dict[str, LocalVae]) -> None:

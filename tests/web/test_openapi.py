@@ -43,6 +43,13 @@ REAL = [
     ("/metrics", "get", "metrics", {}, "*/*"),
     ("/models", "get", "models", {}, "*/*"),
     ("/models", "get", "models", {"kind": "audio"}, "*/*"),
+    ("/page/{file}", "get", "page/page.css", {}, "*/*"),
+    ("/page/{file}", "get", "page/coffee.jpg", {}, "*/*"),
+    ("/page/{file}", "get", "page/nothing", {}, "*/*"),
+    ("/jobs/{id}", "get", "jobs/unknown", {}, "*/*"),
+    ("/jobs/{id}", "delete", "jobs/unknown", {}, "*/*"),
+    ("/jobs/{id}/result", "get", "jobs/unknown/result", {}, "*/*"),
+    ("/requests/{id}/progress", "get", "requests/unknown/progress", {}, "*/*"),
     ("/openapi.json", "get", "openapi.json", {}, "*/*"),
 ]
 
@@ -92,7 +99,10 @@ def test_every_route_is_described() -> None:
         for method in route.methods or ()
     }
     described = {
-        (path, method) for path, item in DESCRIPTION["paths"].items() for method in item if method in ("get", "post")
+        (path, method)
+        for path, item in DESCRIPTION["paths"].items()
+        for method in item
+        if method in ("get", "post", "delete")
     }
     assert {pair for pair in served if pair[1] != "head"} == described
     assert {row[:2] for row in REAL} == described

@@ -1,0 +1,233 @@
+"""Requests whose client does not wait: `Prefer: respond-async` is answered with 202 and the address of a job.
+
+Jobs are kept in memory. They end with the server, when they are deleted, some time after they are done, and, the oldest
+first, when the answers together exceed `--job-results-mb`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..config import ServerOptions, paths
+from ..errors import IdempotencyConflict, NotDone, NotFound, QueueFull, ServerError
+from ..scheduling.service import Service
+from .failures import failure
+from .responses import InPieces, Streamed
+
+GONE = (
+    "no such job: it was never accepted, was deleted, ended too long ago (--job-ttl-s), made room for later ones, or "
+    "the server was restarted; send the request again"
+)
+NOT_YET_S = 1  # when to ask again for the result of a job that is not done
+
+
+@dataclass(eq=False)
+class AsyncJob:
+    """A request that is computed while no client waits.
+
+    request_id: under which the service knows it. fingerprint: of the request, to compare those with the same
+    `Idempotency-Key`. working: computes the response. ended: when that was done, as the event loop's time.
+    """
+
+    id: str
+    request_id: str
+    model: str
+    fingerprint: tuple[str, ...]
+    working: asyncio.Task[InPieces | Streamed]
+    key: tuple[str, str] | None = None
+    ended: float | None = None
+    size_bytes: int = field(default=0)
+
+    @property
+    def state(self) -> str:
+        """`pending` until it has ended; then `done`, `failed` or `cancelled`."""
+        if not self.working.done():
+            return "pending"
+        if self.working.cancelled():
+            return "cancelled"
+        return "failed" if self.working.exception() else "done"
+
+
+class Jobs:
+    """All jobs of a server, by id."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        """Make a store without jobs."""
+        self._most, self._ttl_s = options.max_jobs, options.job_ttl_s
+        self._most_bytes = options.job_results_mb << 20
+        self._jobs: dict[str, AsyncJob] = {}  # the oldest first
+        self._by_key: dict[tuple[str, str], str] = {}
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all answers that are kept."""
+        return sum(job.size_bytes for job in self._jobs.values())
+
+    def get(self, job_id: str) -> AsyncJob:
+        """Return a job. Raises NotFound."""
+        self._expire()
+        if job_id not in self._jobs:
+            raise NotFound(GONE)
+        return self._jobs[job_id]
+
+    def find(self, request: Request) -> AsyncJob | None:
+        """Return the job of an earlier request with the same `Idempotency-Key`, if there is one.
+
+        Raises IdempotencyConflict if that was another request.
+        """
+        self._expire()
+        key = key_of(request)
+        job = self._jobs.get(self._by_key.get(key, "")) if key else None
+        if job is not None and job.fingerprint != fingerprint_of(request):
+            raise IdempotencyConflict("this Idempotency-Key was used for another request; choose a new one")
+        return job
+
+    def check_room(self) -> None:
+        """Raise QueueFull if there are as many jobs as may be, none of which has ended."""
+        self._expire()
+        if len(self._jobs) >= self._most and not self._drop_oldest():
+            raise QueueFull(f"{len(self._jobs)} jobs are waiting or in progress; try again in {NOT_YET_S} s", NOT_YET_S)
+
+    def start(
+        self, request: Request, work: Callable[[], Coroutine[Any, Any, InPieces | Streamed]], held: ExitStack
+    ) -> AsyncJob:
+        """Begin to compute the answer to a request. held: what is released once that is done."""
+
+        async def run() -> InPieces | Streamed:
+            with held:
+                return await work()
+
+        job = AsyncJob(
+            secrets.token_hex(16),
+            request.state.request_id,
+            request.state.model,
+            fingerprint_of(request),
+            asyncio.create_task(run()),
+            key_of(request),
+        )
+        self._jobs[job.id] = job
+        if job.key:
+            self._by_key[job.key] = job.id
+        job.working.add_done_callback(lambda _: self._end(job))
+        return job
+
+    def delete(self, job_id: str) -> None:
+        """Cancel a job and forget it. Raises NotFound."""
+        self._forget(self.get(job_id))
+
+    def close(self) -> None:
+        """Cancel all jobs."""
+        for job in list(self._jobs.values()):
+            self._forget(job)
+
+    def _end(self, job: AsyncJob) -> None:
+        job.ended = asyncio.get_running_loop().time()
+        if job.state == "done":
+            job.size_bytes = job.working.result().size_bytes
+        while self.size_bytes > self._most_bytes and self._drop_oldest(other_than=job):
+            pass
+
+    def _drop_oldest(self, other_than: AsyncJob | None = None) -> bool:
+        """Forget the oldest job that has ended. Return whether there was one."""
+        ended = [job for job in self._jobs.values() if job.ended is not None and job is not other_than]
+        if ended:
+            self._forget(ended[0])
+        return bool(ended)
+
+    def _expire(self) -> None:
+        oldest = asyncio.get_running_loop().time() - self._ttl_s
+        for job in [job for job in self._jobs.values() if job.ended is not None and job.ended < oldest]:
+            self._forget(job)
+
+    def _forget(self, job: AsyncJob) -> None:
+        job.working.cancel()
+        self._jobs.pop(job.id, None)
+        if job.key:
+            self._by_key.pop(job.key, None)
+
+
+def wants_job(request: Request) -> bool:
+    """Return whether the client does not want to wait (RFC 7240)."""
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return any(preference.split(";")[0].strip().lower() == "respond-async" for preference in preferences)
+
+
+def key_of(request: Request) -> tuple[str, str] | None:
+    """Return the `Idempotency-Key` of a request with the name of its caller; None if it has none."""
+    key = request.headers.get("idempotency-key")
+    return (getattr(request.state, "caller", ""), key) if key else None
+
+
+def fingerprint_of(request: Request) -> tuple[str, ...]:
+    """Return what two requests with the same `Idempotency-Key` must have in common."""
+    return request.url.path, request.url.query, request.headers.get("content-length", "")
+
+
+def described(job: AsyncJob, service: Service) -> dict[str, Any]:
+    """Return what `GET /jobs/{id}` says of a job."""
+    place = f"{paths.JOBS}/{job.id}"
+    known = {"id": job.id, "request_id": job.request_id, "model": job.model, "result": f"{place}/result"}
+    match job.state:
+        case "pending":
+            progress = service.progress(job.request_id)
+            return known | (asdict(progress) if progress else {"state": "queued", "progress": 0.0})
+        case "failed":
+            error = error_of(job)
+            return known | {"state": "failed", "progress": 1.0, "error": str(error), "code": error.code}
+        case state:
+            return known | {"state": state, "progress": 1.0, "size_bytes": job.size_bytes}
+
+
+def error_of(job: AsyncJob) -> ServerError:
+    """Return the error of a job that failed."""
+    error = job.working.exception()
+    return error if isinstance(error, ServerError) else ServerError()
+
+
+def accepted(job: AsyncJob, service: Service) -> Response:
+    """Return the answer to a request that became a job."""
+    headers = {"Location": f"{paths.JOBS}/{job.id}", "Preference-Applied": "respond-async"}
+    return JSONResponse(described(job, service), 202, headers)
+
+
+async def show(request: Request) -> Response:
+    """Answer GET /jobs/{id}."""
+    app = request.app.state
+    return JSONResponse(described(app.jobs.get(request.path_params["id"]), app.service))
+
+
+async def result(request: Request) -> Response:
+    """Answer GET /jobs/{id}/result with the answer that the request would have got."""
+    job: AsyncJob = request.app.state.jobs.get(request.path_params["id"])
+    match job.state:
+        case "done":
+            return job.working.result()
+        case "failed":
+            return failure(request, error_of(job))
+        case _:
+            raise NotDone("this job is not done; ask again, or GET its Location for its progress", NOT_YET_S)
+
+
+async def cancel(request: Request) -> Response:
+    """Answer DELETE /jobs/{id}: stop its work, and forget its answer."""
+    request.app.state.jobs.delete(request.path_params["id"])
+    return Response(status_code=204)
+
+
+async def progress(request: Request) -> Response:
+    """Answer GET /requests/{id}/progress, for a request that is being answered."""
+    found = request.app.state.service.progress(request.path_params["id"])
+    if found is None:
+        raise NotFound("no request with this X-Request-Id waits or is computed")
+    return JSONResponse(asdict(found))
