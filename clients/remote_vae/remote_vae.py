@@ -353,7 +353,7 @@ class Pool:
         if tensor is not None:
             headers |= {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
             # numpy keeps `tensor` alive, and the tensor its memory, until the body is sent.
-            body = Upload(memoryview(tensor.flatten().view(torch.uint8).numpy()), self.progress)
+            body = Upload(memoryview(tensor.view(torch.uint8).numpy()).cast("B"), self.progress)
         limits = min(self.timeout.connect, left), min(self.timeout.read, left)
         try:
             with self.session.request(

@@ -283,3 +283,20 @@ print(remote_vae.RemoteVAE({url!r} + "sd").decode(torch.zeros(1, 4, 8, 8)).sampl
         [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "torch.Size([1, 3, 64, 64])" in ran.stdout, ran.stderr
+
+
+def test_a_model_whose_config_the_server_has_not_read_yet_is_described_after_a_request(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a model of the Hub that nobody has asked for yet."""
+    find, found = RemoteVAE._find, []
+
+    def not_read_at_first(self: RemoteVAE) -> dict[str, Any]:
+        entry = find(self)
+        found.append(entry)
+        return entry if len(found) > 1 else {key: entry[key] for key in ("name", "repo", "aliases", "limits")}
+
+    monkeypatch.setattr(RemoteVAE, "_find", not_read_at_first)
+    with scripted(url) as (script, address):
+        assert remote(address).config.latent_channels == 4
+        assert len(script.posts) == 1
