@@ -30,6 +30,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
         "name": name,
         "repo": _repo(settings, name),
         "subfolder": entry.subfolder,
+        "file": entry.file,
         "revision": entry.revision,
         "aliases": list(entry.aliases),
         "limits": asdict(entry.limits),
@@ -63,9 +64,10 @@ def _repo(settings: Settings, name: str) -> str:
 def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:
     """Return a description of a model in two lines of text. Parameters as for `listed`."""
     entry = settings.models[name]
-    subfolder = f", subfolder {entry.subfolder}" if entry.subfolder else ""
+    parts = {"subfolder": entry.subfolder, "file": entry.file}
+    place = ", ".join([entry.repo, *(f"{key} {value}" for key, value in parts.items() if value)])
     also = f" (also {', '.join(entry.aliases)})" if entry.aliases else ""
-    first = f"{'*' if name == settings.default else ' '} {name:<18} {entry.repo}{subfolder}{also}"
+    first = f"{'*' if name == settings.default else ' '} {name:<18} {place}{also}"
     if info is None:
         return f"{first}\n    no description yet; the first request downloads and reads its config.json"
     facts = [*_facts(info.latents), *_rate(settings, name, info), _limits(settings, name, info)]
@@ -128,7 +130,7 @@ def _facts(spec: LatentSpec) -> Iterator[str]:
     said = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
     if spec.latents_mean is not None:
         said.append("a mean and a standard deviation per channel")
-    yield ", ".join(said) or "statistics stored in the weights"
+    yield ", ".join(said) or ("no scaling" if spec.is_preview else "statistics stored in the weights")
 
 
 def _rate(settings: Settings, name: str, info: ModelInfo) -> Iterator[str]:

@@ -635,7 +635,7 @@ class RemoteVAE(torch.nn.Module):
         wire = z
         if kind == "AutoencoderKLTemporalDecoder":
             wire = z.unflatten(0, (-1, num_frames or 1))  # [B F, C, h, w] -> [B, F, C, h, w]
-        elif kind == "AutoencoderKLCogVideoX":  # the order that the server reads first
+        elif kind in ("AutoencoderKLCogVideoX", "TAECVX"):  # the order that the server reads first
             wire = z.transpose(1, 2)  # [B, C, F, h, w] -> [B, F, C, h, w]
         is_stack = not self._is_video and z.ndim == 5  # images with an axis of one frame
         if is_stack:
@@ -713,6 +713,9 @@ class RemoteVAE(torch.nn.Module):
             frames = (2,) if entry["latents"]["kind"] == "video" else ()
             self._send(torch.zeros(1, entry["latents"]["channels"], *frames, 4, 4), _PIXELS)
             entry = self._find()
+            if not entry.get("statistics"):
+                label = self._pool.servers[0].label
+                raise RemoteVAEError(f"{label} does not tell the statistics of this model, which pipelines need")
         return entry
 
     def _find(self) -> dict[str, Any]:

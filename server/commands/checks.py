@@ -96,6 +96,8 @@ def _weights(settings: Settings, name: str) -> Finding:
     entry = settings.models[name]
     if entry.family is not None and entry.family not in FAMILIES:
         return problem(f"{name}: unknown family '{entry.family}'; known: {', '.join(FAMILIES)}")
+    if refusal := settings.refusal_of(name):
+        return problem(f"{name}: {refusal}")
     try:
         choose_device(entry.device or settings.options.device)
     except ValueError as error:

@@ -50,7 +50,10 @@ def options(*names: str) -> Callable[[Command], Command]:
             field = ServerOptions.model_fields[name]
             default = "" if field.default is None else f"  [default: {field.default}]"
             text = f"{field.description}{default}  [env: VAE_SERVER_{name.upper()}]"
-            command = click.option(f"--{name.replace('_', '-')}", name, metavar=name.upper(), help=text)(command)
+            kind: dict[str, Any] = (
+                {"flag_value": True, "default": None} if field.annotation is bool else {"metavar": name.upper()}
+            )
+            command = click.option(f"--{name.replace('_', '-')}", name, help=text, **kind)(command)
         return command
 
     return add
@@ -227,8 +230,8 @@ def models(form: str, kind: str | None, part: str | None, config: str | None) ->
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="[MODEL]...")
-@options("config", "vae_config", "device")
-def check(names: tuple[str, ...], **flags: str | None) -> None:
+@options("config", "vae_config", "device", "allow_custom_decoders")
+def check(names: tuple[str, ...], **flags: Any) -> None:
     """Check the configuration, the device, the weights and the codecs, and decode once with each downloaded model."""
     from .checks import check_all
 
@@ -280,12 +283,12 @@ def download(names: tuple[str, ...], config: str | None) -> None:
     help="whether the latents are scaled, as pipelines return them (default), or unscaled, as vae.decode takes them",
 )
 @click.option("--quality", type=float, help="quality: JPEG 1 to 100, MP4 1 to 10")
-@options("config", "vae_config", "device", "fps")
+@options("config", "vae_config", "device", "fps", "allow_custom_decoders")
 def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled: bool, **given: Any) -> None:
     """Decode LATENTS (a .safetensors or .latent file) to OUT (a .png, .jpg or .mp4 file)."""
     from .local_files import output_of, read_latents
 
-    flags = {name: given.pop(name) for name in ("config", "vae_config", "device")}
+    flags = {name: given.pop(name) for name in ("config", "vae_config", "device", "allow_custom_decoders")}
     found = read_latents(latents, key)
     tensor = found.tensor
     accept, output_type = output_of(out)

@@ -50,6 +50,16 @@ class Settings(Strict):
         """Return the frames per second of a model's MP4s, for requests that do not set them."""
         return self.options.fps or self.models[name].fps or USUAL_FPS
 
+    def refusal_of(self, name: str) -> str | None:
+        """Return why the decoder of a model may not run, as the end of a sentence; None if it may."""
+        decoder = self.models[name].custom_decoder
+        if decoder is None or self.options.allow_custom_decoders:
+            return None
+        return (
+            f"decoder: {decoder} is code of an installed package, which the server runs only if it is started with "
+            "--allow-custom-decoders"
+        )
+
     def path_of(self, name: str) -> Path | None:
         """Return the local folder or file of a model; None if it is on the Hub."""
         return self.models[name].local_path(self.source.parent)

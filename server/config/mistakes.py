@@ -8,11 +8,16 @@ from typing import Any
 DEVICE = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)(,(cpu|cuda:\d+))*$"
 ROUTE = r"^/[A-Za-z0-9._~:/-]*$"
+CLASS = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
+DECODER = rf"^(auto|diffusers|plain|{CLASS})$"
+FILE = r"^[^/\\]+\.safetensors$"
 ORIGIN = r"(null|[a-z][a-z0-9+.-]*://[^\s,/?#@]+)"
 ORIGINS = rf"^(\*|{ORIGIN}(\s*,\s*{ORIGIN})*)$"
 PATTERNS = {
     DEVICE: "auto, cpu, mps, cuda or cuda:N",
     DEVICES: "auto, cpu, mps, cuda or cuda:N, or several of cpu and cuda:N separated by commas",
+    DECODER: "auto, diffusers, plain, or the class of an installed package as package.module:Class",
+    FILE: "the name of a .safetensors file",
     ROUTE: "a path that starts with /",
     ORIGINS: "origins as browsers send them, such as https://app.example, separated by commas, or *",
 }

@@ -8,14 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import ConfigError
 from ..model_info import Limits
-from .mistakes import DEVICE, expected, nearest
+from .mistakes import DECODER, DEVICE, FILE, expected, nearest
 from .options import Dtype
 from .paths import RESERVED
 
@@ -39,12 +39,13 @@ class ModelEntry(Strict):
 
     repo: str = Field(min_length=1)
     subfolder: str | None = None
+    file: str | None = Field(None, pattern=FILE)
     revision: str | None = None
     config: str | None = Field(None, min_length=1)
     family: str | None = None
     dtype: Dtype | None = None
     device: str | None = Field(None, pattern=DEVICE)
-    decoder: Literal["auto", "diffusers", "plain"] = "auto"
+    decoder: str = Field("auto", pattern=DECODER)
     tiling: Literal["none", "diffusers"] = "none"
     fps: float | None = Field(None, gt=0, le=240)
     memory_budget_mb: int | None = Field(None, ge=1)
@@ -52,6 +53,17 @@ class ModelEntry(Strict):
     aliases: tuple[str, ...] = ()
     limits: Limits = Limits()
     warmup: tuple[tuple[Pixels, Pixels], ...] = ()
+
+    @model_validator(mode="after")
+    def _custom_decoders_have_no_tiles(self) -> Self:
+        if self.custom_decoder and self.tiling != "none":
+            raise ValueError("tiling is for diffusers' own decoder; leave it out beside a decoder of another package")
+        return self
+
+    @property
+    def custom_decoder(self) -> str | None:
+        """The class of an installed package that decodes, as `package.module:Class`; None for the server's own."""
+        return self.decoder if ":" in self.decoder else None
 
     @property
     def decodes_exactly(self) -> bool:

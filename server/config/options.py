@@ -160,6 +160,10 @@ class ServerOptions(BaseSettings):
     max_connections: int = Field(
         800, ge=1, description="maximum number of open connections, including idle ones; beyond it: 503"
     )
+    allow_custom_decoders: bool = Field(
+        False,
+        description="run the classes of installed packages that decoder: package.module:Class in models.yaml names",
+    )
     log_format: Literal["text", "json"] = Field("text", description="log lines as text or as JSON objects")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of log lines: debug, info, warning or error"

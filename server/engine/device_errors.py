@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import traceback
+from pathlib import Path
 
 import torch
 
@@ -33,3 +35,11 @@ def is_lost_device(error: BaseException | None) -> bool:
 
 def _has(error: BaseException, words: re.Pattern[str]) -> bool:
     return words.search(str(error).lower()) is not None
+
+
+def where(error: BaseException) -> str:
+    """Describe an unexpected error in one line: its class, its first line, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    first_line = next(iter(str(error).strip().splitlines()), "")[:300]
+    return f"{type(error).__name__}{place}: {first_line}" if first_line else f"{type(error).__name__}{place}"

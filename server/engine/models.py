@@ -6,30 +6,31 @@ import logging
 import math
 import threading
 import time
-import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..config import Settings
+from ..config import ModelEntry, Settings
 from ..errors import ModelUnavailable, NonFiniteInput, ServerError, TooLargeForDevice
-from ..families import FAMILIES
-from ..model_info import CoderId, Direction, LoadedInfo, ModelInfo
+from ..families import FAMILIES, Family
+from ..model_info import CoderId, Direction, LatentSpec, LoadedInfo, ModelInfo
 from ..values import Layout, Request, Result, TensorResult
+from .coders import custom
 from .coders.build import EXACT_CLASSES, build_coder
 from .coders.interface import Check, Coder, Decoder, go_on
-from .device_errors import is_lost_device, is_out_of_memory
+from .device_errors import is_lost_device, is_out_of_memory, where
 from .loaded_model import LoadedModel
 from .pipeline import NonFiniteOutput, Stream, run
 from .tensors import NAMES
 from .turn import Turn
 from .weights import loading, placement
 from .weights.config_json import directions_of, read_info, weigh
+from .weights.defaults import whole_config
 from .weights.hub import Source, source_of
+from .weights.which_config import configuration_of
 
 log = logging.getLogger(__name__)
 
@@ -280,16 +281,21 @@ class LoadedModels:
         family = FAMILIES[info.latents.family]
         precision = placement.UPCAST if key.is_upcast else self._precision(located, direction)
         dtype = precision.dtype
-        vae = loading.load_vae(info, located.source, dtype, direction)
-        spec = family.refine(info.latents, vae)
-        weight_bytes = sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
-        self._make_room(weight_bytes)
         budget_mb = entry.memory_budget_mb or options.memory_budget_mb
+        vae = None if entry.custom_decoder else loading.load_vae(info, located.source, dtype, direction)
+        weight_bytes = _weight_bytes(vae, located.source)
+        self._make_room(weight_bytes)
         with self._turn, on(device):
-            placement.move(vae, device)
-            coder, note = build_coder(vae, family, direction, entry.decoder, entry.tiling)
+            coder: Any
+            if vae is None:
+                coder, spec = _custom_decoder(entry, located, family, dtype)
+                note: str | None = "models.yaml asks for this class of an installed package"
+            else:
+                spec = family.refine(info.latents, vae)
+                placement.move(vae, device)
+                coder, note = build_coder(vae, family, direction, entry.decoder, entry.tiling)
             loaded = LoadedInfo(
-                str(device), NAMES[dtype], note=note, dtype_note=precision.reason, statistics=statistics_of(vae)
+                str(device), NAMES[dtype], note=note, dtype_note=precision.reason, statistics=_statistics(vae)
             )
             if direction is Direction.ENCODE:
                 loaded = replace(loaded, encoder=coder.name)
@@ -312,6 +318,8 @@ class LoadedModels:
 
     def _locate(self, name: str, *, is_local_only: bool = False) -> Located:
         source = source_of(self._settings, name)
+        if refusal := self._settings.refusal_of(name):
+            raise source.failure(refusal)
         info = read_info(source, is_local_only=is_local_only)
         try:
             device = self._settings.models[name].device or self._settings.options.first_device
@@ -329,22 +337,38 @@ class LoadedModels:
             raise ModelUnavailable(located.info.name, f"{located.info.name}: {error}") from None
 
 
-def statistics_of(vae: torch.nn.Module) -> dict[str, tuple[float, ...]]:
+def _statistics(vae: torch.nn.Module | None) -> dict[str, tuple[float, ...]]:
     """Return the statistics of the latents that a VAE keeps in its buffers. Most VAEs keep them in their config."""
-    return {name: tuple(each.float().tolist()) for name, each in vae.named_buffers() if name in STATISTICS}
+    buffers = vae.named_buffers() if vae is not None else ()
+    return {name: tuple(each.float().tolist()) for name, each in buffers if name in STATISTICS}
+
+
+def _weight_bytes(vae: torch.nn.Module | None, source: Source) -> int:
+    """Return the size of the weights in memory; without a loaded VAE, that of their files."""
+    if vae is None:
+        return sum(path.stat().st_size for path in source.files().weights)
+    return sum(weight.nbytes for weight in vae.parameters() if not weight.is_meta)
+
+
+def _custom_decoder(
+    entry: ModelEntry, located: Located, family: Family, dtype: torch.dtype
+) -> tuple[custom.CustomDecoder, LatentSpec]:
+    """Return a decoder of an installed package, after trying it, and the spec. Raises ModelUnavailable."""
+    name, source, info = str(entry.custom_decoder), located.source, located.info
+    files, config = source.files(), whole_config(info.class_name, configuration_of(source).values)
+    weights = files.weights[0] if len(files.weights) == 1 else files.folder
+    try:
+        made = custom.build(name, weights, config, dtype, located.device)
+        coder = custom.CustomDecoder(name, made, family, info.latents, dtype, located.device)
+        coder.try_out()
+        return coder, coder.refined()
+    except custom.UnusableDecoder as error:
+        raise source.failure(str(error)) from error.__cause__
 
 
 def on(device: torch.device) -> Any:
     """Return a context in which `device` is the current device, which Triton and CUDA graphs use."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
-def where(error: BaseException) -> str:
-    """Describe an unexpected error in one line: its class, its first line, and the line of code that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    first_line = next(iter(str(error).strip().splitlines()), "")[:300]
-    return f"{type(error).__name__}{place}: {first_line}" if first_line else f"{type(error).__name__}{place}"
 
 
 def warm_up(model: LoadedModel[Any], sizes: tuple[tuple[int, int], ...]) -> None:

@@ -34,6 +34,7 @@ from .plain import PlainImage, PlainVideo, is_video
 from .qwen_image import QwenImage, QwenImage21, QwenImageLayered
 from .stable_video import StableVideo
 from .tiny import Tiny
+from .tiny_video import TAECVX, TAEH3, TAEHV, TAELTX
 from .wan import Wan
 
 IMAGE_FAMILIES: tuple[Family, ...] = (
@@ -41,7 +42,7 @@ IMAGE_FAMILIES: tuple[Family, ...] = (
 )
 VIDEO_FAMILIES: tuple[Family, ...] = (
     *(Wan(), HunyuanVideo(), HunyuanVideo15(), LTX(), LTX2(), CogVideoX(), Mochi(), Cosmos(), StableVideo()),
-    *(Allegro(), Magvit(), MiniMaxH3(), LTX2Diffusion(), KVAEVideo()),
+    *(Allegro(), Magvit(), MiniMaxH3(), LTX2Diffusion(), KVAEVideo(), TAEHV(), TAELTX(), TAECVX(), TAEH3()),
 )
 # The classes of these have another family above, which is used unless an entry of models.yaml names one of these.
 NAMED_FAMILIES: tuple[Family, ...] = (

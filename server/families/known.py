@@ -14,7 +14,7 @@ import yaml
 class Checkpoint:
     """A well-known checkpoint.
 
-    class_name: the diffusers class.
+    class_name: the class, which is one of diffusers unless the family is TAEHV.
     licence: the name of its licence.
     decoder_weights, encoder_weights: the number of parameters that each direction needs.
     gated: downloading needs a token of an account that accepted the licence.
@@ -35,9 +35,10 @@ class Checkpoint:
     shared_by: list[str] = field(default_factory=list)
 
 
-def known(repo: str, subfolder: str | None) -> Checkpoint | None:
-    """Return the facts about a repository, or about its subfolder. None if it is not in the list."""
-    return _all().get(f"{repo}:{subfolder}" if subfolder else repo)
+def known(repo: str, subfolder: str | None, file: str | None = None) -> Checkpoint | None:
+    """Return the facts about a repository, its subfolder, or a file of either. None if it is not in the list."""
+    place = "/".join(part for part in (subfolder, file) if part)
+    return _all().get(f"{repo}:{place}" if place else repo)
 
 
 @cache
@@ -47,5 +48,5 @@ def _all() -> dict[str, Checkpoint]:
 
 
 def all_known() -> dict[str, Checkpoint]:
-    """Return all checkpoints, by their repository or "REPO:SUBFOLDER"."""
+    """Return all checkpoints, by their repository, "REPO:SUBFOLDER", "REPO:FILE" or "REPO:SUBFOLDER/FILE"."""
     return dict(_all())

@@ -21,24 +21,12 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
-class MiniMaxH3(Video):
-    """Unscales by channel and reverts the normalisation of the pixels, as `MiniMaxH3VideoDecodeStep` does.
+class H3Clips(Video):
+    """The numbers of frames that MiniMax-H3 takes.
 
     `5 n + 2` latent frames decode to `17 n + 5` frames, for n of at least 1. One image encodes to one latent frame,
     which conditions the pipeline and cannot be decoded.
-
-    diffusers decodes and encodes in blended tiles of 256x256 pixels, and so were the released frames made.
     """
-
-    name = "minimax_h3"
-    class_names = ("AutoencoderKLMiniMaxH3",)
-    gpu_dtype = "bfloat16"
-
-    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Return the products of the downsampling factors. Raises ValueError for other clip lengths than H3's."""
-        if (config["clip_length"], config["token_drop"]) != (CLIP_FRAMES, CLIP_LATENTS - LAST_LATENTS):
-            raise ValueError(f"clip_length must be {CLIP_FRAMES} and token_drop {CLIP_LATENTS - LAST_LATENTS}")
-        return prod(config["spatial_downsample_factors"]), prod(config["temporal_downsample_factors"])
 
     def num_frames(self, spec: LatentSpec, latent_frames: int) -> int:
         """Return how many frames so many latent frames decode to, rounded down to whole clips."""
@@ -74,6 +62,23 @@ class MiniMaxH3(Video):
                 f"frames, which are {CLIP_FRAMES} n + {LAST_FRAMES} frames; send {before} or {before + CLIP_LATENTS}"
             )
         return found
+
+
+class MiniMaxH3(H3Clips):
+    """Unscales by channel and reverts the normalisation of the pixels, as `MiniMaxH3VideoDecodeStep` does.
+
+    diffusers decodes and encodes in blended tiles of 256x256 pixels, and so were the released frames made.
+    """
+
+    name = "minimax_h3"
+    class_names = ("AutoencoderKLMiniMaxH3",)
+    gpu_dtype = "bfloat16"
+
+    def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the products of the downsampling factors. Raises ValueError for other clip lengths than H3's."""
+        if (config["clip_length"], config["token_drop"]) != (CLIP_FRAMES, CLIP_LATENTS - LAST_LATENTS):
+            raise ValueError(f"clip_length must be {CLIP_FRAMES} and token_drop {CLIP_LATENTS - LAST_LATENTS}")
+        return prod(config["spatial_downsample_factors"]), prod(config["temporal_downsample_factors"])
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: float) -> torch.Tensor:
         """Decode in the shipped tiles, and map the pixels to [-1, 1].

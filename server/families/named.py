@@ -1,4 +1,7 @@
-"""The well-known configurations that `config` in models.yaml may name: the models of the shipped models.yaml."""
+"""The well-known configurations that `config` in models.yaml may name.
+
+They are those of the models of the shipped models.yaml, and of the files of tiny video VAEs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 from ..config import shipped_models
 from .known import known
+from .tiny_video import CONFIGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,11 @@ def named_configs() -> tuple[NamedConfig, ...]:
     """Return all well-known configurations."""
     found = []
     for name, entry in shipped_models().items():
-        if (checkpoint := known(entry.repo, entry.subfolder)) is None:
+        if (checkpoint := known(entry.repo, entry.subfolder, entry.file)) is None:
             continue
         config = {"_class_name": checkpoint.class_name, **checkpoint.config}
         config.pop("force_upcast", None)
         found.append(NamedConfig(name, (name, *entry.aliases), config, entry.family))
+    given = {word for each in found for word in each.names}
+    found += [NamedConfig(name, (name,), config) for name, config in CONFIGS.items() if name not in given]
     return tuple(found)

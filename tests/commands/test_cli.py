@@ -128,7 +128,8 @@ def test_models_lists_every_shipped_model_without_the_network() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--kind", "preview"), {"taesd", "taesdxl", "taesd3", "taef1"}),
+        (("--kind", "preview", "taes"), {"taesd", "taesdxl", "taesd3"}),
+        (("--kind", "preview", "wan"), {"taew2_1", "taew2_2"}),
         (("KREA",), {"qwen-image"}),
         (("--kind", "video", "ltx-2.5"), {"ltx-2.5", "ltx-2.5-diffusion"}),
         (("--kind", "image", "ltx"), set()),

@@ -60,12 +60,29 @@ def test_a_download_takes_what_is_needed_and_works_offline_afterwards(hub: tuple
     assert hub[1].asked == []
 
 
+def test_one_file_of_a_repository_is_downloaded_without_its_neighbours(hub: tuple[str, Hub], tmp_path: Path) -> None:
+    """Also without the config.json beside it, which may belong to another file."""
+    hub[1].asked.clear()
+    config = tmp_path / "config.json"
+    config.write_text((Path(hub[1].root) / "owner" / "full" / "vae" / "config.json").read_text())
+    file = "diffusion_pytorch_model.safetensors"
+    models = {"m": {"repo": "owner/full", "subfolder": "vae", "file": file, "config": str(config)}}
+    ran = download(hub, tmp_path, models)
+    assert ran.returncode == 0, ran.stderr
+    folder = Path(ran.stdout.splitlines()[0].removeprefix("m: "))
+    assert [path.name for path in folder.iterdir()] == [file]
+    ran = download(hub, tmp_path, models, "check", online=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "'m' decodes" in ran.stdout
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gated": ({"repo": "owner/gated"}, "the repository is gated: accept its licence at .*, then set HF_TOKEN"),
     "nothing": ({"repo": "owner/nothing"}, "the hub has no such repository, or it is private"),
     "pickled": ({"repo": "owner/pickled"}, "only pickle weights .*bin. .* a pickle file can run code"),
     "whole": ({"repo": "owner/full"}, "the repository has no config.json; check subfolder in models.yaml"),
     "misspelt": ({"repo": "owner/full", "subfolder": "vea"}, "has no vea/config.json; check subfolder"),
+    "lost": ({"repo": "owner/full", "file": "x.safetensors", "config": "sd"}, "has no x.safetensors; check file"),
     "old": ({"repo": "owner/full", "subfolder": "vae", "revision": "v9"}, "no revision 'v9'; check revision"),
 }
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import pytest
 from accelerate import init_empty_weights
 
 from server.config import SHIPPED_MODELS_YAML, load_settings
 from server.engine.weights.agreement import OTHER_PARTS
+from server.engine.weights.defaults import vae_class
 from server.families import FAMILIES, family_of_class
 from server.families.known import Checkpoint, all_known, known
 from server.model_info import Direction
 
 ENTRIES = load_settings(config=SHIPPED_MODELS_YAML).models
-KNOWN = {name: known(entry.repo, entry.subfolder) for name, entry in ENTRIES.items() if name != "demo"}
+KNOWN = {name: known(entry.repo, entry.subfolder, entry.file) for name, entry in ENTRIES.items() if name != "demo"}
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -23,7 +23,7 @@ def test_a_listed_checkpoint_is_known_and_builds_as_it_says(name: str) -> None:
     checkpoint = KNOWN[name]
     assert isinstance(checkpoint, Checkpoint), "every shipped entry is in known.yaml"
     with init_empty_weights():
-        vae: Any = getattr(diffusers, checkpoint.class_name)(**checkpoint.config)
+        vae: Any = vae_class(checkpoint.class_name)(**checkpoint.config)
     counts = {True: 0, False: 0}
     for key, weight in vae.named_parameters():
         counts[key.split(".")[0] in OTHER_PARTS[Direction.DECODE]] += weight.numel()
@@ -46,5 +46,5 @@ def test_what_is_unverified_has_a_source() -> None:
 
 
 def test_every_known_checkpoint_has_an_entry() -> None:
-    entries = {f"{entry.repo}:{entry.subfolder}" if entry.subfolder else entry.repo for entry in ENTRIES.values()}
-    assert set(all_known()) <= entries
+    found = [known(entry.repo, entry.subfolder, entry.file) for entry in ENTRIES.values()]
+    assert [name for name, checkpoint in all_known().items() if checkpoint not in found] == []

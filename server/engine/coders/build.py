@@ -18,6 +18,8 @@ from .stock import StockDecoder, StockEncoder
 from .video.causal_decoder import DECODED_CLASSES, ExactCausalDecoder
 from .video.causal_encoder import ENCODED_CLASSES, ExactCausalEncoder
 from .video.ltx_decoder import LTX_CLASSES, ExactLTXDecoder
+from .video.tiny_decoder import TinyVideoDecoder
+from .video.tiny_layers import TAEHV
 
 EXACT_CLASSES = {
     Direction.DECODE: structure.CLASSES | DECODED_CLASSES | LTX_CLASSES,
@@ -44,6 +46,8 @@ def build_coder(
         return stock(vae, family), "models.yaml asks for diffusers' tiles"
     if choice != "auto":
         return stock(vae, family), f"models.yaml asks for diffusers' own {direction}r"
+    if isinstance(vae, TAEHV):
+        return (TinyVideoDecoder(vae) if direction is Direction.DECODE else stock(vae, family)), None
     coder, reason = _own_encoder(vae) if direction is Direction.ENCODE else _own_decoder(vae)
     return (coder, coder.kernels.note) if coder else (stock(vae, family), reason)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import diffusers
 import torch
 
 from ...model_info import Direction
+from .defaults import vae_class
 from .headers import Header, StoredTensor, UnreadableWeights, read_header
 from .key_maps import Tensors, to_diffusers, vae_names
 
@@ -111,13 +111,13 @@ def _check_index(index: Path, headers: Iterable[Header]) -> None:
 
 
 def skeleton(class_name: str, config: Mapping[str, Any], origin: str) -> torch.nn.Module:
-    """Return the diffusers module of a config, without memory for its weights.
+    """Return the module of a config, without memory for its weights.
 
     origin: where the config comes from, for messages. Raises UnreadableWeights if the config is not one of the class.
     """
     try:
         with BUILDING, accelerate.init_empty_weights():
-            module: torch.nn.Module = getattr(diffusers, class_name).from_config(dict(config))
+            module: torch.nn.Module = vae_class(class_name).from_config(dict(config))
     except Exception as error:  # whatever the constructor of a class raises for values that it was not written for
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
         raise UnreadableWeights(f"{origin} does not describe a {class_name} ({reason})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from ...config import ModelEntry
 from ...errors import ModelUnavailable
 from ...families import FAMILIES, Family, family_of_class, plain_family
-from ...families.known import known
 from ...model_info import Direction, LatentSpec, ModelInfo, Weights
 from .agreement import OTHER_PARTS, OWN_PART, Stored, directions_in, read_stored, skeleton
 from .defaults import is_vae_class, whole_config
@@ -32,7 +32,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     Raises ModelUnavailable if nothing tells the configuration, or if this server cannot run the VAE that it describes.
     """
     name, entry = source.name, source.entry
-    checkpoint = known(entry.repo, entry.subfolder) if source.local is None else None
+    checkpoint = source.checkpoint()
     is_assumed = False
     try:
         found = configuration_of(source, is_local_only=is_local_only)
@@ -52,6 +52,8 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         whole = whole_config(class_name, config)
         spec: LatentSpec = family.describe(whole)
         check_spec(spec)
+        if entry.custom_decoder:
+            spec = replace(spec, takes_timestep=False, takes_seed=False)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = str(error) if type(error) is ValueError else repr(error)
         raise ModelUnavailable(
@@ -85,7 +87,7 @@ def weigh(source: Source, dtype: torch.dtype) -> Weights:
         encoder, decoder = _count(stored)
         disk_mb = sum(path.stat().st_size for path in files.weights) >> 20
         return Weights(True, name, disk_mb, decoder * dtype.itemsize >> 20, encoder * dtype.itemsize >> 20)
-    checkpoint = known(source.entry.repo, source.entry.subfolder) if source.local is None else None
+    checkpoint = source.checkpoint()
     if checkpoint is None:
         return Weights(False, name)
     counts = checkpoint.decoder_weights, checkpoint.encoder_weights
@@ -105,8 +107,11 @@ def _count(stored: Stored) -> tuple[int, int]:
 def directions_of(source: Source) -> tuple[Direction, ...]:
     """Return the directions that the weights on this machine contain; both if there are none here, or damaged ones.
 
-    This looks only at the names. `check_weights` compares the weights with the config.
+    This looks only at the names. `check_weights` compares the weights with the config. A decoder of another package
+    only decodes.
     """
+    if source.entry.custom_decoder:
+        return (Direction.DECODE,)
     try:
         files = source.files(is_local_only=True)
         stored = read_stored(files.weights)
@@ -119,12 +124,15 @@ def directions_of(source: Source) -> tuple[Direction, ...]:
 def check_weights(source: Source) -> tuple[Direction, ...]:
     """Return the directions that the weights on this machine serve, from their headers and the config.
 
-    Raises ModelUnavailable unless the index, the files and the config agree.
+    Raises ModelUnavailable unless the index, the files and the config agree. What a decoder of another package needs is
+    not known, so for it only the files themselves are checked.
     """
     files = source.files(is_local_only=True)
     found = configuration_of(source, is_local_only=True)
     try:
         stored = read_stored(files.weights, files.index)
+        if source.entry.custom_decoder:
+            return (Direction.DECODE,)
         config = whole_config(found.class_name, found.values)
         return directions_in(
             skeleton(found.class_name, found.values, found.origin),

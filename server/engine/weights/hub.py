@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from ...config import ModelEntry, Settings
 from ...errors import ModelUnavailable
+from ...families.known import Checkpoint, known
 from .headers import PICKLES, SAFE_ONLY, SAVE_AGAIN, UnreadableWeights
 from .weight_files import SHARD, SUFFIX, choose_files, index_of
 
@@ -64,9 +65,14 @@ class Source:
         """
         self.name = name
         self.entry = entry
-        self.local = _vae_in(path / (entry.subfolder or ""), entry.subfolder) if path else None
-        self.label = f"{entry.repo}" + (f", subfolder {entry.subfolder}" if entry.subfolder else "")
+        self.local = _place(path, entry) if path else None
+        parts = {"subfolder": entry.subfolder, "file": entry.file}
+        self.label = ", ".join([entry.repo, *(f"{key} {value}" for key, value in parts.items() if value)])
         self._config_path = config_path
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the facts about a well-known repository or file of the hub; None if it is another one, or local."""
+        return None if self.local else known(self.entry.repo, self.entry.subfolder, self.entry.file)
 
     def given_config(self) -> dict[str, Any] | None:
         """Return the config.json that `config` in models.yaml names by its path; None if it names none."""
@@ -154,7 +160,14 @@ class Source:
         return f"{subfolder}/{file}" if subfolder else file
 
     def _hub_config(self, is_local_only: bool) -> Path | None:
-        """Return config.json; of a pipeline, that of its VAE; None if the repository has weights without one."""
+        """Return config.json; of a pipeline, that of its VAE; None if the repository has weights without one.
+
+        The config.json of a repository with several models may belong to any of them, so it is not used if the entry
+        names a file.
+        """
+        if self.entry.file:
+            self.files(is_local_only=is_local_only)
+            return None
         error: Exception | None = None
         for subfolder in self._subfolders():
             try:
@@ -182,6 +195,8 @@ class Source:
     def _hub_files(self, is_local_only: bool) -> Files:
         """Return the files in the cache, after downloading them. Raises UnreadableWeights, ModelUnavailable."""
         is_local_only = is_local_only or HF_HUB_OFFLINE
+        if self.entry.file:
+            return self._hub_file(self._in_repo(self.entry.file, self.entry.subfolder), is_local_only)
         listed = None if is_local_only else self._names_on_hub()
         if listed is None:
             snapshot = self._snapshot([self._in_repo(name, self.entry.subfolder) for name in USUAL], is_local_only)
@@ -195,6 +210,15 @@ class Source:
         wanted = [name for name in (CONFIG, *chosen, index_of(chosen, names)) if name]
         snapshot = self._snapshot([self._in_repo(name, subfolder) for name in wanted], is_local_only=False)
         return _files_in(snapshot / subfolder, chosen)
+
+    def _hub_file(self, name: str, is_local_only: bool) -> Files:
+        """Return the file that the entry names. name: its path in the repository."""
+        file = self._snapshot([name], is_local_only) / name
+        if file.is_file():
+            return Files(file.parent, (file,))
+        if is_local_only:
+            raise self.failure(f"its weights are not downloaded; run `python -m server download {self.name}`")
+        raise UnreadableWeights(f"the repository has no {name}; check file and subfolder in models.yaml")
 
     def _names_on_hub(self) -> list[str] | None:
         """Return the names of all files in the repository; None if the hub does not tell, so that the cache decides."""
@@ -257,6 +281,12 @@ class Source:
     def failure(self, sentence: str) -> ModelUnavailable:
         """Return the error whose detail is the model's name and repository, followed by this sentence."""
         return ModelUnavailable(self.name, f"{self.name} ({self.label}): {sentence}")
+
+
+def _place(path: Path, entry: ModelEntry) -> Path:
+    """Return the local file or folder of an entry whose `repo` is this path."""
+    folder = path / (entry.subfolder or "")
+    return folder / entry.file if entry.file else _vae_in(folder, entry.subfolder)
 
 
 def _vae_in(path: Path, subfolder: str | None) -> Path:

@@ -35,6 +35,7 @@ FORMS = {
 """What the names of tensors look like, and whose they are, for messages."""
 
 _LAYER = re.compile(r"\d+\.")
+_TINY_VIDEO = re.compile(r"((encoder|decoder)\.)?\d+\.conv\.weight")  # a layer over frames, which TAESD does not have
 
 
 def form_of(names: Iterable[str]) -> str:
@@ -61,8 +62,11 @@ def vae_names(keys: Iterable[str]) -> dict[str, str]:
 def _unnumbered(names: dict[str, str]) -> dict[str, str]:
     """Return the names of AutoencoderTiny if the names are the numbers of its layers, as its original files have them.
 
-    The decoder's first layer is a clamp without weights, which AutoencoderTiny has no layer for.
+    The decoder's first layer is a clamp without weights, which AutoencoderTiny has no layer for. The tiny video VAEs
+    keep their names, which are those of this server's class.
     """
+    if any(_TINY_VIDEO.fullmatch(name) for name in names):
+        return names
     for part in ("taesd_encoder.", "taesd_decoder.", "encoder.", "decoder.", ""):
         layers = [name.removeprefix(part) for name in names if name.startswith(part)]
         if not layers or not all(_LAYER.match(layer) for layer in layers):

@@ -39,7 +39,7 @@ def choose_files(names: Iterable[str]) -> tuple[str, ...]:
         return sets[possible[0]] + sets[possible[1]]
     if possible:
         files = _listed([sets[stem][0] for stem in possible])
-        raise UnreadableWeights(f"it has several files of weights ({files}); write the path of one of them into repo")
+        raise UnreadableWeights(f"it has several files of weights ({files}); give the path of one, or its name as file")
     raise UnreadableWeights(_none(names))
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from server.config import ModelEntry
 from server.engine.weights import loading
 from server.engine.weights.config_json import check_weights, directions_of, read_info
+from server.engine.weights.defaults import vae_class
 from server.engine.weights.hub import Source
 from server.errors import ModelUnavailable
 from server.families.named import named_config
@@ -240,7 +241,7 @@ def full_size(
     named = named_config(name)
     assert named is not None
     with init_empty_weights():
-        vae = getattr(diffusers, named.config["_class_name"]).from_config(dict(named.config))
+        vae = vae_class(named.config["_class_name"]).from_config(dict(named.config))
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, tensor in (rename(vae.state_dict()) | {key: torch.zeros(1) for key in extra}).items():
@@ -387,8 +388,10 @@ def test_files_that_are_missing_or_several(kl: Any, tmp_path: Path) -> None:
     assert f"the download of {PLAIN}.incomplete was not finished" in refused(source(folder).files)
     several = folder_of(tmp_path, kl.state_dict(), "a.safetensors")
     folder_of(tmp_path, kl.state_dict(), "b.safetensors")
-    assert "several files of weights (a.safetensors, b.safetensors); write the path" in refused(source(several).files)
+    assert "several files of weights (a.safetensors, b.safetensors); give the path" in refused(source(several).files)
     assert_same(load(source(several / "b.safetensors")), kl)
+    assert_same(load(source(several, file="b.safetensors")), kl)
+    assert "there is no such file or folder" in refused(source(several, file="c.safetensors").files)
 
 
 def test_an_index_that_does_not_fit_its_shards(kl: Any, tmp_path: Path) -> None:
