@@ -44,6 +44,7 @@ def listed(settings: Settings, name: str, info: ModelInfo | None) -> dict[str, A
         "kind": kind_of(info),
         "class": info.class_name,
         "latents": asdict(info.latents),
+        "config": info.config,
         "fps": settings.fps_of(name) if kind == "video" else None,
         "outputs": outputs,
         "inputs": INPUTS[kind],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge
 
@@ -111,6 +112,7 @@ class ModelInfo:
 
     is_assumed: the values come from the list of well-known checkpoints, because no config.json is on this machine yet.
     directions: those that the weights are for. A file may contain a decoder without an encoder, or the reverse.
+    config: config.json, completed by the defaults of its class, without the entries whose names begin with `_`.
     """
 
     name: str
@@ -122,6 +124,7 @@ class ModelInfo:
     is_gated: bool = False
     weights: Weights | None = None
     directions: tuple[Direction, ...] = tuple(Direction)
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def usual_direction(self) -> Direction:
@@ -145,6 +148,7 @@ class LoadedInfo:
     decoder, encoder: name of the implementation that runs each direction; None while that direction is not loaded.
     note: the reason why diffusers' own implementation runs, if it does.
     dtype_note: the reason why this dtype was chosen.
+    statistics: the statistics of the latents that the VAE keeps among its weights, by the name of the buffer.
     """
 
     device: str
@@ -153,6 +157,7 @@ class LoadedInfo:
     encoder: str | None = None
     note: str | None = None
     dtype_note: str = ""
+    statistics: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
 
     def runs(self, direction: Direction) -> bool:
         """Return whether the weights of this direction are loaded."""

@@ -125,6 +125,7 @@ class Job:
     layout: form of the decoder's output.
     pixel_axes: order of the axes of pixels to encode, one letter of BCFHW each.
     seed: seed for a sample of the posterior; None returns its mode.
+    is_posterior: an encode returns the parameters of the posterior.
     output_dtype: dtype of a tensor answer. None means float16 for samples that were computed in half precision, and
         the dtype of the computation otherwise.
     """
@@ -140,6 +141,7 @@ class Job:
     layout: Layout = Layout.SAMPLE
     pixel_axes: str = ""
     seed: int | None = None
+    is_posterior: bool = False
     output_dtype: str | None = None
 
     @property
@@ -156,7 +158,8 @@ class Job:
     def bytes_held(self) -> int:
         """The bytes of the request and of its largest possible answer."""
         if self.direction is Direction.ENCODE:
-            return self.bytes_needed + RawTensor.bytes_needed(self.geometry.latent_shape, "float32")
+            answer_bytes = RawTensor.bytes_needed(self.geometry.latent_shape, "float32")
+            return self.bytes_needed + answer_bytes * (2 if self.is_posterior else 1)
         return self.bytes_needed + self.geometry.pixels * PIXEL_BYTES[self.layout]
 
 

@@ -10,7 +10,7 @@ from ..families import FAMILIES, check_limits
 from ..families.base import shape_text
 from ..inputs import VIDEO_TYPE, Header, media_type_of, read_file, read_header, resized
 from ..model_info import Direction, Kind, LatentSpec, ModelInfo
-from ..values import PIXEL_DTYPES, Geometry, Job, RenderOptions, Request
+from ..values import PIXEL_DTYPES, Geometry, Job, RenderOptions, Request, Scaling
 from .bodies import Bytes
 from .formats import choose_format
 from .parameters import Parameters
@@ -58,6 +58,7 @@ def _job(
         render=RenderOptions(fps=1, quality=None, media_type=media_type),
         pixel_axes=pixel_axes,
         seed=_seed(parameters, info.latents),
+        is_posterior=_is_posterior(parameters, info.latents),
         output_dtype=parameters.output_dtype(),
     )
 
@@ -108,6 +109,20 @@ def _seed(parameters: Parameters, spec: LatentSpec) -> int | None:
     return seed
 
 
+def _is_posterior(parameters: Parameters, spec: LatentSpec) -> bool:
+    """Return whether the parameters of the posterior are requested. Raises BadRequest, Impossible."""
+    if not parameters.flag("posterior"):
+        return False
+    if not spec.has_posterior:
+        raise Impossible("this model's encoder returns latents, not a distribution; leave posterior out")
+    if parameters.flag("sample") or parameters.scaling() != Scaling():
+        raise BadRequest(
+            "posterior=True returns the distribution before sampling and scaling; leave sample, do_scaling, "
+            "scaling_factor and shift_factor out"
+        )
+    return True
+
+
 def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
     """Check the parameters of an encode of a file, before its body is received.
 
@@ -119,6 +134,7 @@ def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
     parameters.output_dtype()
     _rotate(parameters)
     _seed(parameters, info.latents)
+    _is_posterior(parameters, info.latents)
 
 
 def _rotate(parameters: Parameters) -> bool:

@@ -24,7 +24,7 @@ KNOWN = frozenset(
             "fps",
             "quality",
         ),
-        *("sample", "seed", "output_dtype", "rotate"),
+        *("sample", "seed", "output_dtype", "rotate", "posterior"),
     )
 )
 NOT_SENT = frozenset({"", "none", "null"})

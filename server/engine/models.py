@@ -38,6 +38,7 @@ OVERFLOWS = {
     Direction.DECODE: "these latents overflow the VAE{}; check scaling_factor and dtype",
     Direction.ENCODE: "these pixels overflow the VAE{}; send them in [-1, 1]",
 }
+STATISTICS = ("latents_mean", "latents_std", "bn.running_mean", "bn.running_var")
 
 
 class Key(NamedTuple):
@@ -293,7 +294,9 @@ class LoadedModels:
                 spec = family.refine(info.latents, vae)
                 placement.move(vae, device)
                 coder, note = build_coder(vae, family, direction, entry.decoder, entry.tiling)
-            loaded = LoadedInfo(str(device), NAMES[dtype], note=note, dtype_note=precision.reason)
+            loaded = LoadedInfo(
+                str(device), NAMES[dtype], note=note, dtype_note=precision.reason, statistics=_statistics(vae)
+            )
             if direction is Direction.ENCODE:
                 loaded = replace(loaded, encoder=coder.name)
             else:
@@ -332,6 +335,12 @@ class LoadedModels:
             return placement.choose_precision(wanted, located.info, located.device, is_exact=is_exact)
         except ValueError as error:
             raise ModelUnavailable(located.info.name, f"{located.info.name}: {error}") from None
+
+
+def _statistics(vae: torch.nn.Module | None) -> dict[str, tuple[float, ...]]:
+    """Return the statistics of the latents that a VAE keeps in its buffers. Most VAEs keep them in their config."""
+    buffers = vae.named_buffers() if vae is not None else ()
+    return {name: tuple(each.float().tolist()) for name, each in buffers if name in STATISTICS}
 
 
 def _weight_bytes(vae: torch.nn.Module | None, source: Source) -> int:

@@ -120,6 +120,8 @@ def _encode(
 def _answer(model: LoadedModel[Any], output: torch.Tensor, job: Job) -> RawTensor:
     if job.direction is Direction.DECODE:
         return to_host(in_dtype(output, job.output_dtype))
+    if job.is_posterior:
+        return to_host(in_dtype(output, job.output_dtype or NAMES[model.dtype]))
     latents = latents_of(output, job.seed) if model.spec.has_posterior else output
     scaled = model.family.latents_out(latents.float(), model.spec, job.scaling)
     return to_host(in_dtype(scaled, job.output_dtype or NAMES[model.dtype]))

@@ -49,7 +49,8 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         raise ModelUnavailable(name, sentence)
     family = _family(name, entry.model_copy(update={"family": entry.family or found.family}), class_name, config)
     try:
-        spec: LatentSpec = family.describe(whole_config(class_name, config))
+        whole = whole_config(class_name, config)
+        spec: LatentSpec = family.describe(whole)
         check_spec(spec)
         if entry.custom_decoder:
             spec = replace(spec, takes_timestep=False, takes_seed=False)
@@ -66,6 +67,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         is_assumed=is_assumed,
         licence=checkpoint.licence if checkpoint else None,
         is_gated=checkpoint is not None and checkpoint.gated,
+        config={key: value for key, value in whole.items() if not key.startswith("_")},
     )
 
 

@@ -1,0 +1,97 @@
+"""A proxy in front of a real server that answers the first requests itself."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import requests
+
+SILENT, BROKEN, ENDLESS = "silent", "broken", "endless"
+"""In place of a status: no answer, an answer that ends early, and one that never ends."""
+
+
+class Proxy:
+    """script: what becomes of the next POSTs, each a status, with Retry-After or None, or one of the words above."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.script, self.posts = target.rstrip("/"), [], []
+        self.script: list[tuple[int, str | None] | str]
+        self.posts: list[dict[str, str]]  # the headers of each
+        self.ended = threading.Event()
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                proxy.forward(self, None)
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                proxy.posts.append(dict(self.headers))
+                if proxy.script:
+                    proxy.perform(self, proxy.script.pop(0))
+                else:
+                    proxy.forward(self, body)
+
+        return Handler
+
+    def forward(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
+        headers = {key: value for key, value in handler.headers.items() if key not in ("Host", "Content-Length")}
+        answer = requests.request(handler.command, self.target + handler.path, data=body, headers=headers, timeout=300)
+        handler.send_response(answer.status_code)
+        for key in ("shape", "dtype", "Content-Type", "Retry-After"):
+            if key in answer.headers:
+                handler.send_header(key, answer.headers[key])
+        handler.send_header("Content-Length", str(len(answer.content)))
+        handler.end_headers()
+        handler.wfile.write(answer.content)
+
+    def perform(self, handler: BaseHTTPRequestHandler, act: tuple[int, str | None] | str) -> None:
+        handler.close_connection = True
+        if act == SILENT:
+            self.ended.wait()
+            return
+        if isinstance(act, tuple):
+            status, retry_after = act
+            handler.send_response(status)
+            if retry_after is not None:
+                handler.send_header("Retry-After", retry_after)
+            body = json.dumps({"error": f"the sentence of {status}", "code": "some_code", "request_id": "1"}).encode()
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body)
+            return
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(10**9))
+        handler.end_headers()
+        while act == ENDLESS and not self.ended.wait(0.02):
+            try:
+                handler.wfile.write(b"x")
+            except OSError:
+                return
+
+
+@contextmanager
+def scripted(target: str) -> Iterator[tuple[Proxy, str]]:
+    """The proxy and its address."""
+    proxy = Proxy(target)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), proxy.handler())
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield proxy, f"http://127.0.0.1:{server.server_address[1]}/"
+    finally:
+        proxy.ended.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
