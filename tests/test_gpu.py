@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
+import yaml
 from diffusers.utils.remote_utils import remote_decode
 
+from handler import EndpointHandler
 from server.config import load_settings
 from server.contract import Parameters
+from server.engine.coders.stock import StockDecoder, StockEncoder
 from server.engine.models import LoadedModels
 from server.errors import TooLargeForDevice
-from server.families import FAMILIES
-from server.values import Geometry, Request
+from server.families import FAMILIES, family_of_class
+from server.values import Geometry, Layout, Request
 from tests.conftest import Serve, write_models_yaml
+from tests.load import process
+from tests.pipelines import vaes as builders
 from tests.requests import decode_job
 from tests.vaes import LocalVae
+from tests.waiting import PATIENCE_S
 
+DEVICE = os.environ.get("VAE_TEST_DEVICE", "cuda")  # cpu: a test of these tests
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 Vaes = dict[str, LocalVae]
 
@@ -31,7 +43,7 @@ Vaes = dict[str, LocalVae]
 def test_a_gpu_decodes_what_a_cpu_does(serve: Serve, vaes: Vaes, name: str, dtype: str, tolerance: float) -> None:
     if (name, dtype) == ("sdxl", "float16"):
         tolerance = 1e-4  # it must upcast
-    address = serve({name: {"repo": str(vaes[name].folder), "dtype": dtype, "device": "cuda", "preload": True}})
+    address = serve({name: {"repo": str(vaes[name].folder), "dtype": dtype, "device": DEVICE, "preload": True}})
     latents = vaes[name].latents(*([3, 8, 12] if name == "hunyuan" else [8, 12]))
     sample = remote_decode(address, latents, scaling_factor=0.7, output_type="pt", return_type="pt")
     expected = vaes[name].decode(latents / 0.7)
@@ -44,6 +56,7 @@ def test_a_gpu_decodes_what_a_cpu_does(serve: Serve, vaes: Vaes, name: str, dtyp
     assert np.abs(pixels.numpy().astype(int) - unit.numpy()).max() <= 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_decode_that_does_not_fit_is_refused_and_the_next_one_goes_on(vaes: Vaes, tmp_path: Path) -> None:
     models = {"sd": {"repo": str(vaes["sd"].folder), "device": "cuda", "decoder": "diffusers"}}
     engine = LoadedModels(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "sd")))
@@ -60,3 +73,150 @@ def test_a_decode_that_does_not_fit_is_refused_and_the_next_one_goes_on(vaes: Va
         assert engine.run([request(16)])[0].body.shape == (1, 128, 128, 3)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+FAMILIES_HERE: dict[str, Callable[[], Any]] = {
+    "kl": builders.kl16,
+    "flux2": builders.flux2,
+    "wan": builders.wan,
+    "wan-2.2": builders.wan_22,
+    "qwen-image": builders.qwen_image,
+    "hunyuan-video": builders.hunyuan_video,
+    "hunyuan-video-1.5": builders.hunyuan_video_15,
+    "ltx": builders.ltx,
+    "ltx2": builders.ltx2,
+    "cogvideox": builders.cogvideox,
+    "mochi": builders.mochi,
+    "easy-animate": builders.magvit,
+}
+SIZES = [(3, 4, 4), (3, 18, 20)]  # latent frames, rows and columns; the second one is above 128 pixels
+FLOAT32 = {"dtype": "float32"}
+
+
+class Local:
+    """The VAE that a server serves, on the CPU, run by diffusers."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.vae = FAMILIES_HERE[name]()
+        self.vae.save_pretrained(folder)
+        family = family_of_class(type(self.vae).__name__)
+        assert family is not None
+        self.family, self.spec = family, family.describe(self.vae.config)
+
+    def latents(self, frames: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+        size = (frames, height, width) if self.spec.kind == "video" else (height, width)
+        return torch.randn(1, self.spec.channels, *size, generator=torch.Generator().manual_seed(seed))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return StockDecoder(self.vae, self.family).decode(latents, Layout.SAMPLE).tensor.detach()
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        parameters = StockEncoder(self.vae, self.family).encode(pixels).tensor.detach()
+        return parameters.chunk(2, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def locals_(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Local]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: Local(name, folder / name) for name in FAMILIES_HERE}
+
+
+@pytest.fixture(scope="module")
+def everything(locals_: dict[str, Local], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server process with every family in float32, and some entries with other settings."""
+    folder = tmp_path_factory.getbasetemp() / "families0"
+    models: dict[str, Any] = {name: {"repo": str(folder / name), **FLOAT32} for name in locals_}
+    models |= {f"{name}-small": {**models[name], "memory_budget_mb": 1} for name in ("kl", "wan")}
+    config = tmp_path_factory.mktemp("config") / "models.yaml"
+    config.write_text(yaml.safe_dump({"models": models}))
+    with process(config, "--device", DEVICE) as (url, _):
+        yield url
+
+
+def ask(url: str, tensor: torch.Tensor, accept: str = "tensor/binary", **query: Any) -> requests.Response:
+    sent = {"shape": list(tensor.shape), "dtype": "float32", "output_type": "pt", **query}
+    headers = {"Content-Type": "tensor/binary", "Accept": accept}
+    answer = requests.post(url, tensor.numpy().tobytes(), params=sent, headers=headers, timeout=PATIENCE_S)
+    assert answer.ok, answer.text
+    return answer
+
+
+def tensor_of(answer: requests.Response) -> torch.Tensor:
+    shape = [int(size) for size in answer.headers["shape"].strip("[]").split(",")]
+    return torch.frombuffer(bytearray(answer.content), dtype=torch.float32).reshape(shape)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", FAMILIES_HERE)
+def test_every_family_decodes_over_http_as_diffusers_on_a_cpu(
+    everything: str, locals_: dict[str, Local], name: str, size: tuple[int, int, int]
+) -> None:
+    latents = locals_[name].latents(*size)
+    expected = locals_[name].decode(latents)
+    got = tensor_of(ask(everything + name, latents))
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", [name for name in FAMILIES_HERE if name not in ("ltx", "ltx2")])
+def test_every_family_encodes_over_http_as_diffusers_on_a_cpu(
+    everything: str, locals_: dict[str, Local], name: str, size: tuple[int, int, int]
+) -> None:
+    pixels = locals_[name].decode(locals_[name].latents(*size)).clamp(-1, 1)
+    expected = locals_[name].encode(pixels)
+    got = tensor_of(ask(f"{everything}{name}/encode", pixels))
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["kl", "wan"])
+def test_a_small_memory_budget_gives_the_same_pixels(everything: str, locals_: dict[str, Local], name: str) -> None:
+    latents = locals_[name].latents(*SIZES[1])
+    got, expected = (tensor_of(ask(everything + each, latents)) for each in (f"{name}-small", name))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_video_is_streamed_while_it_is_decoded(everything: str, locals_: dict[str, Local]) -> None:
+    latents = locals_["wan"].latents(3, 18, 20)
+    answer = ask(everything + "wan", latents, "video/mp4", output_type="mp4", stream=True)
+    assert answer.content.count(b"moof") == 9
+    whole = ask(everything + "wan", latents, "video/mp4", output_type="mp4")
+    assert whole.content[4:8] == b"ftyp"
+
+
+def test_requests_for_two_models_at_once_are_those_of_each_alone(everything: str, locals_: dict[str, Local]) -> None:
+    """Some of them run in one batch."""
+    asked = [(name, locals_[name].latents(1, 8, 8, seed)) for seed in range(6) for name in ("kl", "wan")]
+
+    def one(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
+        return tensor_of(ask(everything + pair[0], pair[1]))
+
+    with ThreadPoolExecutor(12) as clients:
+        together = list(clients.map(one, asked))
+    for pair, got in zip(asked, together, strict=True):
+        torch.testing.assert_close(got, one(pair), atol=1e-4, rtol=1e-4)
+
+
+def test_the_handler_of_endpoints_decodes(vaes: Vaes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAE_SERVER_DTYPE", "float32")
+    monkeypatch.setenv("VAE_SERVER_DEVICE", DEVICE)
+    latents = vaes["sd"].latents(8, 12)
+    image = EndpointHandler(str(vaes["sd"].folder))({"inputs": latents, "parameters": {"scaling_factor": 0.7}})
+    expected = (vaes["sd"].decode(latents / 0.7)[0] / 2 + 0.5).clamp(0, 1).mul(255).round().permute(1, 2, 0)
+    assert np.abs(np.asarray(image).astype(int) - expected.numpy()).max() <= 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device at most")
+def test_every_device_takes_requests(locals_: dict[str, Local], tmp_path: Path) -> None:
+    config = tmp_path / "models.yaml"
+    locals_["kl"].vae.save_pretrained(tmp_path / "kl")
+    config.write_text(yaml.safe_dump({"models": {"kl": {"repo": str(tmp_path / "kl"), "preload": True, **FLOAT32}}}))
+    with process(config, "--device", "cuda") as (url, _):
+        (listed,) = requests.get(url + "models", timeout=PATIENCE_S).json()["models"]
+        assert len(listed["device"].split(", ")) == torch.cuda.device_count()
+        latents = [locals_["kl"].latents(1, 32, 32, seed) for seed in range(16)]
+        with ThreadPoolExecutor(16) as clients:
+            made = list(clients.map(lambda each: tensor_of(ask(url, each)), latents))
+        for each, got in zip(latents, made, strict=True):
+            torch.testing.assert_close(got, locals_["kl"].decode(each), atol=1e-3, rtol=1e-3)
