@@ -6,6 +6,7 @@ SERVING := $(VENV)/.serving
 INSTALLED := $(VENV)/.installed
 MODELS ?=
 ARGS ?=
+export ARGS
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus clean
@@ -17,7 +18,7 @@ setup: $(INSTALLED) ## Create .venv with the packages for serving and testing
 
 # Only what serving needs. `deploy.install` says which packages these are and how large they are.
 $(SERVING): requirements.txt constraints.txt
-	@$(PYTHON) -m deploy.install $(VENV) $(if $(PORT_FROM),--port-from="$(ARGS)")
+	@$(PYTHON) -m deploy.install $(VENV) $(if $(PORT_FROM),--port-from=ARGS)
 	@touch $@
 
 $(INSTALLED): $(SERVING) requirements-dev.txt

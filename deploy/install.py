@@ -1,9 +1,10 @@
 """Install what serving needs into a virtual environment. It says first what that is and how large it is.
 
-    python3 -m deploy.install .venv [--port-from ARGUMENTS]
+    python3 -m deploy.install .venv [--port-from VARIABLE]
 
-With `--port-from`, the port that `serve` would listen on with these arguments is checked first. `TORCH_INDEX_URL` adds
-a package index for torch, such as the one with builds for CPUs that torch's install page names. Needs only Python.
+With `--port-from`, the port that `serve` would listen on with the arguments in this variable is checked first.
+`TORCH_INDEX_URL` adds a package index for torch, such as the one with builds for CPUs that torch's install page names.
+Needs only Python.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -37,9 +39,11 @@ def main() -> int:
     """Run the program from the command line. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("venv", type=Path, help="folder of the virtual environment; it is made if it does not exist")
-    parser.add_argument("--port-from", default=None, help="the arguments of `serve`, as one text")
+    parser.add_argument("--port-from", default=None, help="name of the variable with the arguments of `serve`")
     arguments = parser.parse_args()
-    problem = python_problem() or (None if arguments.port_from is None else port_problem(arguments.port_from))
+    problem = python_problem() or (
+        None if arguments.port_from is None else port_problem(os.environ.get(arguments.port_from, ""))
+    )
     if problem:
         print(problem, file=sys.stderr)
         return 1
@@ -64,7 +68,7 @@ def port_problem(arguments: str) -> str | None:
     if not port:
         return None
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             return None
     except OSError as error:
         reason = f"port {port} of {host} cannot be used ({os.strerror(error.errno or 0)})"
@@ -145,7 +149,7 @@ def size_of(url: str) -> int | None:
         with urlopen(Request(url, method="HEAD"), timeout=HEAD_TIMEOUT_S) as answer:  # noqa: S310  # pip chose the url
             length = answer.headers["Content-Length"]
             return int(length) if length else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return None
 
 

@@ -91,8 +91,14 @@ class Work:
         if not any(self.listener.is_wanted(index) for index in range(len(self.requests))):
             raise Stopped
 
+    def abandon(self) -> None:
+        """End the render of its video, if there is one, which would wait for further frames."""
+        if self.video:
+            self.video.abandon()
+
     def fail(self, error: Exception) -> None:
         """Answer every wanted request with this error, and note that the batch no longer uses the device."""
+        self.abandon()
         for index in self.wanted:
             self.listener.failed(index, error)
         self.listener.computed()
@@ -192,6 +198,7 @@ class Runner:
         for index in set(range(len(requests))).difference(wanted):
             listener.failed(index, Stopped())
         if not wanted:
+            work.abandon()
             listener.computed()
             return
         listener.started()

@@ -7,6 +7,7 @@ first, when the answers together exceed `--job-results-mb`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
@@ -21,6 +22,8 @@ from ..errors import IdempotencyConflict, NotDone, NotFound, QueueFull, ServerEr
 from ..scheduling.service import Service
 from .failures import failure
 from .responses import InPieces, Streamed
+
+log = logging.getLogger(__name__)
 
 GONE = (
     "no such job: it was never accepted, was deleted, ended too long ago (--job-ttl-s), made room for later ones, or "
@@ -41,7 +44,7 @@ class AsyncJob:
     request_id: str
     model: str
     fingerprint: tuple[str, ...]
-    working: asyncio.Task[InPieces | Streamed]
+    working: asyncio.Task[InPieces | Streamed | ServerError]
     key: tuple[str, str] | None = None
     ended: float | None = None
     size_bytes: int = field(default=0)
@@ -53,7 +56,7 @@ class AsyncJob:
             return "pending"
         if self.working.cancelled():
             return "cancelled"
-        return "failed" if self.working.exception() else "done"
+        return "failed" if isinstance(self.working.result(), ServerError) else "done"
 
 
 class Jobs:
@@ -104,9 +107,15 @@ class Jobs:
     ) -> AsyncJob:
         """Begin to compute the answer to a request. held: what is released once that is done."""
 
-        async def run() -> InPieces | Streamed:
-            with held:
-                return await work()
+        async def run() -> InPieces | Streamed | ServerError:
+            try:
+                with held:
+                    return await work()
+            except ServerError as error:
+                return without_frames(error)
+            except Exception:  # the border of a job: its client gets an answer
+                log.exception("a job failed", extra={"request_id": request.state.request_id})
+                return ServerError()
 
         job = AsyncJob(
             secrets.token_hex(16),
@@ -132,17 +141,22 @@ class Jobs:
             self._forget(job)
 
     def _end(self, job: AsyncJob) -> None:
-        job.ended = asyncio.get_running_loop().time()
-        if job.state == "done":
-            job.size_bytes = job.working.result().size_bytes
-        while self.size_bytes > self._most_bytes and self._drop_oldest(other_than=job):
+        loop = asyncio.get_running_loop()
+        job.ended = loop.time()
+        loop.call_later(self._ttl_s, self._forget, job)
+        answer = None if job.working.cancelled() else job.working.result()
+        if isinstance(answer, Response):
+            job.size_bytes = answer.size_bytes
+        while self.size_bytes > self._most_bytes and self._drop_oldest(
+            lambda other: other is not job and other.size_bytes
+        ):
             pass
 
-    def _drop_oldest(self, other_than: AsyncJob | None = None) -> bool:
-        """Forget the oldest job that has ended. Return whether there was one."""
-        ended = [job for job in self._jobs.values() if job.ended is not None and job is not other_than]
+    def _drop_oldest(self, may_go: Callable[[AsyncJob], object] = lambda _: True) -> bool:
+        """Forget the job that ended first, of those that may go. Return whether there was one."""
+        ended = [(job.ended, job) for job in self._jobs.values() if job.ended is not None and may_go(job)]
         if ended:
-            self._forget(ended[0])
+            self._forget(min(ended, key=lambda pair: pair[0])[1])
         return bool(ended)
 
     def _expire(self) -> None:
@@ -153,8 +167,14 @@ class Jobs:
     def _forget(self, job: AsyncJob) -> None:
         job.working.cancel()
         self._jobs.pop(job.id, None)
-        if job.key:
-            self._by_key.pop(job.key, None)
+        if job.key and self._by_key.get(job.key) == job.id:
+            del self._by_key[job.key]
+
+
+def without_frames(error: ServerError) -> ServerError:
+    """Return an error without the frames in which it was raised, which would keep the request in memory."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def wants_job(request: Request) -> bool:
@@ -164,35 +184,27 @@ def wants_job(request: Request) -> bool:
 
 
 def key_of(request: Request) -> tuple[str, str] | None:
-    """Return the `Idempotency-Key` of a request with the name of its caller; None if it has none."""
-    key = request.headers.get("idempotency-key")
-    return (getattr(request.state, "caller", ""), key) if key else None
+    """Return the `Idempotency-Key` of a request with the name of its caller, else its address; None if it has none."""
+    key, host = request.headers.get("idempotency-key"), request.client.host if request.client else ""
+    return (getattr(request.state, "caller", host), key) if key else None
 
 
 def fingerprint_of(request: Request) -> tuple[str, ...]:
     """Return what two requests with the same `Idempotency-Key` must have in common."""
-    return request.url.path, request.url.query, request.headers.get("content-length", "")
+    compared = (request.headers.get(name, "") for name in ("accept", "content-type", "content-length"))
+    return request.url.path, request.url.query, *compared
 
 
 def described(job: AsyncJob, service: Service) -> dict[str, Any]:
     """Return what `GET /jobs/{id}` says of a job."""
-    place = f"{paths.JOBS}/{job.id}"
+    place, answer = f"{paths.JOBS}/{job.id}", job.working.result() if job.state in ("done", "failed") else None
     known = {"id": job.id, "request_id": job.request_id, "model": job.model, "result": f"{place}/result"}
-    match job.state:
-        case "pending":
-            progress = service.progress(job.request_id)
-            return known | (asdict(progress) if progress else {"state": "queued", "progress": 0.0})
-        case "failed":
-            error = error_of(job)
-            return known | {"state": "failed", "progress": 1.0, "error": str(error), "code": error.code}
-        case state:
-            return known | {"state": state, "progress": 1.0, "size_bytes": job.size_bytes}
-
-
-def error_of(job: AsyncJob) -> ServerError:
-    """Return the error of a job that failed."""
-    error = job.working.exception()
-    return error if isinstance(error, ServerError) else ServerError()
+    if job.state == "pending":
+        progress = service.progress(job.request_id)
+        return known | (asdict(progress) if progress else {"state": "queued", "progress": 0.0})
+    if isinstance(answer, ServerError):
+        return known | {"state": "failed", "progress": 1.0, "error": str(answer), "code": answer.code}
+    return known | {"state": job.state, "progress": 1.0, "size_bytes": job.size_bytes}
 
 
 def accepted(job: AsyncJob, service: Service) -> Response:
@@ -210,13 +222,10 @@ async def show(request: Request) -> Response:
 async def result(request: Request) -> Response:
     """Answer GET /jobs/{id}/result with the answer that the request would have got."""
     job: AsyncJob = request.app.state.jobs.get(request.path_params["id"])
-    match job.state:
-        case "done":
-            return job.working.result()
-        case "failed":
-            return failure(request, error_of(job))
-        case _:
-            raise NotDone("this job is not done; ask again, or GET its Location for its progress", NOT_YET_S)
+    if job.state not in ("done", "failed"):
+        raise NotDone("this job is not done; ask again, or GET its Location for its progress", NOT_YET_S)
+    answer = job.working.result()
+    return failure(request, answer) if isinstance(answer, ServerError) else answer
 
 
 async def cancel(request: Request) -> Response:

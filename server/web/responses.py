@@ -69,14 +69,14 @@ class Streamed(Response):
 
     Pieces that the client has not read yet wait in memory, which was reserved for the whole answer.
 
-    has_begun: whether a part of it was sent.
+    has_begun: whether a part of it was sent. is_complete: whether all of it was.
     """
 
     def __init__(self, job: Job, send: Send) -> None:
         """Begin to send what `put` will bring."""
         super().__init__(media_type=job.render.media_type, headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self.has_begun = False
+        self.has_begun = self.is_complete = False
         self._send = send
         self._pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._unsent_bytes = 0
@@ -111,6 +111,7 @@ class Streamed(Response):
                 await self._send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
             self._unsent_bytes -= len(piece)
+        self.is_complete = True  # before the last send, after which uvicorn tells that the connection is free
         await self._send({"type": "http.response.body", "body": b""})
 
 
@@ -144,7 +145,7 @@ async def send_all(request: Request, response: Response, send: Send) -> None:
     async def ended() -> bool:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        return not is_sent
+        return not (is_sent or (isinstance(response, Streamed) and response.is_complete))
 
     writing, watching = asyncio.create_task(write()), asyncio.create_task(ended())
     try:

@@ -60,6 +60,8 @@ class Work:
                         response = await unless_client_left(request, _answer(intake, received))
                     del received  # its bytes are no longer counted while the answer is sent
             except Exception as error:
+                if intake.streamed is not None:
+                    intake.streamed.cancel()  # nothing may be sent beside the error
                 if intake.has_begun and not isinstance(error, ClientDisconnect):
                     raise BrokenAnswer(error if isinstance(error, ServerError) else ServerError()) from error
                 raise
@@ -79,6 +81,11 @@ class Work:
                     received = await intake.receive(self._direction)
                 held.enter_context(service.answering())
                 held.enter_context(service.place(admission))
+                # Others may have come while the body arrived.
+                again = jobs.find(request)
+                if again is not None:
+                    return accepted(again, service)
+                jobs.check_room()
                 work = partial(_answer_in_time, intake, received)
                 job = jobs.start(request, work, held.pop_all())
         return accepted(job, service)

@@ -57,6 +57,7 @@ def errors_of_clients() -> list[errors.ServerError]:
     needs = {
         errors.QueueFull: ("full", 3),
         errors.DeadlinePassed: ("late", 9),
+        errors.NotDone: ("not done", 1),
         errors.ModelUnavailable: ("sd", "lost", 7),
     }
     return [each(*needs.get(each, ("a sentence",))) for each in found]

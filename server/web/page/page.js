@@ -229,12 +229,18 @@ async function play(response, figure) {
   figure.querySelector(".pictures").replaceChildren(video);
   await new Promise((done) => source.addEventListener("sourceopen", done, { once: true }));
   const buffer = source.addSourceBuffer(STREAM), reader = response.body.getReader();
+  let isPlaying = true;
   for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
     pieces.push(piece.value);
-    buffer.appendBuffer(piece.value);
-    await new Promise((done) => buffer.addEventListener("updateend", done, { once: true }));
+    if (!isPlaying) continue;
+    try { // a player that cannot go on, or whose memory is full, must not lose the video
+      buffer.appendBuffer(piece.value);
+      await new Promise((done) => buffer.addEventListener("updateend", done, { once: true }));
+    } catch {
+      isPlaying = false;
+    }
   }
-  source.endOfStream();
+  if (isPlaying) source.endOfStream();
   return new Blob(pieces, { type: "video/mp4" });
 }
 

@@ -140,7 +140,7 @@ def test_frames_leave_in_order_and_once(name: str, budget: int | None) -> None:
     left: list[Tensor] = []
     latents = latents_for(name, 6, 8, 2, batch=2)
 
-    def emit(frames: Tensor) -> None:
+    def emit(frames: Tensor, _finite: Tensor) -> None:
         left.append(frames.clone())
 
     found = ours(name).decode(latents, Layout.PIXELS, budget_bytes=budget, emit=emit, **arguments(name))
@@ -212,7 +212,7 @@ def test_a_budget_is_kept_at_the_published_size(make: Callable[[], Any]) -> None
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_a_decode_that_broke_off_leaves_nothing_behind(name: str) -> None:
-    def full(frames: Tensor) -> None:
+    def full(frames: Tensor, finite: Tensor) -> None:
         raise RuntimeError("out of memory")
 
     latents = latents_for(name, 3)
