@@ -27,7 +27,13 @@ from .work import Work
 
 PAGE = Path(str(resources.files(__package__))) / "page"
 EXAMPLES = PAGE.parent.parent / "demo" / "latents"
-PAGE_FILES = {path.name: path for folder in (PAGE, EXAMPLES) for path in folder.iterdir() if path.is_file()}
+MEDIA_TYPES = {
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".jpg": "image/jpeg",
+    ".safetensors": "application/octet-stream",
+}
+PAGE_FILES = {path.name: path for folder in (PAGE, EXAMPLES) for path in folder.iterdir() if path.suffix in MEDIA_TYPES}
 
 decode, encode = Work(Direction.DECODE), Work(Direction.ENCODE)
 
@@ -80,7 +86,7 @@ async def page_file(request: Request) -> Response:
     file = PAGE_FILES.get(request.path_params["file"])
     if file is None:
         raise NotFound("no such file of the page")
-    return FileResponse(file, headers={"Cache-Control": "no-cache"})
+    return FileResponse(file, media_type=MEDIA_TYPES[file.suffix], headers={"Cache-Control": "no-cache"})
 
 
 async def openapi(request: Request) -> Response:
