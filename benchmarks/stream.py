@@ -62,7 +62,7 @@ def save_model(folder: Path) -> Path:
     return config
 
 
-def ask(url: str, latents: np.ndarray, *, stream: bool) -> tuple[float, float, int]:  # type: ignore[type-arg]
+def ask(url: str, latents: np.ndarray, *, stream: bool) -> tuple[float, float, int]:  # type: ignore[type-arg]  # of any dtype
     """Return the seconds until the first fragment (or the first byte of a whole file), those of all, and the bytes."""
     began, first, size, seen = time.perf_counter(), 0.0, 0, b""
     sent = {"shape": latents.shape, "dtype": "float16", "output_type": "mp4", "stream": str(stream)}

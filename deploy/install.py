@@ -56,7 +56,7 @@ def python_problem() -> str | None:
         return "Python 3.11 or newer is needed; name one: make serve PYTHON=python3.12"
     try:
         import ensurepip  # noqa: F401  # Debian has it in a package of its own
-        import venv  # noqa: F401
+        import venv  # noqa: F401  # likewise
     except ImportError:
         return "Python's venv is missing: apt-get install python3-venv"
     return None

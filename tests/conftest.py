@@ -18,6 +18,7 @@ import yaml
 from server.commands.cli import bind
 from server.config import Settings, load_settings
 from server.engine.local import LocalEngine
+from server.engine.video_render import VideoRender
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.service import Service
@@ -124,6 +125,23 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             return stack.enter_context(running(settings, engine, until_started))
 
         yield start
+
+
+@pytest.fixture
+def held_video(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The decode of a video waits, once nine of its frames are done, until this is set."""
+    event, write, done = threading.Event(), VideoRender.write, 0
+
+    def holds(self: Any, frames: Any) -> None:
+        nonlocal done
+        done += len(frames)
+        write(self, frames)
+        if done >= 9:
+            assert event.wait(PATIENCE_S)
+
+    monkeypatch.setattr(VideoRender, "write", holds)
+    yield event
+    event.set()
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def ask(direct: Direct, model: str, side: int, direction: Direction = Direction.
         detail = getattr(error, "detail", None)  # for the operator
         told = {"status": error.status, "code": error.code, "answer": str(error), "detail": detail}
         return {"ms": (time.perf_counter() - started) * 1e3, **told}
-    except Exception as error:
+    except Exception as error:  # whatever it is, the report says it in a line
         if is_lost_device(error):
             raise
         told = {"status": ServerError.status, "code": ServerError.code, "answer": f"{type(error).__name__}: {error}"}

@@ -457,7 +457,7 @@ class RemoteVAE(torch.nn.Module):
     # What pipelines read.
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # type: ignore[override]  # so that isinstance finds the VAE's class
         """The class in diffusers, for pipelines that ask with isinstance. `type()` gives RemoteVAE."""
         return self.__dict__.get("_imitated") or RemoteVAE
 

@@ -79,7 +79,7 @@ def stream_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> It
                     yield piece
                 writing.result()
                 running.wait()
-            except BaseException:
+            except BaseException:  # also when nobody reads on: ffmpeg would wait forever
                 running.kill()
                 raise
         _check(running, errors)

@@ -59,7 +59,7 @@ class Work:
                     with service.place(admission):
                         response = await unless_client_left(request, _answer(intake, received))
                     del received  # its bytes are no longer counted while the answer is sent
-            except Exception as error:
+            except Exception as error:  # whatever it is, an answer that has begun must end visibly
                 if intake.streamed is not None:
                     intake.streamed.cancel()  # nothing may be sent beside the error
                 if intake.has_begun and not isinstance(error, ClientDisconnect):

@@ -20,7 +20,6 @@ from PIL import Image
 from playwright.sync_api import Error
 from safetensors.torch import save_file
 
-from server.engine.video_render import VideoRender
 from tests.conftest import REPOSITORY, Serve
 from tests.vaes import LocalVae
 from tests.waiting import until
@@ -286,18 +285,8 @@ def test_a_photo_is_shown_beside_its_reconstruction(browser: Any, serve: Serve, 
 
 
 def test_a_decode_shows_its_progress_and_can_be_cancelled(
-    browser: Any, serve: Serve, vaes: dict[str, LocalVae], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    browser: Any, serve: Serve, vaes: dict[str, LocalVae], tmp_path: Path, held_video: threading.Event
 ) -> None:
-    event, write, done = threading.Event(), VideoRender.write, 0
-
-    def holds(self: Any, frames: Any) -> None:
-        nonlocal done
-        done += len(frames)
-        write(self, frames)
-        if done >= 9:
-            assert event.wait(300)
-
-    monkeypatch.setattr(VideoRender, "write", holds)
     page = open_page(browser, serve({"hunyuan": {"repo": str(vaes["hunyuan"].folder)}}))
     save_file({"latents": vaes["hunyuan"].latents(5, 4, 6)}, tmp_path / "clip.safetensors")
     page.set_input_files("#file", tmp_path / "clip.safetensors")
@@ -307,7 +296,7 @@ def test_a_decode_shows_its_progress_and_can_be_cancelled(
     page.locator("#said", has_text="Cancelled").wait_for()
     assert page.locator("#progress").is_hidden()
     assert page.locator("figure").count() == 0
-    event.set()
+    held_video.set()
 
 
 def test_the_other_snippets_run(browser: Any, serve: Serve, tmp_path: Path) -> None:

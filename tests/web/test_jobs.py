@@ -14,7 +14,6 @@ import requests
 from jsonschema import Draft202012Validator
 
 from server.engine import runner
-from server.engine.video_render import VideoRender
 from server.web.openapi import DESCRIPTION
 from tests.conftest import Serve, write_models_yaml
 from tests.load import process
@@ -88,28 +87,17 @@ def test_a_job_that_waits_tells_its_place_and_is_not_done(url: str, held: thread
 
 
 def test_a_video_tells_the_frames_that_are_done(
-    url: str, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch
+    url: str, vaes: dict[str, LocalVae], held_video: threading.Event
 ) -> None:
-    event, write, done = threading.Event(), VideoRender.write, 0
-
-    def holds(self: Any, frames: Any) -> None:
-        nonlocal done
-        done += len(frames)
-        write(self, frames)
-        if done >= 9:
-            assert event.wait(PATIENCE_S)
-
-    monkeypatch.setattr(VideoRender, "write", holds)
     latents = vaes["hunyuan"].latents(5, 4, 6)
     sent = {"shape": list(latents.shape), "dtype": "float32", "output_type": "mp4"}
     ask = {"params": sent, "data": latents.numpy().tobytes(), "timeout": PATIENCE_S}
-    answer = requests.post(url + "hunyuan", headers=ASYNC, **ask)  # type: ignore[arg-type]
+    answer = requests.post(url + "hunyuan", headers=ASYNC, **ask)  # type: ignore[arg-type]  # one dict of mixed arguments
     until(lambda: get(url, answer.headers["location"]).json()["progress"] >= 9 / 17, "nine frames")
     assert get(url, answer.headers["location"]).json()["progress"] < 1
-    event.set()
+    held_video.set()
     assert result_of(url, answer).content[4:8] == b"ftyp"
-    done = 0
-    streamed = requests.post(url + "hunyuan", headers=ASYNC, **{**ask, "params": {**sent, "stream": True}})  # type: ignore[arg-type]
+    streamed = requests.post(url + "hunyuan", headers=ASYNC, **{**ask, "params": {**sent, "stream": True}})  # type: ignore[arg-type]  # one dict of mixed arguments
     assert result_of(url, streamed).content.count(b"moof") == 17, "a job's answer is whole"
 
 

@@ -29,23 +29,6 @@ def url(serve: Serve, vaes: dict[str, LocalVae]) -> str:
     return serve({name: {"repo": str(vaes[name].folder)} for name in ("hunyuan", "sd")})
 
 
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The decode waits, once half of the frames are done, until this is set."""
-    event, write, done = threading.Event(), VideoRender.write, 0
-
-    def holds(self: Any, frames: Any) -> None:
-        nonlocal done
-        done += len(frames)
-        write(self, frames)
-        if done >= HALF:
-            assert event.wait(PATIENCE_S)
-
-    monkeypatch.setattr(VideoRender, "write", holds)
-    yield event
-    event.set()
-
-
 def post(url: str, vaes: dict[str, LocalVae], headers: Any = None, **query: Any) -> requests.Response:
     latents = vaes["hunyuan"].latents(5, 4, 6)
     sent = {"shape": list(latents.shape), "dtype": "float32", "output_type": "mp4", "stream": True, **query}
@@ -75,15 +58,15 @@ def read_until_a_fragment(pieces: Iterator[bytes]) -> bytes:
 
 
 def test_fragments_arrive_while_later_frames_are_decoded(
-    url: str, vaes: dict[str, LocalVae], held: threading.Event, tmp_path: Path
+    url: str, vaes: dict[str, LocalVae], held_video: threading.Event, tmp_path: Path
 ) -> None:
     answer = post(url, vaes)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
     assert "content-length" not in answer.headers
     pieces = answer.iter_content(None)
     got = read_until_a_fragment(pieces)
-    assert not held.is_set()
-    held.set()
+    assert not held_video.is_set()
+    held_video.set()
     got += b"".join(pieces)
     assert len(frames_of(got, tmp_path)) == FRAMES
     assert got.count(b"moof") == FRAMES
@@ -150,7 +133,9 @@ def test_a_stream_that_breaks_ends_without_its_last_chunk(
     assert requests.get(url + "health", timeout=PATIENCE_S).ok
 
 
-def test_a_deadline_that_passes_breaks_the_stream(url: str, vaes: dict[str, LocalVae], held: threading.Event) -> None:
+def test_a_deadline_that_passes_breaks_the_stream(
+    url: str, vaes: dict[str, LocalVae], held_video: threading.Event
+) -> None:
     for patience_s in (2, 8, 32, 128):  # a busy machine may need more time until the first fragment
         answer = post(url, vaes, {"X-Request-Timeout": str(patience_s)})
         if answer.status_code == 200:
@@ -160,13 +145,13 @@ def test_a_deadline_that_passes_breaks_the_stream(url: str, vaes: dict[str, Loca
 
 
 def test_a_client_that_leaves_ends_its_own_decode_and_no_other(
-    url: str, vaes: dict[str, LocalVae], held: threading.Event
+    url: str, vaes: dict[str, LocalVae], held_video: threading.Event
 ) -> None:
     answer = post(url, vaes)
     read_until_a_fragment(answer.iter_content(None))
     answer.close()
     until(lambda: metric(url, 'vae_cancelled_total{stage="running"}') == 1, "the end of the request")
-    held.set()
+    held_video.set()
     assert b"moof" in post(url, vaes).content
 
 

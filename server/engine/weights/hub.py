@@ -290,7 +290,7 @@ def _place(path: Path, entry: ModelEntry) -> Path:
 
 
 def _vae_in(path: Path, subfolder: str | None) -> Path:
-    """Return the folder of the VAE: of a pipeline, its subfolder vae, unless a subfolder is given."""
+    """Return the folder of the VAE. In a pipeline's folder that is its subfolder vae, unless a subfolder is given."""
     inner = path / PIPELINE_PART
     return inner if not subfolder and not (path / CONFIG).is_file() and (inner / CONFIG).is_file() else path
 

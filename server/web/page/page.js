@@ -8,7 +8,7 @@ const STREAM = 'video/mp4; codecs="avc1.640028"'; // the profile that the server
 const LOOK_EVERY_MS = 500, REFRESH_EVERY_MS = 15000;
 // The page's address without the key that it may contain, because a browser refuses to fetch from an address with a key.
 const here = `${location.origin}${location.pathname.replace(/[^/]*$/, "")}`;
-let models = [], working = null, isChosenByHand = false;
+let models = [], working = null, isTaking = false, isChosenByHand = false;
 
 // ---- what the server says ----
 
@@ -71,7 +71,12 @@ function suggested(tokens, model) {
 const modelNamed = (name) => models.find((each) => each.name === name);
 
 async function take(file) {
-  if (working) return say("One request at a time: cancel the one that runs, or wait for it.", true);
+  if (working || isTaking) return say("One request at a time: cancel the one that runs, or wait for it.", true);
+  isTaking = true;
+  await handle(file).finally(() => { isTaking = false; });
+}
+
+async function handle(file) {
   by("choice").hidden = true;
   if (file.type.startsWith("image/") || file.type.startsWith("video/")) return reconstruct(file);
   const found = await latentsIn(file);
@@ -112,7 +117,7 @@ async function send(what, path, query, body, accept, read) {
   say(`${what} …`);
   by("cancel").hidden = by("progress").hidden = false;
   by("progress").removeAttribute("value");
-  const looking = setInterval(() => look(id, what), LOOK_EVERY_MS);
+  const looking = setInterval(() => look(id, what, abort), LOOK_EVERY_MS);
   try {
     const headers = { "Content-Type": body.type || "application/octet-stream", Accept: accept, "X-Request-Id": id };
     const response = await ask(`${path}?${query}`, { method: "POST", body, headers, signal: abort.signal });
@@ -126,11 +131,11 @@ async function send(what, path, query, body, accept, read) {
   }
 }
 
-async function look(id, what) {
+async function look(id, what, request) {
   const answer = await ask(`requests/${id}/progress`).catch(() => null);
-  if (!answer?.ok || !working) return;
+  if (!answer?.ok || working !== request) return;
   const { state, position, progress, seconds_left: left } = await answer.json();
-  if (!working) return;
+  if (working !== request) return; // it was answered meanwhile
   const soon = left === null ? "" : `, about ${Math.max(1, Math.round(left))} s left`;
   say(state === "queued" ? `${what}: ${position} before it in the queue${soon} …` : `${what}${soon} …`);
   if (state === "running" && progress > 0) by("progress").value = progress;

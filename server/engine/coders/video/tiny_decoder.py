@@ -25,7 +25,7 @@ class TinyVideoDecoder:
         self.vae = vae
 
     def free_caches(self) -> None:
-        """Do nothing: nothing is kept between calls."""
+        """Do nothing, because this decoder caches nothing between calls."""
 
     @torch.inference_mode()
     def decode(

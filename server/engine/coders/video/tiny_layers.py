@@ -139,13 +139,13 @@ class Through:
         yield x
 
 
-class TAEHV(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class TAEHV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers leaves its classes untyped
     """A tiny VAE for the latents of a video model, as the model makes them, without scaling.
 
     It stores colours in [0, 1]. `decode` and `encode` use [-1, 1], as diffusers' classes do.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config  # type: ignore[untyped-decorator]  # likewise
     def __init__(
         self,
         latent_channels: int = 16,
