@@ -48,4 +48,4 @@ class Ideogram4(Flux2):
 
 def channels_first(patches: torch.Tensor, channels: int) -> torch.Tensor:
     """Return patches `[..., 2 * 2 * C]` with the channel first, `[..., C * 2 * 2]`."""
-    return patches.unflatten(-1, (2, 2, channels)).movedim(-1, -3).flatten(-3)  # type: ignore[no-untyped-call,no-any-return]
+    return patches.unflatten(-1, (2, 2, channels)).movedim(-1, -3).flatten(-3)  # type: ignore[no-untyped-call,no-any-return]  # torch
