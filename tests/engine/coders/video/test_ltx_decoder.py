@@ -16,6 +16,7 @@ from server.engine.coders.build import build_coder
 from server.engine.coders.layouts import postprocess
 from server.engine.coders.stock import StockDecoder
 from server.engine.coders.video import ltx_decoder
+from server.engine.kernels import trial
 from server.errors import WrongShape
 from server.families import family_of_class
 from server.model_info import Direction
@@ -191,12 +192,15 @@ def test_frames_leave_in_order_and_once(name: str, budget: int | None, monkeypat
     assert torch.equal(torch.cat(left), found.tensor)
 
 
+@pytest.mark.parametrize("in_3d", [False, True])
 @pytest.mark.parametrize("name", RELEASES)
-def test_memory_does_not_grow_with_the_video(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_video(name: str, in_3d: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both forms of the convolutions, of which the measurement of this machine chooses one."""
+    monkeypatch.setitem(trial._found, ("cpu", torch.float32), in_3d)
     monkeypatch.setattr(ltx_decoder, "CPU_CHUNK_BYTES", 20_000)
-    decoder, extra = made(name)[1], arguments(name)
-    short, long = (
-        peak_beside_output(lambda n=n: decoder.decode(latents_of(n), Layout.PIXELS, **extra).tensor) for n in (17, 51)
+    decoder, extra = made.__wrapped__(name)[1], arguments(name)
+    short, long = (  # both so long that every step meets its longest chunk
+        peak_beside_output(lambda n=n: decoder.decode(latents_of(n), Layout.PIXELS, **extra).tensor) for n in (51, 153)
     )
     assert long < 1.15 * short
 
