@@ -11,12 +11,13 @@ from .model_info import LatentSpec, ModelInfo, Weights
 from .outputs import FORMATS
 from .values import LATENT_DTYPES
 
-ListedKind = Literal["image", "video", "preview"]
+ListedKind = Literal["image", "video", "audio", "preview"]
 KINDS: tuple[ListedKind, ...] = get_args(ListedKind)
-HEADINGS: dict[ListedKind, str] = {"image": "images", "video": "videos", "preview": "previews"}
+HEADINGS: dict[ListedKind, str] = {"image": "images", "video": "videos", "audio": "audio", "preview": "previews"}
 INPUTS = {
     "image": ["image/png", "image/jpeg", "image/webp", "tensor/binary"],
     "video": ["video/mp4", "image/png", "image/jpeg", "image/webp", "tensor/binary"],
+    "audio": [],
 }
 
 
@@ -86,7 +87,8 @@ def families_table(settings: Settings, infos: dict[str, ModelInfo]) -> str:
             rows.setdefault(alike, []).append(f"`{name}`" + (" (gated)" if infos[name].is_gated else ""))
         if rows:
             lines = [f"| {', '.join(names)} | {' | '.join(alike)} |" for alike, names in rows.items()]
-            head = f"| {HEADINGS[kind]} | latents | a latent pixel is | class |\n| --- | --- | --- | --- |\n"
+            what = "step" if kind == "audio" else "pixel"
+            head = f"| {HEADINGS[kind]} | latents | a latent {what} is | class |\n| --- | --- | --- | --- |\n"
             tables.append(head + "\n".join(lines) + "\n")
     return "\n".join(tables)
 
@@ -117,15 +119,25 @@ def _latents(spec: LatentSpec) -> str:
 
 
 def _ratios(spec: LatentSpec) -> str:
+    if spec.kind == "audio":
+        return _sampled(spec)
     space = f"{spec.vae_scale_factor}x{spec.vae_scale_factor}"
     return f"{space}, {spec.temporal_compression_ratio} frames" if spec.temporal_compression_ratio > 1 else space
+
+
+def _sampled(spec: LatentSpec) -> str:
+    channels = "stereo" if spec.image_channels > 1 else "mono"
+    return f"{spec.temporal_compression_ratio} samples, {channels}, {spec.sampling_rate} Hz"
 
 
 def _facts(spec: LatentSpec) -> Iterator[str]:
     covered = f"{spec.vae_scale_factor}x{spec.vae_scale_factor} pixels"
     if spec.temporal_compression_ratio > 1:
         covered += f" of {spec.temporal_compression_ratio} frames"
-    yield f"{spec.kind}s, latents with {_latents(spec)}, each latent pixel covers {covered}"
+    if spec.kind == "audio":
+        yield f"audio, latents with {_latents(spec)}, each step covers {_sampled(spec)}"
+    else:
+        yield f"{spec.kind}s, latents with {_latents(spec)}, each latent pixel covers {covered}"
     numbers = {"scaling_factor": spec.scaling_factor, "shift_factor": spec.shift_factor}
     said = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
     if spec.latents_mean is not None:
@@ -140,6 +152,8 @@ def _rate(settings: Settings, name: str, info: ModelInfo) -> Iterator[str]:
 
 def _limits(settings: Settings, name: str, info: ModelInfo) -> str:
     limits = settings.models[name].limits
+    if info.latents.kind == "audio":
+        return f"at most {limits.max_seconds} seconds, batches of {limits.max_batch}"
     frames = f", {limits.max_frames} frames" if info.latents.kind == "video" else ""
     return f"at most {limits.max_pixels} pixels{frames}, batches of {limits.max_batch}"
 

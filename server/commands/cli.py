@@ -204,7 +204,7 @@ def announce(settings: Settings, listener: socket.socket) -> None:
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", help="format of the list"
 )
-@click.option("--kind", type=click.Choice(["image", "video", "preview"]), help="list only models of this kind")
+@click.option("--kind", type=click.Choice(["image", "video", "audio", "preview"]), help="list only models of this kind")
 @click.argument("part", required=False, metavar="[PART-OF-A-NAME]")
 @options("config")
 def models(form: str, kind: str | None, part: str | None, config: str | None) -> None:
@@ -250,15 +250,18 @@ def download(names: tuple[str, ...], config: str | None) -> None:
     """Download the weights of all models of models.yaml, or only of the named ones, with a progress bar."""
     from ..engine.weights.config_json import read_info
     from ..engine.weights.hub import source_of
+    from ..families import FAMILIES
 
     settings, missed = load_settings(names, config=config), 0
     for name in settings.models:
         source = source_of(settings, name)
         try:
-            read_info(source)
+            companion = FAMILIES[read_info(source).latents.family].companion
             click.echo(f"{name}: {(folder := source.files().folder)}")
             if (commit := source.commit_of(folder)) and not source.entry.revision:
                 click.echo(f"   to pin this version, add to models.yaml: revision: {commit}")
+            if companion:
+                click.echo(f"{name}: {source.beside(companion).files().folder}")
         except ModelUnavailable as error:
             click.echo(f"error: {error.detail}", err=True)
             missed += 1

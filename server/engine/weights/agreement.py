@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from .headers import Header, StoredTensor, UnreadableWeights, read_header
 from .key_maps import Tensors, to_diffusers, vae_names
 
 OTHER_PARTS = {
-    Direction.DECODE: ("encoder", "quant_conv"),
-    Direction.ENCODE: ("decoder", "post_quant_conv"),
+    Direction.DECODE: ("encoder", "quant_conv", "pre_block", "mean_proj", "logs_proj"),
+    Direction.ENCODE: ("decoder", "post_quant_conv", "dec_in_proj"),
 }
 """For each direction, the modules of a diffusers VAE that it does not use."""
 
@@ -110,17 +111,20 @@ def _check_index(index: Path, headers: Iterable[Header]) -> None:
         raise UnreadableWeights(f"{index.name} says that {key} is in {file}, and it is not; download the model again")
 
 
-def skeleton(class_name: str, config: Mapping[str, Any], origin: str) -> torch.nn.Module:
+def skeleton(made: Any, config: Mapping[str, Any], origin: str) -> torch.nn.Module:
     """Return the module of a config, without memory for its weights.
 
+    made: the class, or the name of a class of VAEs.
     origin: where the config comes from, for messages. Raises UnreadableWeights if the config is not one of the class.
     """
+    made = vae_class(made) if isinstance(made, str) else made
     try:
-        with BUILDING, accelerate.init_empty_weights():
-            module: torch.nn.Module = vae_class(class_name).from_config(dict(config))
+        with BUILDING, accelerate.init_empty_weights(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers uses functions that torch will remove
+            module: torch.nn.Module = made.from_config(dict(config))
     except Exception as error:  # whatever the constructor of a class raises for values that it was not written for
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        raise UnreadableWeights(f"{origin} does not describe a {class_name} ({reason})") from error
+        raise UnreadableWeights(f"{origin} does not describe a {made.__name__} ({reason})") from error
     return module
 
 

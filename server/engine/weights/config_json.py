@@ -16,6 +16,7 @@ from ...errors import ModelUnavailable
 from ...families import FAMILIES, Family, family_of_class, plain_family
 from ...model_info import Direction, LatentSpec, ModelInfo, Weights
 from .agreement import OTHER_PARTS, OWN_PART, Stored, directions_in, read_stored, skeleton
+from .companion import companion_config
 from .defaults import is_vae_class, whole_config
 from .headers import UnreadableWeights
 from .hub import Source
@@ -48,8 +49,14 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
             log.warning("%s", sentence)
         raise ModelUnavailable(name, sentence)
     family = _family(name, entry.model_copy(update={"family": entry.family or found.family}), class_name, config)
+    companion = family.companion
+    beside = (
+        {companion: companion_config(source, companion, is_local_only=is_local_only)}
+        if companion and not is_assumed
+        else {}
+    )
     try:
-        whole = whole_config(class_name, config)
+        whole = whole_config(class_name, config) | beside
         spec: LatentSpec = family.describe(whole)
         check_spec(spec)
         if entry.custom_decoder:
@@ -67,6 +74,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         is_assumed=is_assumed,
         licence=checkpoint.licence if checkpoint else None,
         is_gated=checkpoint is not None and checkpoint.gated,
+        directions=tuple(Direction) if spec.has_encoder else (Direction.DECODE,),
         config={key: value for key, value in whole.items() if not key.startswith("_")},
     )
 

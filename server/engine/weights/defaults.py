@@ -31,6 +31,11 @@ def is_vae_class(class_name: str) -> bool:
 
 def whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config completed by the defaults of the diffusers class, as `from_config` does."""
-    parameters = inspect.signature(vae_class(class_name).__init__).parameters.values()
+    return with_defaults(vae_class(class_name), config)
+
+
+def with_defaults(made: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config completed by the defaults of the class `made`."""
+    parameters = inspect.signature(made.__init__).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     return defaults | dict(config)
