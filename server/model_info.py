@@ -139,7 +139,9 @@ class ModelInfo:
         """Raise Impossible if the model, or its weights, are not for this direction."""
         if direction is Direction.ENCODE and not self.latents.has_encoder:
             if self.latents.kind == "audio":
-                raise Impossible(f"'{self.name}' is an audio model, and this server decodes audio but does not encode it")
+                raise Impossible(
+                    f"'{self.name}' is an audio model, and this server decodes audio but does not encode it"
+                )
             raise Impossible(
                 f"'{self.name}' only decodes, because it is a decoder without an encoder; encode with a model that has "
                 "the same latents"

@@ -54,8 +54,7 @@ NAMED_FAMILIES: tuple[Family, ...] = (
 )
 PLAIN: tuple[Family, ...] = (PlainImage(), PlainVideo())
 FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *AUDIO_FAMILIES, *NAMED_FAMILIES, *PLAIN)
+    family.name: family for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *AUDIO_FAMILIES, *NAMED_FAMILIES, *PLAIN)
 }
 
 

@@ -21,8 +21,8 @@ STEREO = 2
 class MiniMaxH3Audio(Audio):
     """Unscales by channel and decodes as `MiniMaxH3AudioDecodeStep` does.
 
-    The pipeline's latents are `[2, C, L]`, one item for each channel of one stereo sound; `[1, C, L]` are mono. Here the
-    channels of the sound are put side by side, so that a sound is one item of a batch: `[1, 2 C, L]`.
+    The pipeline's latents are `[2, C, L]`, one item for each channel of one stereo sound; `[1, C, L]` are mono. Here
+    the channels of the sound are put side by side, so that a sound is one item of a batch: `[1, 2 C, L]`.
     """
 
     name = "minimax_h3_audio"

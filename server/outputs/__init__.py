@@ -14,7 +14,7 @@ from ..values import RawTensor, Rendered, RenderOptions
 from .audio import render_flac, render_wav
 from .image import render_jpeg, render_png
 from .tensor import render_base64, render_binary
-from .video import render_fragmented_mp4, render_mp4, render_mp4_frames, stream_mp4_frames
+from .video import render_fragmented_mp4, render_mp4, render_mp4_frames, stream_mp4_frames, with_sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,4 +95,4 @@ def format_named(name: str) -> Format:
     return next(entry for entry in FORMATS if name in entry.names)
 
 
-__all__ = ["FORMATS", "OUTPUT_TYPES", "STREAMED_MP4", "Format", "format_named"]
+__all__ = ["FORMATS", "OUTPUT_TYPES", "STREAMED_MP4", "Format", "format_named", "with_sound"]

@@ -33,7 +33,7 @@ def render_flac(waveform: RawTensor, options: RenderOptions) -> Rendered:
     command = ["-v", "error", "-f", "wav", "-i", "pipe:0", "-c:a", "flac", "-f", "flac", "pipe:1"]
     with ffmpeg.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         try:
-            flac, _ = running.communicate(wav)
+            flac, _ = running.communicate(bytes(wav))
         except BaseException:  # nobody waits for it any more
             running.kill()
             raise

@@ -21,6 +21,8 @@ from safetensors.torch import save
 
 from server.config import load_settings
 from tests.conftest import running, write_models_yaml
+from tests.pipelines import vaes
+from tests.pipelines.sample import noise
 from tests.pipelines.sounds import SOUNDS, Sound, oobleck
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
@@ -43,6 +45,10 @@ def address(folder: Path) -> Iterator[str]:
     models["short"] = {"repo": str(folder / "short"), "limits": {"max_seconds": 1, "max_batch": 2}}
     shutil.copytree(folder / "ltx2-audio" / "audio_vae", folder / "alone" / "audio_vae")
     models["alone"] = {"repo": str(folder / "alone"), "subfolder": "audio_vae"}
+    vaes.wan().save_pretrained(folder / "wan")
+    oobleck(sampling_rate=16000).save_pretrained(folder / "music")
+    models |= {"music": {"repo": str(folder / "music")}, "wan": {"repo": str(folder / "wan"), "audio": "music"}}
+    models["silent"] = {"repo": str(folder / "wan")}
     with running(load_settings(config=write_models_yaml(folder / "models.yaml", models, "short"))) as url:
         yield url
 
@@ -121,7 +127,13 @@ def test_mono_and_batches(address: str) -> None:
 
 
 REFUSED: dict[str, tuple[str, tuple[int, ...], dict[str, Any], int, str]] = {
-    "an image of audio": ("short", (1, 6, 12), {"output_type": "pil"}, 406, "decodes audio; send output_type=wav, flac"),
+    "an image of audio": (
+        "short",
+        (1, 6, 12),
+        {"output_type": "pil"},
+        406,
+        "decodes audio; send output_type=wav, flac",
+    ),
     "a video of audio": ("short", (1, 6, 12), {"output_type": "mp4"}, 406, "decodes audio; send output_type=wav, flac"),
     "a stream of audio": ("short", (1, 6, 12), {"stream": True}, 422, "send output_type=mp4 to a video model"),
     "image latents": ("short", (1, 6, 12, 12), {}, 400, "has 4 dimensions; this model takes audio latents [B, 6, L]"),
@@ -141,6 +153,47 @@ def test_what_cannot_be_decoded_is_refused(address: str, case: str) -> None:
     assert (answer.status_code, said in answer.json()["error"]) == (status, True), answer.text
 
 
+BOTH = {"latents": noise(1, 16, 5, 4, 4), "audio_latents": noise(1, 6, 3400)}  # 1.7 s of each at 10 and 16000 Hz
+
+
+def ffmpeg(data: bytes, *arguments: str) -> bytes:
+    command = [get_ffmpeg_exe(), "-v", "error", "-i", "pipe:0", *arguments, "pipe:1"]
+    return subprocess.run(command, input=data, capture_output=True, check=True).stdout
+
+
+def test_a_video_with_sound(address: str) -> None:
+    mp4, alone = (
+        requests.post(f"{address}wan?output_type=mp4&fps=10", data=save(tensors), headers=BINARY, timeout=300)
+        for tensors in (BOTH, {"latents": BOTH["latents"]})
+    )
+    assert (mp4.status_code, mp4.headers["content-type"]) == (200, "video/mp4"), mp4.text
+    frames = [ffmpeg(each.content, "-map", "0:v", "-c", "copy", "-f", "h264") for each in (mp4, alone)]
+    assert frames[0] == frames[1]
+    raw = ffmpeg(mp4.content, "-map", "0:a", "-ac", "2", "-ar", "16000", "-f", "s16le")
+    _, expected = samples(ask(address, "music", BOTH["audio_latents"]).content)
+    found = np.frombuffer(raw, "<i2").reshape(-1, 2)[: len(expected)]
+    assert abs(len(found) - len(expected)) < 2048  # AAC has blocks of 1024
+    likeness = np.corrcoef(found[:, 0], expected[: len(found), 0])[0, 1]
+    assert likeness > 0.9
+
+
+WITHOUT_SOUND: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
+    "no audio model": ("silent?output_type=mp4", BOTH, "'silent' has no audio model"),
+    "a tensor": ("wan?output_type=pt", BOTH, "only a whole MP4 holds sound beside a video"),
+    "a stream": ("wan?output_type=mp4&stream=True", BOTH, "only a whole MP4 holds sound beside a video"),
+    "other channels": ("wan?output_type=mp4", BOTH | {"audio_latents": noise(1, 5, 9)}, "is not audio latents of this"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_SOUND)
+def test_sound_that_cannot_be_answered_is_refused(address: str, case: str) -> None:
+    path, tensors, said = WITHOUT_SOUND[case]
+    answer = requests.post(address + path, data=save(tensors), headers=BINARY, timeout=300)
+    assert (answer.status_code, said in answer.json()["error"]) == (400 if "channels" in case else 422, True), (
+        answer.text
+    )
+
+
 def test_audio_is_not_encoded(address: str) -> None:
     answer = requests.post(f"{address}short/encode", data=b"RIFF", timeout=300)
     assert answer.status_code == 422
@@ -149,7 +202,7 @@ def test_audio_is_not_encoded(address: str) -> None:
 
 def test_models_are_listed_as_audio(address: str) -> None:
     listed = {each["name"]: each for each in requests.get(f"{address}models?kind=audio", timeout=300).json()["models"]}
-    assert listed.keys() == SOUNDS.keys() | {"short"}
+    assert listed.keys() == SOUNDS.keys() | {"short", "music"}
     entry = listed["ltx2.3-audio"]
     assert entry["directions"] == ["decode"]
     assert entry["outputs"][:2] == ["audio/wav", "audio/x-wav"]

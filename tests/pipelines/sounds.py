@@ -17,7 +17,7 @@ from diffusers import (
     StableAudioPipeline,
 )
 from diffusers.modular_pipelines.minimax_h3.decoders import MiniMaxH3AudioDecodeStep
-from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 
 from tests.pipelines import ltx2, vaes
@@ -74,9 +74,7 @@ def stable_audio() -> Sound:
     transformer = seeded(
         StableAudioDiTModel, sample_size=12, time_proj_dim=8, global_states_input_dim=8, **sizes, **channels
     )
-    projection = seeded(
-        StableAudioProjectionModel, text_encoder_dim=4, conditioning_dim=4, min_value=0, max_value=32
-    )
+    projection = seeded(StableAudioProjectionModel, text_encoder_dim=4, conditioning_dim=4, min_value=0, max_value=32)
     vae = oobleck()
     pipe = StableAudioPipeline(
         vae=vae,
