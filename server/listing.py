@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 from .config import Settings
-from .model_info import LatentSpec, ModelInfo, Weights
+from .model_info import LatentSpec, ModelInfo
 from .outputs import FORMATS
 from .values import LATENT_DTYPES
 
@@ -72,7 +72,7 @@ def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:
     if info is None:
         return f"{first}\n    no description yet; the first request downloads and reads its config.json"
     facts = [*_facts(info.latents), *_rate(settings, name, info), _limits(settings, name, info)]
-    facts += [*_licence(info), *_sizes(info.weights)]
+    facts += [*_licence(info), *_sizes(info)]
     return f"{first}\n    {'; '.join(facts)}"
 
 
@@ -142,7 +142,7 @@ def _facts(spec: LatentSpec) -> Iterator[str]:
     said = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
     if spec.latents_mean is not None:
         said.append("a mean and a standard deviation per channel")
-    yield ", ".join(said) or ("no scaling" if spec.is_preview else "statistics stored in the weights")
+    yield ", ".join(said) or ("no scaling" if spec.is_preview else "no statistics in its config")
 
 
 def _rate(settings: Settings, name: str, info: ModelInfo) -> Iterator[str]:
@@ -163,7 +163,8 @@ def _licence(info: ModelInfo) -> Iterable[str]:
         yield f"licence {info.licence}" + (", gated" if info.is_gated else "")
 
 
-def _sizes(weights: Weights | None) -> Iterable[str]:
+def _sizes(info: ModelInfo) -> Iterable[str]:
+    weights = info.weights
     if weights is None:
         return
     if weights.is_here:
@@ -171,4 +172,5 @@ def _sizes(weights: Weights | None) -> Iterable[str]:
     else:
         yield "not downloaded" + (f", at most {weights.disk_mb} MiB" if weights.disk_mb is not None else "")
     if weights.decoder_mb is not None:
-        yield f"{weights.decoder_mb} MiB in memory to decode, {weights.encoder_mb} MiB to encode, in {weights.dtype}"
+        encoder = f", {weights.encoder_mb} MiB to encode" if info.latents.has_encoder else ""
+        yield f"{weights.decoder_mb} MiB in memory to decode{encoder}, in {weights.dtype}"

@@ -49,12 +49,10 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
             log.warning("%s", sentence)
         raise ModelUnavailable(name, sentence)
     family = _family(name, entry.model_copy(update={"family": entry.family or found.family}), class_name, config)
-    companion = family.companion
-    beside = (
-        {companion: companion_config(source, companion, is_local_only=is_local_only)}
-        if companion and not is_assumed
-        else {}
-    )
+    beside: dict[str, Any] = {}
+    if companion := family.companion:
+        known = checkpoint.companion if is_assumed and checkpoint else None
+        beside[companion] = known or companion_config(source, companion, is_local_only=is_local_only)
     try:
         whole = whole_config(class_name, config) | beside
         spec: LatentSpec = family.describe(whole)
