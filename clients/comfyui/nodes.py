@@ -162,7 +162,12 @@ class DecodeToVideo(Node):
         from comfy_api.input_impl import VideoFromFile  # ComfyUI before May 2025 has the other nodes only
 
         latents = samples["samples"]
-        params = [("output_type", "mp4"), ("quality", quality), *([("fps", f"{fps:g}")] if fps else [])]
+        params = [
+            ("output_type", "mp4"),
+            ("stream", "True"),
+            ("quality", quality),
+            *([("fps", f"{fps:g}")] if fps else []),
+        ]
         try:
             found = self.model_of(model, address, key)
             files = decode_to_file(found, latents, params, "video/mp4", host.Bar().show)
