@@ -190,9 +190,10 @@ class Connection:
 
     def post(self, request: Request) -> Answer:
         """Send one request and return its answer. Raises RemoteError, and whatever `show` raises."""
-        self._share = 0.0
         answer = self._run(lambda session: self._again(lambda: self._exchange(session, request)))
         self._done += 1
+        self._share = 0.0
+        self._show(self._done / self.count)
         return answer
 
     def _run(self, work: Callable[[aiohttp.ClientSession], Awaitable[T]]) -> T:

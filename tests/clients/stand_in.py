@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 
@@ -19,11 +20,12 @@ class Cancelled(BaseException):
 
 
 class ComfyUI:
-    """bars: what each progress bar showed. on_look: called whenever a node looks at the cancel button."""
+    """bars, previews: what the progress bars showed. on_look: called whenever a node looks at the cancel button."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bars: list[list[float]] = []
+        self.previews: list[Image.Image] = []
         self.on_look: Callable[[], None] = lambda: None
 
     @property
@@ -45,6 +47,8 @@ class ComfyUI:
 
             def update_absolute(self, value: float, total: float, preview: Any = None) -> None:
                 self.shown.append(value / total)
+                if preview is not None:
+                    comfy.previews.append(preview[1])
 
         def get_save_image_path(prefix: str, folder: str) -> tuple[str, str, int, str, str]:
             place = Path(folder) / prefix
