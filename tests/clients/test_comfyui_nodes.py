@@ -13,14 +13,12 @@ import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 import torch
 from diffusers import AutoencoderOobleck
-from PIL import Image
 from safetensors.torch import load_file
 
 from server.config import load_settings
@@ -527,8 +525,10 @@ def test_the_cancel_button_ends_the_wait_and_the_work_of_the_server(
             raise Cancelled
 
     comfy.on_look = look
+    before = metric("vae_cancelled_total")
     with pytest.raises(Cancelled):
         run(nodes["VAEServerDecodeToVideo"], {"samples": vaes["hunyuan"].latents(4, 6, 8)}, "hunyuan", address=url)
+    until(lambda: metric("vae_cancelled_total") == before + 1, "the server's notice that the client has left")
     held_video.set()
     until(lambda: metric("vae_inflight") + metric("vae_queue_depth") == 0, "the end of the work")
     assert not comfy.kept  # the user did not want them
@@ -552,34 +552,19 @@ def test_the_cancel_button_works_while_a_busy_server_is_waited_for(
 # Previews.
 
 
-def sampled(
-    comfy: ComfyUI, nodes: dict[str, Any], url: str, model: str, x0: torch.Tensor, scale: float
-) -> list[Image.Image]:
-    """The previews of a sampler that waits at every step until the server has answered the one before."""
-    executor_model = SimpleNamespace(process_latent_out=lambda latents: latents / scale)
-    found: list[Any] = []
-    patcher = SimpleNamespace(add_wrapper_with_key=lambda *wrapper: found.append(wrapper))
-    patcher.clone = lambda: patcher
-    assert run(nodes["VAEServerPreview"], patcher, model, url) is patcher
-    ((kind, _, wrapper),) = found
-    assert kind == "outer_sample"
-    seen: list[int] = []
+def sampled(url: str, model: str, x0: torch.Tensor, scale: float) -> None:
+    """Three steps of a sampler, each of which waits until the server has answered the one before."""
+    from clients.comfyui.latents import find_model
+    from clients.comfyui.preview import Previews
+    from clients.comfyui.remote import Server
 
-    def sample(*given: Any) -> str:
-        callback = given[5]
-        pool = callback.__closure__  # holds the previews, whose thread is waited for below
-        previews = next(cell.cell_contents for cell in pool if hasattr(cell.cell_contents, "_asked"))
-        for step in range(3):
-            callback(step, x0, x0, 3)
-            wait([previews._asked] if previews._asked else [])
-        return "samples"
-
-    executor = type("Executor", (), {"__call__": lambda self, *given: sample(*given)})()
-    executor.class_obj = SimpleNamespace(model_patcher=SimpleNamespace(model=executor_model))
-    before = lambda step, *_: seen.append(step)  # noqa: E731
-    assert wrapper(executor, None, None, None, None, None, before, False, 0) == "samples"
-    assert seen == [0, 1, 2]
-    return comfy.previews
+    previews = Previews(
+        find_model(Server(url.rstrip("/"), model=model), lambda _: None), lambda latents: latents / scale
+    )
+    for step in range(3):
+        previews.step(step, x0, 3)
+        wait([previews._asked] if previews._asked else [])
+    previews.end()
 
 
 def test_a_preview_is_what_the_preview_model_makes_of_the_samplers_latents(
@@ -593,9 +578,9 @@ def test_a_preview_is_what_the_preview_model_makes_of_the_samplers_latents(
         expected = {"tiny": tiny.decode(x0[:1]).sample, "sd": vaes["sd"].decode(x0[:1] / 0.5)}
     for model, sample in expected.items():
         comfy.previews.clear()
-        previews = sampled(comfy, nodes, url, model, x0, 0.5)
-        assert len(previews) == 2  # of the first two steps, each shown at the next
-        found = torch.frombuffer(bytearray(previews[-1].tobytes()), dtype=torch.uint8).view(48, 64, 3) / 255
+        sampled(url, model, x0, 0.5)
+        assert len(comfy.previews) == 2  # of the first two steps, each shown at the next
+        found = torch.frombuffer(bytearray(comfy.previews[-1].tobytes()), dtype=torch.uint8).view(48, 64, 3) / 255
         assert (found - pixels_of(sample)[0]).abs().mean() < 0.08  # a JPEG of noise
         assert (found - pixels_of(expected["sd" if model == "tiny" else "tiny"])[0]).abs().mean() > 0.1
 
@@ -604,9 +589,9 @@ def test_the_preview_of_a_video_is_its_middle_frame(
     nodes: dict[str, Any], comfy: ComfyUI, url: str, vaes: dict[str, LocalVae]
 ) -> None:
     x0 = vaes["hunyuan"].latents(3, 6, 8)
-    previews = sampled(comfy, nodes, url, "hunyuan", x0, 1.0)
+    sampled(url, "hunyuan", x0, 1.0)
     sample = pixels_of(vaes["hunyuan"].decode(x0[:, :, 1:2]))[0, 0]
-    found = torch.frombuffer(bytearray(previews[-1].tobytes()), dtype=torch.uint8).view(48, 64, 3) / 255
+    found = torch.frombuffer(bytearray(comfy.previews[-1].tobytes()), dtype=torch.uint8).view(48, 64, 3) / 255
     assert (found - sample).abs().mean() < 0.08
 
 
@@ -619,7 +604,8 @@ def test_a_server_that_makes_no_previews_does_not_disturb_the_sampler(
 ) -> None:
     script, url = proxy
     script.script += [(500, None)] * 3
-    assert not sampled(comfy, nodes, url, "sd", vaes["sd"].latents(6, 8), 1.0)
+    sampled(url, "sd", vaes["sd"].latents(6, 8), 1.0)
+    assert not comfy.previews
     assert len(script.posts) == 1
     assert "no previews: " in caplog.text
 

@@ -233,9 +233,10 @@ def to_video() -> Flow:
 FLOWS: list[str] = []
 
 
-def running_requests(server: str) -> float:
+def metric(server: str, names: str) -> float:
+    """The sum of the server's metrics with these names."""
     lines = requests.get(server + "metrics", headers={"X-API-Key": KEY}, timeout=PATIENCE_S).text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(r"vae_(inflight|queue_depth)\b", line))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"({names})\b", line))
 
 
 def test_the_bar_of_comfyui_follows_a_video(comfyui: Program, held_video: threading.Event) -> None:
@@ -250,14 +251,16 @@ def test_the_bar_of_comfyui_follows_a_video(comfyui: Program, held_video: thread
 def test_the_cancel_button_of_comfyui_ends_the_work_of_the_server(
     comfyui: Program, server: str, held_video: threading.Event
 ) -> None:
+    before = metric(server, "vae_cancelled_total")
     with Listener(comfyui) as page:
         FLOWS.append(comfyui.start(to_video(), page.name))
         until(lambda: any(0.2 < share < 0.9 for share in page.shares), "progress")
         assert requests.post(comfyui.url + "interrupt", json={}, timeout=PATIENCE_S).ok
         told = comfyui.wait(FLOWS[-1])  # although the server still holds the decode
         assert "execution_interrupted" in [name for name, _ in told["status"]["messages"]]
+    until(lambda: metric(server, "vae_cancelled_total") == before + 1, "the server's notice that the client has left")
     held_video.set()
-    until(lambda: running_requests(server) == 0, "the end of the server's work")
+    until(lambda: metric(server, "vae_inflight|vae_queue_depth") == 0, "the end of the server's work")
 
 
 def test_previews_come_from_the_server_while_sampling(comfyui: Program) -> None:
