@@ -528,7 +528,7 @@ def test_the_cancel_button_ends_the_wait_and_the_work_of_the_server(
     before = metric("vae_cancelled_total")
     with pytest.raises(Cancelled):
         run(nodes["VAEServerDecodeToVideo"], {"samples": vaes["hunyuan"].latents(4, 6, 8)}, "hunyuan", address=url)
-    until(lambda: metric("vae_cancelled_total") == before + 1, "the server's notice that the client has left")
+    until(lambda: metric("vae_cancelled_total") > before, "the server's notice that the client has left")
     held_video.set()
     until(lambda: metric("vae_inflight") + metric("vae_queue_depth") == 0, "the end of the work")
     assert not comfy.kept  # the user did not want them

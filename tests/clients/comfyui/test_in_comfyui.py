@@ -258,7 +258,7 @@ def test_the_cancel_button_of_comfyui_ends_the_work_of_the_server(
         assert requests.post(comfyui.url + "interrupt", json={}, timeout=PATIENCE_S).ok
         told = comfyui.wait(FLOWS[-1])  # although the server still holds the decode
         assert "execution_interrupted" in [name for name, _ in told["status"]["messages"]]
-    until(lambda: metric(server, "vae_cancelled_total") == before + 1, "the server's notice that the client has left")
+    until(lambda: metric(server, "vae_cancelled_total") > before, "the server's notice that the client has left")
     held_video.set()
     until(lambda: metric(server, "vae_inflight|vae_queue_depth") == 0, "the end of the server's work")
 
