@@ -9,7 +9,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray test-comfyui check format bench bench-server gpu-report screenshots demo browser prometheus clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ test-contract: $(INSTALLED) ## Run the contract's cases, with diffusers' own cli
 
 test-ray: $(INSTALLED) ## Test the contract, kills and scaling on a local Ray Serve with two CPU replicas
 	$(BIN)/python -m pytest tests/test_ray_serve.py $(ARGS)
+
+test-comfyui: $(INSTALLED) ## Test the nodes for ComfyUI in a real one (COMFYUI=FOLDER with its packages in .venv or venv, else COMFYUI_PYTHON=FILE)
+	$(if $(COMFYUI),,$(error give COMFYUI=FOLDER, a checkout of ComfyUI with its packages installed))
+	COMFYUI=$(abspath $(COMFYUI)) COMFYUI_PYTHON=$(COMFYUI_PYTHON) $(BIN)/python -m pytest tests/clients/comfyui $(ARGS)
 
 FAST := tests/contract tests/config tests/test_dockerfile.py tests/families tests/outputs \
 	tests/scheduling tests/test_walls.py

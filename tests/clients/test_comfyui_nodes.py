@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -478,11 +479,21 @@ def test_latents_of_another_model_are_told(nodes: dict[str, Any], url: str, vaes
         decode(nodes, url, vaes, "flux")
 
 
-def test_a_redirect_is_not_followed(nodes: dict[str, Any], proxy: tuple[Proxy, str], vaes: dict[str, LocalVae]) -> None:
-    script, url = proxy
-    script.script += [(302, None)]
-    with pytest.raises(RuntimeError, match="answered 302"):
-        decode(nodes, url, vaes)
+def test_a_redirect_is_not_followed(nodes: dict[str, Any], url: str) -> None:
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(307)
+            self.send_header("Location", url + self.path[1:])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(RuntimeError, match="answered 307"):
+            run(nodes["VAEServerLoad"], "sd", f"http://127.0.0.1:{server.server_port}")
 
 
 def test_something_else_than_a_vae_server_is_told(nodes: dict[str, Any], url: str) -> None:
