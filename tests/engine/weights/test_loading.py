@@ -392,7 +392,9 @@ def test_the_decoder_is_chosen_and_says_why(
             assert torch.equal(loaded.coder.decode(latents, Layout.SAMPLE).tensor, expected)
 
 
-BUILDERS = {name: getattr(vaes_of_families, name) for name in ("mochi", "wan", "hunyuan_video_15", "cogvideox", "ltx", "dc")}
+BUILDERS = {
+    name: getattr(vaes_of_families, name) for name in ("mochi", "wan", "hunyuan_video_15", "cogvideox", "ltx", "dc")
+}
 
 
 @pytest.mark.parametrize("name", BUILDERS)
