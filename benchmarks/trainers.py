@@ -58,9 +58,7 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 device.append(loop(direct, jobs, arguments.seconds))
                 with peer.measured():
-                    served.append(
-                        uvloop.run(closed_loop(peer.port, sent, arguments.clients, arguments.seconds, check))
-                    )
+                    served.append(uvloop.run(closed_loop(peer.port, sent, arguments.clients, arguments.seconds, check)))
     print("| images | device alone, per second | clients | served, per second | share of the device's rate | refused |")
     print("| --- | --- | --- | --- | --- | --- |")
     rates, refused = (per_second(device), per_second(served)), sum(tally.refused for tally in served)
