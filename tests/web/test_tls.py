@@ -106,7 +106,6 @@ def test_a_client_that_does_not_read_is_cut_off(
 
 def connected(place: SplitResult, context: ssl.SSLContext) -> ssl.SSLSocket:
     plain = socket.create_connection((str(place.hostname), place.port or 0), timeout=300)
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     return context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
