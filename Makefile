@@ -21,9 +21,9 @@ $(SERVING): requirements.txt constraints.txt
 	@$(PYTHON) -m deploy.install $(VENV) $(if $(PORT_FROM),--port-from=ARGS)
 	@touch $@
 
-$(INSTALLED): $(SERVING) requirements-dev.txt
+$(INSTALLED): $(SERVING) requirements-dev.txt deploy/ray-requirements.txt
 	@echo 'installing what the tests need'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r deploy/ray-requirements.txt -c constraints.txt
 	@touch $@
 
 serve: PORT_FROM := yes

@@ -1,4 +1,4 @@
-"""Describe models, for `GET /models`, for `python -m server models`, and for the tables in README.md."""
+"""Describe models, for `GET /models`, for the command `models`, and for the tables in README.md."""
 
 from __future__ import annotations
 

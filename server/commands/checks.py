@@ -13,8 +13,9 @@ from PIL import features
 from ..config import Settings
 from ..engine.models import LoadedModels
 from ..engine.tensors import is_finite
-from ..engine.weights.config_json import check_weights, read_info
+from ..engine.weights.config_json import read_info
 from ..engine.weights.hub import source_of
+from ..engine.weights.loading import check_weights
 from ..engine.weights.placement import choose_device
 from ..errors import ConfigError, ModelUnavailable, ServerError
 from ..families import FAMILIES

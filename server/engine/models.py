@@ -88,7 +88,7 @@ class LoadedModels:
         """
         located = self._locate(name, is_local_only=is_local_only)
         precision = self._precision(located, Direction.DECODE)
-        weights, directions = weigh(located.source, precision.dtype), directions_of(located.source)
+        weights, directions = weigh(located.source, NAMES[precision.dtype]), directions_of(located.source)
         return replace(located.info, weights=weights, directions=directions)
 
     def loaded(self, name: str) -> LoadedInfo | None:

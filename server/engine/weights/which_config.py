@@ -13,11 +13,11 @@ from typing import Any
 
 from ...families import FAMILIES, family_of_class
 from ...families.named import NamedConfig, named_config, named_configs
-from .agreement import Stored, directions_in, read_stored, skeleton
 from .defaults import is_vae_class, whole_config
 from .headers import UnreadableWeights
 from .hub import CONFIG, Source
-from .key_maps import form_of
+from .stored import Stored, read_stored
+from .tensor_names import form_of
 
 ARCHITECTURES = {
     "stable-diffusion-xl": "sd-xl",
@@ -127,6 +127,8 @@ def _architecture(stored: Stored) -> str:
 
 def _fits(found: NamedConfig, stored: Stored) -> bool:
     """Return whether all tensors that a configuration asks for are there, for at least one direction."""
+    from .agreement import directions_in, skeleton  # they need torch, and most models do not need them
+
     if not is_vae_class(class_name := found.config["_class_name"]):
         return False
     config = whole_config(class_name, found.config)

@@ -23,11 +23,11 @@ from server.engine.coders.build import build_coder
 from server.engine.kernels.cpu import preferred_cpu_dtype
 from server.engine.models import LoadedModels
 from server.engine.weights import hub, loading, placement
-from server.engine.weights.agreement import OTHER_PARTS
 from server.engine.weights.config_json import read_info
 from server.engine.weights.defaults import whole_config
 from server.engine.weights.hub import Source
 from server.engine.weights.placement import choose_precision
+from server.engine.weights.stored import OTHER_PARTS
 from server.errors import ModelUnavailable
 from server.families import FAMILIES
 from server.model_info import Direction
