@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from server import outputs
-from server.commands.checks import describe_all
+from server.commands.model_table import describe_all
 from server.config import load_settings
 from server.listing import families_table
 from tests.conftest import REPOSITORY

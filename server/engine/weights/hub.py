@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape as glob_escape
@@ -13,6 +14,7 @@ from typing import Any
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.utils import disable_progress_bars
 
 from ... import COMMAND
 from ...config import ModelEntry, Settings
@@ -32,6 +34,9 @@ USUAL = (
 
 PIPELINE_PART = "vae"
 """The subfolder in which a pipeline has its VAE."""
+
+if not sys.stderr.isatty():
+    disable_progress_bars()  # of downloads; in a log or a script's output they are only noise
 
 
 @dataclass(frozen=True, slots=True)
