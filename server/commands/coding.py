@@ -80,11 +80,11 @@ def decode(where: Where, parameters: Mapping[str, Any], data: bytes, accept: str
         started = time.perf_counter()
         body = place.ask("", parameters, data, headers, line).content
         return Coded(body, time.perf_counter() - started, place.model, place.shown)
-    here = Here.of(where, parameters, data, accept, Direction.DECODE, line)
+    direct, request = _prepared(where, parameters, data, accept, Direction.DECODE, line)
     started = time.perf_counter()
-    with line.doing(f"decoding with {here.name}"):
-        body = bytes(here.direct.render(here.request, here.direct.run(here.request)).body)
-    return Coded(body, time.perf_counter() - started, here.name, None)
+    with line.doing(f"decoding with {request.job.model}"):
+        body = bytes(direct.render(request, direct.run(request)).body)
+    return Coded(body, time.perf_counter() - started, request.job.model, None)
 
 
 def encode(where: Where, parameters: Mapping[str, Any], data: bytes, line: StatusLine) -> Coded:
@@ -95,46 +95,31 @@ def encode(where: Where, parameters: Mapping[str, Any], data: bytes, line: Statu
         shape, dtype = tuple(json.loads(answer.headers["shape"])), answer.headers["dtype"]
         latents, name, server = RawTensor(shape, dtype, memoryview(answer.content)), place.model, place.shown
     else:
-        here, server = Here.of(where, parameters, data, "*/*", Direction.ENCODE, line), None
-        started, name = time.perf_counter(), here.name
+        direct, request = _prepared(where, parameters, data, "*/*", Direction.ENCODE, line)
+        started, name, server = time.perf_counter(), request.job.model, None
         with line.doing(f"encoding with {name}"):
-            latents = here.direct.run(here.request).body
+            latents = direct.run(request).body
     seconds = time.perf_counter() - started
     return Coded(as_safetensors(latents), seconds, name, server, latents.shape, latents.dtype)
 
 
-@dataclass(frozen=True)
-class Here:
-    """A request in this process, whose model is loaded."""
-
-    direct: Direct
-    name: str
-    request: Request
-
-    @classmethod
-    def of(
-        cls,
-        where: Where,
-        parameters: Mapping[str, Any],
-        data: bytes,
-        accept: str,
-        direction: Direction,
-        line: StatusLine,
-    ) -> Here:
-        """Parse a request, and load its model."""
-        settings = load_settings(**where.flags)
-        name = _name_of(settings, where.model)
-        with line.doing("starting torch"):
-            from ..engine.weights.hub import source_of
-            from ..inprocess.direct import Direct
-        direct = Direct(settings)
-        request = direct.parse(name, parameters, data, accept, direction)
-        source = source_of(settings, name)
-        if not source.is_here():
-            source.files()  # with the progress bar of the hub's client
-        with line.doing(f"loading {name}"):
-            direct.models.load(name, request.job.direction)
-        return cls(direct, name, request)
+def _prepared(
+    where: Where, parameters: Mapping[str, Any], data: bytes, accept: str, direction: Direction, line: StatusLine
+) -> tuple[Direct, Request]:
+    """Return what runs requests in this process, and the request, whose model is loaded."""
+    settings = load_settings(**where.flags)
+    name = _name_of(settings, where.model)
+    with line.doing("starting torch"):
+        from ..engine.weights.hub import source_of
+        from ..inprocess.direct import Direct
+    direct = Direct(settings)
+    request = direct.parse(name, parameters, data, accept, direction)
+    source = source_of(settings, name)
+    if not source.is_here():
+        source.files()  # with the progress bar of the hub's client
+    with line.doing(f"loading {name}"):
+        direct.models.load(name, request.job.direction)
+    return direct, request
 
 
 def _name_of(settings: Settings, model: str | None) -> str:

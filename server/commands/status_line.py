@@ -49,6 +49,7 @@ class StatusLine:
         """
         with self._lock:
             self._what, self._detail, self._began = what, detail, time.monotonic()
+        self._write("")
         try:
             yield
         finally:
@@ -63,14 +64,14 @@ class StatusLine:
                 self._stream.write(START_OF_LINE)
                 self._stream.flush()
 
+    def _write(self, detail: str) -> None:
+        with self._lock:
+            if self._is_terminal and self._what is not None:
+                seconds = time.monotonic() - self._began
+                self._stream.write(f"{START_OF_LINE}{self._what} … {seconds:.0f} s{detail and f', {detail}'}")
+                self._stream.flush()
+
     def _rewrite(self) -> None:
-        while True:
+        while not self._done.wait(PERIOD_S):
             ask = self._detail
-            detail = ask() if ask else ""
-            with self._lock:
-                if self._what is not None:
-                    seconds = time.monotonic() - self._began
-                    self._stream.write(f"{START_OF_LINE}{self._what} … {seconds:.0f} s{detail and f', {detail}'}")
-                    self._stream.flush()
-            if self._done.wait(PERIOD_S):
-                return
+            self._write(ask() if ask else "")
