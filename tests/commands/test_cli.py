@@ -347,9 +347,7 @@ def test_a_server_on_this_machine_is_used_if_it_has_the_model(
 @pytest.mark.parametrize(
     "body", [b"Ok", b"[]", b'{"models": 3, "default": "sd"}', b'{"models": [{}], "default": "sd"}']
 )
-def test_another_program_at_the_port_is_not_used(
-    body: bytes, models_yaml: Path, latents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_program_at_the_port_is_not_used(body: bytes) -> None:
     class Answers(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
