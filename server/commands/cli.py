@@ -19,7 +19,7 @@ from .. import COMMAND, __version__
 from ..config import forget_keys, load_settings
 from ..errors import ConfigError, ModelUnavailable, ServerError
 from ..logs import write_logs
-from .flags import Command, as_json, complete_model, complete_model_or_file, option, options
+from .flags import Command, complete_model, complete_model_or_file, json_option, option, options
 from .serving import bind, fit_connections, run_server
 from .status_line import StatusLine
 
@@ -111,7 +111,7 @@ def serve(models: tuple[str, ...], **flags: Any) -> None:
     group="Output",
     help="format of the list",
 )
-@as_json
+@json_option
 @options("config")
 def models(name: str | None, kind: str | None, form: str, as_json: bool, config: str | None) -> None:
     """List the models of models.yaml: their latents, weights and licences. The default model is marked with *.
@@ -139,7 +139,7 @@ def models(name: str | None, kind: str | None, form: str, as_json: bool, config:
 
 @main.command(examples=("check", "check flux", "check ./sdxl_vae.safetensors --vae-config sdxl"))
 @models_argument("names")
-@as_json
+@json_option
 @options("config", "vae_config", "device", "allow_custom_decoders")
 def check(names: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Check the configuration, the device, the weights and the codecs, and decode once with each downloaded model."""
@@ -234,7 +234,7 @@ model_option = option(
 @option("--decode-steps", type=int, group="Latents", help="number of denoising steps of a diffusion decoder")
 @option("--quality", type=float, group="Output", help="quality: JPEG 1 to 100, MP4 1 to 10")
 @option("--fps", type=float, group="Output", help="frames per second of an MP4; default: those of the model")
-@as_json
+@json_option
 @where_options("decode")
 @options("config", "vae_config", "device", "allow_custom_decoders")
 def decode(
@@ -284,7 +284,7 @@ def decode(
     help="whether to scale the latents, as pipelines take them (default), or not, as vae.encode returns them",
 )
 @option("--seed", type=int, group="Latents", help="return a sample of the posterior with this seed; default: its mode")
-@as_json
+@json_option
 @where_options("encode")
 @options("config", "vae_config", "device")
 def encode(

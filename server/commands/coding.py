@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import Settings, load_settings
+from ..config.options import read_options
 from ..errors import ConfigError, ServerError
 from ..inputs import media_type_of, read_header
 from ..model_info import Direction
@@ -67,7 +68,7 @@ class Where:
             return Place(self.server, self.model)
         if self.is_here or any(value is not None for value in self.flags.values()):
             return None
-        return find(load_settings().options.port, self.model)
+        return find(read_options({}).port, self.model)
 
 
 def decode(where: Where, parameters: Mapping[str, Any], data: bytes, accept: str, line: StatusLine) -> Coded:

@@ -105,7 +105,7 @@ def options(*names: str) -> Callable[[Function], Function]:
     return add
 
 
-as_json = option("--json", "as_json", is_flag=True, group="Output", help="print JSON, for scripts")
+json_option = option("--json", "as_json", is_flag=True, group="Output", help="print JSON, for scripts")
 
 
 def complete_model(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
