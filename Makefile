@@ -9,7 +9,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-sdnext test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 
 test-hub: $(INSTALLED) ## Compare known.yaml with the Hub, and decodes by real weights with published values (needs network; the decodes a CUDA device)
 	VAE_TEST_HUB=1 $(BIN)/python -m pytest -q -rs -m hub tests/test_hub.py tests/test_hub_facts.py
+
+test-sdnext: $(INSTALLED) ## Test clients/sdnext's patch in a checkout of SD.Next (SDNEXT=FOLDER)
+	SDNEXT="$(SDNEXT)" $(BIN)/python -m pytest -q tests/clients/test_sdnext_patch.py
 
 test-image: $(INSTALLED) ## Build the image, run it and test it with the contract's cases (podman or docker; deploy/README.md)
 	$(BIN)/python -m deploy.image $(ARGS)

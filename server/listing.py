@@ -11,12 +11,13 @@ from .model_info import LatentSpec, ModelInfo
 from .outputs import FORMATS
 from .values import LATENT_DTYPES
 
-ListedKind = Literal["image", "video", "preview"]
+ListedKind = Literal["image", "video", "audio", "preview"]
 KINDS: tuple[ListedKind, ...] = get_args(ListedKind)
-HEADINGS: dict[ListedKind, str] = {"image": "images", "video": "videos", "preview": "previews"}
+HEADINGS: dict[ListedKind, str] = {"image": "images", "video": "videos", "audio": "audio", "preview": "previews"}
 INPUTS = {
     "image": ["image/png", "image/jpeg", "image/webp", "tensor/binary"],
     "video": ["video/mp4", "image/png", "image/jpeg", "image/webp", "tensor/binary"],
+    "audio": [],
 }
 
 
@@ -72,7 +73,8 @@ def families_table(settings: Settings, infos: dict[str, ModelInfo]) -> str:
             rows.setdefault(alike, []).append(f"`{name}`" + (" (gated)" if infos[name].is_gated else ""))
         if rows:
             lines = [f"| {', '.join(names)} | {' | '.join(alike)} |" for alike, names in rows.items()]
-            head = f"| {HEADINGS[kind]} | latents | a latent pixel is | class |\n| --- | --- | --- | --- |\n"
+            what = "step" if kind == "audio" else "pixel"
+            head = f"| {HEADINGS[kind]} | latents | a latent {what} is | class |\n| --- | --- | --- | --- |\n"
             tables.append(head + "\n".join(lines) + "\n")
     return "\n".join(tables)
 
@@ -104,6 +106,9 @@ def latents_text(spec: LatentSpec) -> str:
 
 
 def ratios_text(spec: LatentSpec) -> str:
-    """Return how many pixels and frames a latent pixel stands for."""
+    """Return how many pixels and frames a latent pixel stands for, or how many samples a step of audio latents."""
+    if spec.kind == "audio":
+        channels = "stereo" if spec.image_channels > 1 else "mono"
+        return f"{spec.temporal_compression_ratio} samples, {channels}, {spec.sampling_rate} Hz"
     space = f"{spec.vae_scale_factor}x{spec.vae_scale_factor}"
     return f"{space}, {spec.temporal_compression_ratio} frames" if spec.temporal_compression_ratio > 1 else space

@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from .errors import Impossible
 
-Kind = Literal["image", "video"]
+Kind = Literal["image", "video", "audio"]
 """What a model decodes to."""
 
 EXACT = "exact"
@@ -37,6 +37,7 @@ class Limits:
     """The largest request that a model accepts: its `limits` in models.yaml.
 
     max_pixels: pixel count of one image or one frame.
+    max_seconds: length of audio.
     """
 
     __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "strict": True}
@@ -44,6 +45,7 @@ class Limits:
     max_pixels: Annotated[int, Ge(64)] = 16_777_216
     max_frames: Annotated[int, Ge(1)] = 257
     max_batch: Annotated[int, Ge(1)] = 8
+    max_seconds: Annotated[int, Ge(1)] = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +53,22 @@ class LatentSpec:
     """The latents of a VAE, as its config.json describes them.
 
     family: name of the family in `server.families` that knows the layout.
-    kind: whether the latents decode to images or to videos.
+    kind: whether the latents decode to images, videos or audio.
     channels: size of the channel axis of unpacked latents.
     vae_scale_factor: pixels per latent along each side of an image.
-    temporal_compression_ratio: frames per latent frame.
+    temporal_compression_ratio: frames per latent frame; for audio, samples per step of the latents.
     scaling_factor, shift_factor, latents_mean, latents_std: the statistics of `pipeline.vae.config`.
     force_upcast: the VAE must be decoded in float32.
     is_usually_packed: the pipeline's latents are packed, `[B, S, D]`.
     patch_size: side of a packed patch, in latent pixels.
-    image_channels: 3, or 4 for a VAE whose images have an alpha channel.
+    image_channels: 3, or 4 for a VAE whose images have an alpha channel; for audio, 1 for mono and 2 for stereo.
     has_posterior: encoding returns a distribution. The answer is its mode unless a sample is requested.
     has_encoder: the model can encode. False for a decoder that is a model of its own.
     takes_timestep: decoding accepts the parameter `decode_timestep`.
     takes_seed: decoding draws noise, and accepts the parameters `seed` and `decode_steps`.
     is_preview: the pixels are only similar to those of another model, which takes the same latents.
     inverts_scale: encoded latents are divided by the scaling factor instead of being multiplied by it.
+    sampling_rate: of audio, in samples per second.
     """
 
     family: str
@@ -87,6 +90,7 @@ class LatentSpec:
     takes_seed: bool = False
     is_preview: bool = False
     inverts_scale: bool = False
+    sampling_rate: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,16 @@ class ModelInfo:
         return Direction.DECODE if Direction.DECODE in self.directions else self.directions[0]
 
     def check_direction(self, direction: Direction) -> None:
-        """Raise Impossible if the weights are not for this direction."""
+        """Raise Impossible if the model, or its weights, are not for this direction."""
+        if direction is Direction.ENCODE and not self.latents.has_encoder:
+            if self.latents.kind == "audio":
+                raise Impossible(
+                    f"'{self.name}' is an audio model, and this server decodes audio but does not encode it"
+                )
+            raise Impossible(
+                f"'{self.name}' only decodes, because it is a decoder without an encoder; encode with a model that has "
+                "the same latents"
+            )
         if direction not in self.directions:
             parts = ("a decoder", "encoder") if direction is Direction.ENCODE else ("an encoder", "decoder")
             raise Impossible(

@@ -22,7 +22,8 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 class Layout(StrEnum):
     """The form in which a decoder returns its output on the device.
 
-    SAMPLE: what `vae.decode` returns, about [-1, 1], in the model's dtype, `[B, C, H, W]` or `[B, C, F, H, W]`.
+    SAMPLE: what `vae.decode` returns, about [-1, 1], in the model's dtype, `[B, C, H, W]` or `[B, C, F, H, W]`; of
+        audio `[B, C, samples]`.
     UNIT: denormalized to [0, 1] and clamped, `[N, C, H, W]`. The dtype is float32 for a float32 model and float16 for
         the others, because float16 represents [0, 1] more precisely than bfloat16. N counts images or frames.
     PIXELS: `round(255 x)` of the denormalized sample, computed in float32, as uint8 `[N, H, W, C]`.
@@ -68,6 +69,8 @@ class Scaling:
 class Geometry:
     """The sizes of one request, in latents and in pixels. Used to decode and to encode.
 
+    Of audio, `num_frames` is the number of samples of each channel, and height and width are 1.
+
     latent_shape: the shape that the VAE takes or returns, `[B, C, H, W]` or `[B, C, F, H, W]`.
     num_frames, height, width: of the pixels; num_frames is 1 for an image model.
     axes: order of the axes of the video latents that were sent.
@@ -108,11 +111,16 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class RenderOptions:
-    """How the answer is rendered. `quality` has the scale of the format: 1 to 100 for JPEG, 1 to 10 for MP4."""
+    """How the answer is rendered.
+
+    quality: on the scale of the format: 1 to 100 for JPEG, 1 to 10 for MP4.
+    sampling_rate: of audio, in samples per second.
+    """
 
     fps: float
     quality: float | None
     media_type: str
+    sampling_rate: int = 0
 
 
 @dataclass(frozen=True, slots=True)

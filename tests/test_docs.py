@@ -8,12 +8,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers.utils.remote_utils import remote_encode
 from PIL import Image
+from safetensors.torch import load
 
 from server import outputs
 from server.commands.model_table import describe_all
@@ -97,6 +101,30 @@ def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: 
     for picture in re.findall(r"\w+\.(?:jpg|png)\b", text):
         with Image.open(workplace / picture) as opened:
             assert opened.size == (512, 512)
+
+
+@pytest.mark.slow
+def test_the_recipe_for_training_goes_on_where_it_stopped(address: str, workplace: Path) -> None:
+    (recipe,) = [block.text for block in blocks("python") if block.page == "training.md"]
+    text = recipe.replace("127.0.0.1:8000", address)
+    subprocess.run([sys.executable, "-c", text], cwd=workplace, check=True, timeout=300)
+    first, second = sorted((workplace / "shards").iterdir())
+    written = first.stat().st_mtime_ns
+    second.rename(second.with_suffix(".part"))  # as if it had stopped here
+    subprocess.run([sys.executable, "-c", text], cwd=workplace, check=True, timeout=300)
+    assert sorted((workplace / "shards").iterdir()) == [first, second]
+    assert first.stat().st_mtime_ns == written, "a whole shard is not made again"
+    for shard, names in ((first, ["astronaut", "chelsea", "china"]), (second, ["coffee"])):
+        with tarfile.open(shard) as tar:
+            assert tar.getnames() == [f"{name}.latents.safetensors" for name in names]
+            for name, entry in zip(names, tar, strict=True):
+                file = tar.extractfile(entry)
+                assert file
+                latents = load(file.read())["latents"]
+                image = Image.open(REPOSITORY / "server" / "demo" / "latents" / f"{name}.jpg")
+                expected = remote_encode(f"http://{address}/encode?do_scaling=True&output_dtype=float16", image)
+                assert latents.dtype == torch.float16
+                assert torch.equal(latents, expected)
 
 
 def test_the_second_command_runs_these_tests() -> None:

@@ -99,6 +99,7 @@ def test_the_layout_in_the_readme_is_the_tree() -> None:
 FORMS = {"Parameters", "Job", "Request", "Pending", "Batch", "Result"}
 CARRIERS = {  # what holds a request, or is told of one, and is no form of it
     ("web", "EncodeFile"): "a file to encode that is received but not read",
+    ("web", "VideoWithSound"): "two decodes for one answer",
     ("web", "Streamed"): "an answer that is sent while it is computed",
     ("scheduling", "Service"): "those that wait or are computed, to tell how far they are",
     ("scheduling", "Dispatcher"): "the batches of every engine",

@@ -140,7 +140,7 @@ def _decodes(direct: Direct, info: ModelInfo) -> Finding:
         return problem(
             f"'{name}' decodes to NaN; download its weights again, or set dtype: float32 in case they overflow"
         )
-    parameters |= {"output_type": "pil" if spec.kind == "image" else "mp4"}
+    parameters |= {"output_type": {"image": "pil", "video": "mp4", "audio": "wav"}[spec.kind]}
     request = direct.parse(name, parameters, latents, "*/*")
     result = direct.run(request)
     body = direct.render(request, result).body

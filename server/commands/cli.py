@@ -101,7 +101,10 @@ def serve(models: tuple[str, ...], **flags: Any) -> None:
 @main.command(examples=("models", "models flux", "models ltx --kind video", "models --json"))
 @click.argument("name", required=False, shell_complete=complete_model)
 @option(
-    "--kind", type=click.Choice(["image", "video", "preview"]), group="Choice", help="list only models of this kind"
+    "--kind",
+    type=click.Choice(["image", "video", "audio", "preview"]),
+    group="Choice",
+    help="list only models of this kind",
 )
 @option(
     "--format",
@@ -165,17 +168,17 @@ def check(names: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 @options("config")
 def download(names: tuple[str, ...], config: str | None) -> None:
     """Download the weights of all models of models.yaml, or only of the named ones, with a progress bar."""
-    from ..engine.weights.config_json import read_info
+    from ..engine.weights.config_json import components
     from ..engine.weights.hub import source_of
 
     settings, missed = load_settings(names, config=config), 0
     for name in settings.models:
         source = source_of(settings, name)
         try:
-            read_info(source)
-            click.echo(f"{name}: {(folder := source.files().folder)}")
-            if (commit := source.commit_of(folder)) and not source.entry.revision:
-                click.echo(f"   to pin this version, add to models.yaml: revision: {commit}")
+            for part in components(source):
+                click.echo(f"{name}: {(folder := part.files().folder)}")
+                if part is source and (commit := source.commit_of(folder)) and not source.entry.revision:
+                    click.echo(f"   to pin this version, add to models.yaml: revision: {commit}")
         except ModelUnavailable as error:
             click.echo(f"error: {error.detail}", err=True)
             missed += 1
@@ -247,7 +250,7 @@ def decode(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Decode LATENTS (a .safetensors or .latent file) to OUT (a .png, .jpg or .mp4 file)."""
+    """Decode LATENTS (a .safetensors or .latent file) to OUT (a .png, .jpg, .mp4, .wav or .flac file)."""
     from . import coding
     from .local_files import output_of, read_latents
 

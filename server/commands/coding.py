@@ -111,13 +111,14 @@ def _prepared(
     settings = load_settings(**where.flags)
     name = _name_of(settings, where.model)
     with line.doing("starting torch"):
+        from ..engine.weights.config_json import components
         from ..engine.weights.hub import source_of
         from ..inprocess.direct import Direct
     direct = Direct(settings)
     request = direct.parse(name, parameters, data, accept, direction)
-    source = source_of(settings, name)
-    if not source.is_here():
-        source.files()  # with the progress bar of the hub's client
+    for part in components(source_of(settings, name)):
+        if not part.is_here():
+            part.files()  # with the progress bar of the hub's client
     with line.doing(f"loading {name}"):
         direct.models.load(name, request.job.direction)
     return direct, request

@@ -14,7 +14,7 @@ from ..errors import ModelUnavailable
 from ..listing import kind_of, latents_text, ratios_text
 from ..model_info import LatentSpec, ModelInfo, Weights
 
-HEADINGS = ("", "NAME", "KIND", "LATENTS", "A LATENT PIXEL IS", "WEIGHTS", "LICENCE")
+HEADINGS = ("", "NAME", "KIND", "LATENTS", "ONE LATENT IS", "WEIGHTS", "LICENCE")
 GAP = "  "
 
 
@@ -31,7 +31,8 @@ def describe_all(settings: Settings, names: Sequence[str] | None = None) -> dict
         with suppress(ModelUnavailable):
             info = read_info(source, is_local_only=True)
             weights = weigh(source, None if dtype == "auto" else dtype)
-            infos[name] = replace(info, weights=weights, directions=directions_of(source))
+            directions = tuple(each for each in directions_of(source) if each in info.directions)
+            infos[name] = replace(info, weights=weights, directions=directions)
     return infos
 
 
@@ -76,15 +77,17 @@ def details(settings: Settings, name: str, info: ModelInfo | None) -> str:
 
 def _facts(settings: Settings, name: str, info: ModelInfo) -> Iterator[tuple[str, str]]:
     spec, limits, is_video = info.latents, settings.models[name].limits, info.latents.kind == "video"
-    preview = ", as a preview" if spec.is_preview else ""
-    yield "decodes to", f"{spec.kind}s{preview}" + f", {settings.fps_of(name):g} frames per second" * is_video
+    is_audio, preview = spec.kind == "audio", ", as a preview" if spec.is_preview else ""
+    kinds = "audio" if is_audio else f"{spec.kind}s"
+    yield "decodes to", f"{kinds}{preview}" + f", {settings.fps_of(name):g} frames per second" * is_video
     if len(info.directions) == 1:
-        yield "weights for", f"{info.directions[0]} only"
-    yield "latents", f"{latents_text(spec)}; a latent pixel is {ratios_text(spec)}"
+        yield "only to", str(info.directions[0])
+    yield "latents", f"{latents_text(spec)}; a latent {'step' if is_audio else 'pixel'} is {ratios_text(spec)}"
     yield "scaling", _scaling(spec)
     yield "class", info.class_name
     frames = f", {limits.max_frames} frames" * is_video
-    yield "limits", f"{limits.max_pixels} pixels an image or frame{frames}, batches of {limits.max_batch}"
+    most = f"{limits.max_seconds} seconds" if is_audio else f"{limits.max_pixels} pixels an image or frame{frames}"
+    yield "limits", f"{most}, batches of {limits.max_batch}"
     if info.licence:
         gate = "; gated: accept it on the Hub, then set HF_TOKEN" if info.is_gated else ""
         yield "licence", info.licence + gate
@@ -93,7 +96,8 @@ def _facts(settings: Settings, name: str, info: ModelInfo) -> Iterator[tuple[str
     yield "weights", _on_disk(weights) + ("" if weights.is_here else f"; run `{COMMAND} download {name}`")
     if weights.decoder_mb is not None:
         half = "" if weights.dtype else ", half of it in half precision"
-        sizes = f"{weights.decoder_mb} MiB to decode, {weights.encoder_mb} MiB to encode"
+        encoder = f", {weights.encoder_mb} MiB to encode" if spec.has_encoder else ""
+        sizes = f"{weights.decoder_mb} MiB to decode{encoder}"
         yield "memory", f"{sizes}, in {weights.dtype or 'float32'}{half}"
 
 
@@ -102,7 +106,7 @@ def _scaling(spec: LatentSpec) -> str:
     said = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
     if spec.latents_mean is not None:
         said.append("a mean and a standard deviation for each channel")
-    return ", ".join(said) or ("none" if spec.is_preview else "statistics stored in the weights")
+    return ", ".join(said) or ("none" if spec.is_preview else "no statistics in its config")
 
 
 def _on_disk(weights: Weights | None) -> str:

@@ -124,7 +124,8 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
         kept.append(name)
     # A model that is named should be ready at the start, not at its first request.
     chosen = {name: models[name].model_copy(update={"preload": True}) for name in kept}
-    return settings.model_copy(update={"default": kept[0], "models": chosen})
+    sounds = {entry.audio: models[entry.audio] for entry in chosen.values() if entry.audio}
+    return settings.model_copy(update={"default": kept[0], "models": sounds | chosen})
 
 
 def _source(chosen: Path | None) -> Path:

@@ -50,6 +50,7 @@ class ModelEntry(Strict):
     decoder: str = Field("auto", pattern=DECODER)
     tiling: Literal["none", "diffusers"] = "none"
     fps: float | None = Field(None, gt=0, le=240)
+    audio: str | None = None
     memory_budget_mb: int | None = Field(None, ge=1)
     preload: bool = False
     aliases: tuple[str, ...] = ()
@@ -115,6 +116,9 @@ class ModelsFile(Strict):
                 check_name(word)
                 if seen.setdefault(word, name) != name or (word == name and word in entry.aliases):
                     raise ValueError(f"the name '{word}' is used twice, by '{seen[word]}' and '{name}'")
+        for name, entry in models.items():
+            if entry.audio is not None and entry.audio not in models:
+                raise ValueError(f"'{name}' names the audio model '{entry.audio}', and there is no entry of that name")
         return models
 
 

@@ -38,8 +38,8 @@ class RenderDefaults:
         return RenderDefaults(settings.fps_of(model), options.jpeg_quality, options.video_quality)
 
     def quality_of(self, kind: Kind) -> float:
-        """Return the quality of an answer that is an image or a video."""
-        return self.video_quality if kind == "video" else self.jpeg_quality
+        """Return the quality of an answer of this kind. Audio has none."""
+        return self.jpeg_quality if kind == "image" else self.video_quality
 
 
 def decode_job(
@@ -56,16 +56,17 @@ def decode_job(
     Raises BadRequest, WrongShape, TooLarge, NotAcceptable, Impossible.
     """
     shape, dtype, scaling = parameters.shape(), parameters.dtype(), parameters.scaling()
-    output_type = parameters.word("output_type", OUTPUT_TYPES) or "pil"
+    usual_type = "wav" if info.latents.kind == "audio" else "pil"
+    output_type = parameters.word("output_type", OUTPUT_TYPES) or usual_type
     is_partial = parameters.flag("partial_postprocess")
     geometry = _geometry(parameters, shape, info, others)
-    is_image = info.latents.kind == "image" or (geometry.num_frames == 1 and output_type == "pil")
-    kind: Kind = "image" if is_image else "video"
+    is_still = info.latents.kind == "video" and geometry.num_frames == 1 and output_type == "pil"
+    kind: Kind = "image" if is_still else info.latents.kind
     chosen, media_type = choose_format(parameters, output_type, accept, kind)
     if asks_for_stream(parameters, accept):
         chosen = _streamed(chosen)
-    check_limits(geometry, info.limits, info.name)
-    layout = _layout(chosen, output_type, is_partial)
+    check_limits(geometry, info.limits, info.name, info.latents.sampling_rate)
+    layout = Layout.SAMPLE if kind == "audio" else _layout(chosen, output_type, is_partial)
     _check_fits(geometry, chosen, layout, kind)
     return Job(
         model=info.name,
@@ -79,9 +80,10 @@ def decode_job(
             fps=parameters.number("fps", 0.1, 240) or defaults.fps,
             quality=_quality(parameters, chosen, defaults.quality_of(kind)),
             media_type=media_type,
+            sampling_rate=info.latents.sampling_rate or 0,
         ),
         layout=layout,
-        output_dtype=parameters.output_dtype(),
+        output_dtype="float32" if kind == "audio" and chosen.is_encoded else parameters.output_dtype(),
     )
 
 
@@ -142,7 +144,7 @@ def _check_fits(geometry: Geometry, chosen: Format, layout: Layout, kind: Kind) 
             f"{geometry.height}x{geometry.width} does not fit a {chosen.names[0].upper()}, whose sides are at most "
             f"{chosen.max_side} pixels; send output_type=pt"
         )
-    if geometry.batch == 1 or layout is Layout.SAMPLE or (kind == "image" and not chosen.is_encoded):
+    if geometry.batch == 1 or (not chosen.is_encoded and (layout is Layout.SAMPLE or kind == "image")):
         return
     what = f"one {chosen.names[0].upper()}" if chosen.is_encoded else "one tensor of frames"
     raise Impossible(

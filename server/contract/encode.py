@@ -23,6 +23,7 @@ MOST_PIXEL_BYTES = 1 << 30
 ORDERS: dict[Kind, dict[int, tuple[str, ...]]] = {
     "image": {3: ("CHW", "HWC"), 4: ("BCHW", "BHWC")},
     "video": {4: ("FCHW", "CFHW", "FHWC"), 5: ("BCFHW", "BFCHW", "BFHWC")},
+    "audio": {},
 }
 
 
@@ -42,7 +43,7 @@ def encode_job(parameters: Parameters, accept: str, info: ModelInfo) -> Job:
 def _job(
     parameters: Parameters, accept: str, info: ModelInfo, shape: tuple[int, ...], dtype: str, pixel_axes: str
 ) -> Job:
-    _check_encoder(info)
+    info.check_direction(Direction.ENCODE)
     chosen, media_type = choose_format(parameters, "pt", accept, info.latents.kind)
     batch, frames, height, width = (dict(zip(pixel_axes, shape, strict=True)).get(axis, 1) for axis in "BFHW")
     geometry = FAMILIES[info.latents.family].encode_geometry(info.latents, batch, frames, height, width)
@@ -61,16 +62,6 @@ def _job(
         is_posterior=_is_posterior(parameters, info.latents),
         output_dtype=parameters.output_dtype(),
     )
-
-
-def _check_encoder(info: ModelInfo) -> None:
-    """Raise Impossible if the model cannot encode, by its class or by its weights."""
-    if not info.latents.has_encoder:
-        raise Impossible(
-            f"'{info.name}' only decodes, because it is a decoder without an encoder; encode with a model that has the "
-            "same latents"
-        )
-    info.check_direction(Direction.ENCODE)
 
 
 def pixel_order(shape: tuple[int, ...], spec: LatentSpec, colours: Collection[int]) -> str | None:
@@ -128,7 +119,7 @@ def check_encode(parameters: Parameters, accept: str, info: ModelInfo) -> None:
 
     Raises BadRequest, NotAcceptable, Impossible.
     """
-    _check_encoder(info)
+    info.check_direction(Direction.ENCODE)
     choose_format(parameters, "pt", accept, info.latents.kind)
     parameters.scaling()
     parameters.output_dtype()

@@ -20,7 +20,7 @@ def choose_format(parameters: Parameters, output_type: str, accept: str, kind: K
     parameters: `image_format` is read if `output_type` is pil and `kind` is image.
     output_type: one of OUTPUT_TYPES.
     accept: the `Accept` header; an empty one accepts everything.
-    kind: image or video.
+    kind: what the answer holds.
 
     Raises NotAcceptable if no format fits, BadRequest for an unknown `image_format`.
     """
@@ -49,6 +49,11 @@ def asks_for_stream(parameters: Parameters, accept: str) -> bool:
 
 def _no_format(output_type: str, kind: Kind, possible: list[Format]) -> str:
     types = ", ".join(media_type for entry in possible for media_type in entry.media_types)
+    if kind == "audio" and output_type in ("pil", "mp4"):
+        return "this model decodes audio; send output_type=wav, flac or pt"
+    if kind != "audio" and output_type in ("wav", "flac"):
+        others = "pil or pt" if kind == "image" else "mp4 or pt"
+        return f"this model decodes {kind}s, not audio; send output_type={others}"
     if kind == "video" and output_type == "pil":
         return (
             "this model decodes videos, and an image format cannot hold a video; "

@@ -81,6 +81,14 @@ class Parameters:
             found._values.pop("do_scaling", None)
         return found
 
+    def of_sound(self, shape: tuple[int, ...], dtype: str) -> Parameters:
+        """Return the parameters to decode the sound of a video: the tensor's, and `do_scaling`."""
+        found = Parameters(())
+        found._values = {"shape": list(map(str, shape)), "dtype": [dtype], "output_type": ["wav"]}
+        if self.has("do_scaling"):
+            found._values["do_scaling"] = self._values["do_scaling"]
+        return found
+
     def text(self, key: str) -> str | None:
         """Return the value of a parameter; None if it was not sent. Raises BadRequest if it has several values."""
         values = {value.strip() for value in self._values.get(key, [])}

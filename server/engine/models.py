@@ -27,6 +27,7 @@ from .pipeline import NonFiniteOutput, Stream, run
 from .tensors import NAMES
 from .turn import Turn
 from .weights import loading, placement
+from .weights.companion import load_companion
 from .weights.config_json import directions_of, read_info, weigh
 from .weights.defaults import whole_config
 from .weights.hub import Source, source_of
@@ -88,7 +89,8 @@ class LoadedModels:
         """
         located = self._locate(name, is_local_only=is_local_only)
         precision = self._precision(located, Direction.DECODE)
-        weights, directions = weigh(located.source, NAMES[precision.dtype]), directions_of(located.source)
+        weights, found = weigh(located.source, NAMES[precision.dtype]), directions_of(located.source)
+        directions = tuple(direction for direction in found if direction in located.info.directions)
         return replace(located.info, weights=weights, directions=directions)
 
     def loaded(self, name: str) -> LoadedInfo | None:
@@ -283,6 +285,8 @@ class LoadedModels:
         dtype = precision.dtype
         budget_mb = entry.memory_budget_mb or options.memory_budget_mb
         vae = None if entry.custom_decoder else loading.load_vae(info, located.source, dtype, direction)
+        if vae is not None and family.companion:
+            vae.add_module(family.companion, load_companion(located.source, family.companion, dtype))
         weight_bytes = _weight_bytes(vae, located.source)
         self._make_room(weight_bytes)
         with self._turn, on(device):

@@ -1,7 +1,7 @@
 """The VAE families that the server knows.
 
-To add a family, write its class in a new file of this package and add it to `IMAGE_FAMILIES`, `VIDEO_FAMILIES` or
-`NAMED_FAMILIES`.
+To add a family, write its class in a new file of this package and add it to `IMAGE_FAMILIES`, `VIDEO_FAMILIES`,
+`AUDIO_FAMILIES` or `NAMED_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from .hunyuan_video_15 import HunyuanVideo15
 from .kl import KL
 from .kvae import KVAE, KVAEVideo
 from .ltx import LTX, LTX2, ScaledLTX2
+from .ltx2_audio import LTX2Audio
 from .ltx2_diffusion import LTX2Diffusion
 from .magvit import Magvit
 from .minimax_h3 import MiniMaxH3
+from .minimax_h3_audio import MiniMaxH3Audio
 from .mochi import Mochi
+from .oobleck import AceStep, Oobleck
 from .plain import PlainImage, PlainVideo, is_video
 from .qwen_image import QwenImage, QwenImage21, QwenImageLayered
 from .stable_video import StableVideo
@@ -44,13 +47,14 @@ VIDEO_FAMILIES: tuple[Family, ...] = (
     *(Wan(), HunyuanVideo(), HunyuanVideo15(), LTX(), LTX2(), CogVideoX(), Mochi(), Cosmos(), StableVideo()),
     *(Allegro(), Magvit(), MiniMaxH3(), LTX2Diffusion(), KVAEVideo(), TAEHV(), TAELTX(), TAECVX(), TAEH3()),
 )
+AUDIO_FAMILIES: tuple[Family, ...] = (Oobleck(), LTX2Audio(), MiniMaxH3Audio())
 # The classes of these have another family above, which is used unless an entry of models.yaml names one of these.
 NAMED_FAMILIES: tuple[Family, ...] = (
-    *(GlmImage(), ErnieImage(), Ideogram4(), QwenImageLayered(), Fibo(), ScaledLTX2()),
+    *(GlmImage(), ErnieImage(), Ideogram4(), QwenImageLayered(), Fibo(), ScaledLTX2(), AceStep()),
 )
 PLAIN: tuple[Family, ...] = (PlainImage(), PlainVideo())
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *NAMED_FAMILIES, *PLAIN)
+    family.name: family for family in (*IMAGE_FAMILIES, *VIDEO_FAMILIES, *AUDIO_FAMILIES, *NAMED_FAMILIES, *PLAIN)
 }
 
 

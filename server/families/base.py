@@ -46,7 +46,7 @@ class Family(ABC):
     """A group of VAEs whose latents have the same layout and scaling. Subclasses set these attributes.
 
     name: the name that `family` has in models.yaml.
-    kind: whether the latents decode to images or to videos.
+    kind: whether the latents decode to images, videos or audio.
     class_names: the diffusers classes, as `_class_name` in a config.json names them.
     channels_key: the key of config.json that holds the number of latent channels.
     is_usually_packed: the latents of the pipelines are packed, `[B, S, D]`.
@@ -54,6 +54,8 @@ class Family(ABC):
     patch_size: side of a packed patch, in latent pixels.
     takes_batches: diffusers' own decode and encode can run several images or videos together.
     gpu_dtype: the dtype that `dtype: auto` means on a GPU.
+    companion: the component of the pipeline without which the VAE cannot decode. It is loaded from the folder of this
+        name beside that of the VAE, and becomes an attribute of the VAE; None if the VAE needs none.
     """
 
     name: ClassVar[str]
@@ -65,6 +67,7 @@ class Family(ABC):
     patch_size: ClassVar[int] = 2
     takes_batches: ClassVar[bool] = True
     gpu_dtype: ClassVar[str] = "float16"
+    companion: ClassVar[str | None] = None
 
     @abstractmethod
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -87,7 +90,8 @@ class Family(ABC):
     def describe(self, config: Mapping[str, Any]) -> LatentSpec:
         """Return the description of a VAE.
 
-        config: its config.json, completed by the defaults of the diffusers class.
+        config: its config.json, completed by the defaults of the diffusers class, with the config of `companion`, if
+            there is one, under its name.
         """
         spatial, temporal = self.scale_factors(config)
         mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -215,11 +219,18 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
+def check_limits(geometry: Geometry, limits: Limits, model: str, sampling_rate: int | None = None) -> None:
     """Check a request against the limits of a model.
 
-    model: its name, for the error. Raises TooLarge if a limit is exceeded, Impossible if the latents are empty.
+    model: its name, for the error. sampling_rate: of audio, whose length is limited in seconds; None for images and
+    videos. Raises TooLarge if a limit is exceeded, Impossible if the latents are empty.
     """
+    if sampling_rate and geometry.num_frames > limits.max_seconds * sampling_rate:
+        raise TooLarge(
+            f"the latents are {geometry.num_frames / sampling_rate:.0f} seconds of audio, but '{model}' takes at most "
+            f"{limits.max_seconds}; send a shorter part",
+            operator_task="raise max_seconds in models.yaml",
+        )
     height, width = geometry.height, geometry.width
     if height * width > limits.max_pixels:
         raise TooLarge(
@@ -227,7 +238,7 @@ def check_limits(geometry: Geometry, limits: Limits, model: str) -> None:
             "send a smaller image",
             operator_task="raise max_pixels in models.yaml",
         )
-    if geometry.num_frames > limits.max_frames:
+    if not sampling_rate and geometry.num_frames > limits.max_frames:
         raise TooLarge(
             f"the request has {geometry.num_frames} frames, but '{model}' takes at most {limits.max_frames}; "
             "send a shorter video",

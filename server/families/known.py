@@ -19,6 +19,7 @@ class Checkpoint:
     decoder_weights, encoder_weights: the number of parameters that each direction needs.
     gated: downloading needs a token of an account that accepted the licence.
     config: the entries of config.json that differ from the defaults of the class.
+    companion: entries of the config.json of the family's `companion`; empty if the family has none.
     source: where these facts come from; None for diffusers' conversion scripts and class defaults.
     unverified: the facts that were not compared with the repository: "licence", "gated", "config".
     shared_by: repositories that are said to contain the same VAE, each as "REPO:SUBFOLDER".
@@ -30,6 +31,7 @@ class Checkpoint:
     encoder_weights: int
     gated: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    companion: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
     unverified: list[str] = field(default_factory=list)
     shared_by: list[str] = field(default_factory=list)

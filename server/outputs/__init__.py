@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from ..model_info import Kind
 from ..values import RawTensor, Rendered, RenderOptions
+from .audio import render_flac, render_wav
 from .image import render_jpeg, render_png
 from .tensor import render_base64, render_binary
-from .video import render_fragmented_mp4, render_mp4, render_mp4_frames, stream_mp4_frames
+from .video import render_fragmented_mp4, render_mp4, render_mp4_frames, stream_mp4_frames, with_sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Format:
     output_types: the values of `output_type` for which it is chosen when `Accept` does not decide (`*/*`).
     render: renders a whole tensor.
     when_named: further values of `output_type` for which it is chosen, but only if `Accept` names it.
-    is_encoded: it is made from uint8 pixels, and a response holds only one image or video.
+    is_encoded: it is made from uint8 pixels, or from a waveform in float32, and a response holds only one image, video
+        or waveform.
     quality: the range of the parameter `quality`; None if the format has no quality.
     max_side: the most pixels that a row or column can have in this format; None if there is no limit.
     render_frames: renders a video while its chunks of frames are still decoded; None if the format needs all of them.
@@ -49,7 +51,9 @@ class Format:
 
 IMAGE: frozenset[Kind] = frozenset({"image"})
 VIDEO: frozenset[Kind] = frozenset({"video"})
-PIL, PT, MP4 = frozenset({"pil"}), frozenset({"pt"}), frozenset({"mp4"})
+AUDIO: frozenset[Kind] = frozenset({"audio"})
+PIL, PT, MP4, WAV, FLAC = (frozenset({name}) for name in ("pil", "pt", "mp4", "wav", "flac"))
+ALL = IMAGE | VIDEO | AUDIO
 
 STREAMED_MP4 = "fragmented-mp4"
 
@@ -77,11 +81,13 @@ FORMATS: list[Format] = [
         render_frames=render_fragmented_mp4,
         stream_frames=stream_mp4_frames,
     ),
-    Format(("binary",), ("tensor/binary", "application/octet-stream"), IMAGE | VIDEO, PT, render_binary, PIL, False),
-    Format(("base64",), ("tensor/base64", "application/json"), IMAGE | VIDEO, PT, render_base64, PIL, False),
+    Format(("wav",), ("audio/wav", "audio/x-wav", "audio/vnd.wave"), AUDIO, WAV, render_wav, FLAC),
+    Format(("flac",), ("audio/flac", "audio/x-flac"), AUDIO, FLAC, render_flac, WAV),
+    Format(("binary",), ("tensor/binary", "application/octet-stream"), ALL, PT, render_binary, PIL | WAV | FLAC, False),
+    Format(("base64",), ("tensor/base64", "application/json"), ALL, PT, render_base64, PIL | WAV | FLAC, False),
 ]
 
-OUTPUT_TYPES = ("pil", "pt", "mp4")
+OUTPUT_TYPES = ("pil", "pt", "mp4", "wav", "flac")
 
 
 def format_named(name: str) -> Format:
@@ -89,4 +95,4 @@ def format_named(name: str) -> Format:
     return next(entry for entry in FORMATS if name in entry.names)
 
 
-__all__ = ["FORMATS", "OUTPUT_TYPES", "STREAMED_MP4", "Format", "format_named"]
+__all__ = ["FORMATS", "OUTPUT_TYPES", "STREAMED_MP4", "Format", "format_named", "with_sound"]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -59,6 +59,33 @@ def render_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Re
                 raise
         _check(running, errors)
         return Rendered(memoryview(path.read_bytes()), options.media_type)
+
+
+def with_sound(mp4: memoryview, wav: memoryview) -> memoryview:
+    """Return an MP4 with the video of `mp4`, bit for bit, and the sound of `wav` as AAC.
+
+    It is as long as the longer one of both. Raises RuntimeError if ffmpeg fails.
+    """
+    with ExitStack() as files, tempfile.TemporaryFile() as errors:
+        video, sound, out = (files.enter_context(_output_file()) for _ in range(3))
+        video.write_bytes(mp4)
+        sound.write_bytes(wav)
+        inherited = [int(path.name) for path in (video, sound, out) if path.parent.name == "fd"]
+        # fmt: off
+        command = [
+            "-v", "error", "-f", "mp4", "-i", str(video), "-f", "wav", "-i", str(sound),
+            "-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac", "-b:a", "192k",
+            "-y", "-movflags", "+faststart", "-f", "mp4", str(out),
+        ]
+        # fmt: on
+        with ffmpeg.start(command, stderr=errors, files=inherited) as running:
+            try:
+                running.wait()
+            except BaseException:  # nobody waits for it any more
+                running.kill()
+                raise
+        _check(running, errors)
+        return memoryview(out.read_bytes())
 
 
 def stream_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Iterator[bytes]:

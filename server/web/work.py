@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..config import ServerOptions
 from ..errors import BadRequest, ServerError
 from ..inputs import VIDEO_TYPE, media_type_of
 from ..model_info import Direction, ModelInfo
-from ..outputs import format_named
+from ..outputs import format_named, with_sound
 from ..scheduling.admission import Admission
 from ..scheduling.service import Service
 from .jobs import Jobs, accepted, wants_job
@@ -91,8 +92,10 @@ class Work:
         return accepted(job, service)
 
 
-async def _answer(intake: Intake, received: values.Request | EncodeFile) -> InPieces | Streamed:
+async def _answer(intake: Intake, received: Received) -> InPieces | Streamed:
     """Return the response, of which nothing is sent yet unless it is streamed."""
+    if isinstance(received, VideoWithSound):
+        return await _answer_with_sound(intake, received)
     request = received if isinstance(received, values.Request) else await intake.read_file(received)
     if intake.may_stream and format_named(request.job.format).stream_frames is not None:
         return await _stream(intake, request)
@@ -101,7 +104,19 @@ async def _answer(intake: Intake, received: values.Request | EncodeFile) -> InPi
     return response_of(request.job, result)
 
 
-async def _answer_in_time(intake: Intake, received: values.Request | EncodeFile) -> InPieces | Streamed:
+async def _answer_with_sound(intake: Intake, both: VideoWithSound) -> InPieces:
+    """Decode the sound, which takes less time, then the video, and put both into one MP4."""
+    sound = await intake.service.answer(both.sound, intake.admission)
+    video = await intake.service.answer(both.video, intake.admission, request_id=intake.request_id)
+    started = time.perf_counter()
+    body = await intake.join(video.body.body, sound.body.body)
+    render_ms = video.render_ms + sound.render_ms + (time.perf_counter() - started) * 1e3
+    intake.note(both.video.job, video)
+    whole = replace(video, device_ms=video.device_ms + sound.device_ms, queue_ms=video.queue_ms + sound.queue_ms)
+    return response_of(both.video.job, whole.rendered(replace(video.body, body=body), render_ms))
+
+
+async def _answer_in_time(intake: Intake, received: Received) -> InPieces | Streamed:
     """Return the response before the deadline of the request."""
     async with intake.service.in_time(intake.admission):
         return await _answer(intake, received)
@@ -149,6 +164,17 @@ class EncodeFile:
     data: bytes | bytearray
 
 
+@dataclass(frozen=True, slots=True)
+class VideoWithSound:
+    """Two decodes for one MP4."""
+
+    video: values.Request
+    sound: values.Request
+
+
+Received = values.Request | VideoWithSound | EncodeFile
+
+
 class Intake:
     """Receives one request, and holds memory for it.
 
@@ -182,7 +208,7 @@ class Intake:
         """Hold this many bytes of memory until the answer is sent. Raises QueueFull."""
         self.admission.reserve(size_bytes)
 
-    async def receive(self, asked: Direction) -> values.Request | EncodeFile:
+    async def receive(self, asked: Direction) -> Received:
         """Receive a request. Return it, or an EncodeFile, from which `read_file` makes the request.
 
         Headers and query are parsed first, so that mistakes in them are refused before the body is received. A body
@@ -206,7 +232,10 @@ class Intake:
         direction = contract.direction_of(parameters, info, body, asked)
         self.service.check_loads(info.name, direction)
         if direction is Direction.DECODE:
-            return await self._tensor(self._decode_job(parameters, accept, info), body)
+            job = self._decode_job(parameters, accept, info)
+            sound = await self._sound(parameters, job, file) if file is not None else None
+            decode = await self._tensor(job, body)
+            return VideoWithSound(decode, sound) if sound else decode
         if parameters.has("shape"):
             return await self._tensor(contract.encode_job(parameters, accept, info), body)
         contract.check_encode(parameters, accept, info)
@@ -220,6 +249,22 @@ class Intake:
         header = await on_thread(contract.header_of, file.parameters, file.info, file.data)
         self.hold(contract.file_bytes_held(header, file.data))
         return await on_thread(contract.read_pixels, file.parameters, file.accept, file.info, file.data, header)
+
+    async def _sound(
+        self, parameters: contract.Parameters, video: values.Job, file: bytes | bytearray
+    ) -> values.Request | None:
+        """Return the request for the sound of a video, if the file contains its latents."""
+        name = self.service.settings.models[video.model].audio
+        audio = await self.service.describe(name) if name else None
+        sound = contract.sound_job(parameters, video, file, audio)
+        if sound is not None:
+            self.service.check_loads(sound.job.model, Direction.DECODE)
+            self.hold(sound.job.bytes_held)
+        return sound
+
+    async def join(self, mp4: memoryview, wav: memoryview) -> memoryview:
+        """Return one MP4 of a video and its sound, made on a thread."""
+        return await self._threads.videos.run(self.service, self.admission, with_sound, mp4, wav)
 
     def _decode_job(self, parameters: contract.Parameters, accept: str, info: ModelInfo) -> values.Job:
         if not parameters.has("shape"):  # the body is no known file: its Content-Type may be the mistake

@@ -194,7 +194,8 @@ def test_models_lists_every_shipped_model_without_the_network() -> None:
     listed = json.loads(invoke("models", "--format", "json").stdout)
     assert len(listed) > 25
     for model in listed:
-        assert all(model[key] for key in ("latents", "outputs", "inputs", "class")), model["name"]
+        assert all(model[key] for key in ("latents", "outputs", "class")), model["name"]
+        assert bool(model["inputs"]) == (model["kind"] != "audio"), model["name"]
         assert model["weights"]["decoder_mb"] is not None, model["name"]
         assert (model["licence"] is None) == (model["name"] == "demo")
 
@@ -215,7 +216,10 @@ def test_models_lists_some_of_them(arguments: tuple[str, ...], expected: set[str
 
 
 def test_models_lists_each_model_in_one_kind() -> None:
-    kinds = [invoke("models", "--kind", kind, "--format", "markdown").stdout for kind in ("image", "video", "preview")]
+    kinds = [
+        invoke("models", "--kind", kind, "--format", "markdown").stdout
+        for kind in ("image", "video", "audio", "preview")
+    ]
     assert "\n".join(kinds) == invoke("models", "--format", "markdown").stdout
 
 

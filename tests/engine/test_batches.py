@@ -17,6 +17,14 @@ from server.model_info import Direction, LatentSpec
 from server.values import Layout
 from tests.engine.coders.video.test_tiny_video import made as preview_vae
 from tests.pipelines import vaes
+from tests.pipelines.sounds import SOUNDS, Sound, oobleck
+
+
+def with_vocoder(sound: Sound) -> Any:
+    vae, vocoder = sound.parts.values()
+    vae.add_module("vocoder", vocoder)
+    return vae
+
 
 VAES: dict[str, Callable[[], Any]] = {
     "kl": vaes.kl,
@@ -48,16 +56,22 @@ VAES: dict[str, Callable[[], Any]] = {
     "taeltx": lambda: preview_vae("taeltx_2"),
     "taecvx": lambda: preview_vae("taecvx"),
     "taeh3": lambda: preview_vae("taeh3"),
+    "oobleck": oobleck,
+    "ltx2-audio": lambda: with_vocoder(SOUNDS["ltx2-audio"]()),
+    "minimax-h3-audio": lambda: next(iter(SOUNDS["minimax-h3-audio"]().parts.values())),
     "of-no-family": vaes.asymmetric,
 }
 FEW = (2, 3)
 LATENT_SIZES = {
     **dict.fromkeys(("hunyuan-image", "dc", "ltx", "ltx-timestep", "ltx2"), FEW),
     "allegro": (16, 16),  # its tile
+    **dict.fromkeys(("oobleck", "minimax-h3-audio"), (7,)),
+    "ltx2-audio": (7, 2),
 }
 LATENT_FRAMES = {"allegro": 6}
 FRAMES = {"allegro": 24}
 ARGUMENTS = {"ltx-timestep": {"timestep": 0.05}, "stable-video": {"decode_chunk_size": 2}}
+DECODED_ONLY = {"oobleck", "ltx2-audio", "minimax-h3-audio"}
 CASES = [
     pytest.param(name, choice, together, id=f"{name}-{choice}-{together}")
     for name in VAES
@@ -70,7 +84,8 @@ CASES = [
 def made(name: str) -> tuple[Any, Family, LatentSpec]:
     vae = VAES[name]().eval().requires_grad_(False)
     family = family_of_class(type(vae).__name__) or plain_family(vae.config)
-    return vae, family, family.refine(family.describe(vae.config), vae)
+    config = dict(vae.config) | ({"vocoder": vae.vocoder.config} if name == "ltx2-audio" else {})
+    return vae, family, family.refine(family.describe(config), vae)
 
 
 def random(shape: tuple[int, ...]) -> Tensor:
@@ -97,7 +112,7 @@ def test_decodes_that_run_together(name: str, choice: str, together: int) -> Non
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("name", "choice", "together"), CASES)
+@pytest.mark.parametrize(("name", "choice", "together"), [case for case in CASES if case.values[0] not in DECODED_ONLY])
 def test_encodes_that_run_together(name: str, choice: str, together: int) -> None:
     vae, family, spec = made(name)
     encoder, _ = build_coder(copy.deepcopy(vae), family, Direction.ENCODE, choice, "none")

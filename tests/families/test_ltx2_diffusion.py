@@ -75,4 +75,4 @@ def test_a_video_smaller_than_an_attention_window_is_refused(address: str) -> No
 def test_it_does_not_encode(address: str, path: str) -> None:
     answer = ask(address, torch.zeros(1, 3, 9, 96, 128), path)
     assert answer.status_code == 422, answer.text
-    assert "only a decoder, without the encoder" in answer.json()["error"]
+    assert "is a decoder without an encoder" in answer.json()["error"]

@@ -63,7 +63,7 @@ VOCODER: dict[str, Any] = {
     "upsample_factors": [2, 2],
     "resnet_kernel_sizes": [3],
     "resnet_dilations": [[1, 3, 5]],
-    "output_sampling_rate": 12800,
+    "output_sampling_rate": 400,
 }
 UNGUIDED = {
     "guidance_scale": 1.0,
@@ -77,17 +77,27 @@ UNGUIDED = {
 }
 
 
-def ltx2(name: str, vae: Any) -> Sample:
+INPUTS: dict[str, Any] = {
+    **{"height": 96, "width": 64, "num_frames": 9},
+    **{"prompt_embeds": noise(1, 4, 64), "prompt_attention_mask": ones(1, 4)},
+    **UNGUIDED,
+    "audio_stg_scale": 0.0,
+}
+
+
+def pipeline(vae: Any) -> LTX2Pipeline:
+    """The whole pipeline, with sound."""
     sound = {"audio_vae": seeded(AutoencoderKLLTX2Audio, **AUDIO), "vocoder": seeded(LTX2Vocoder, **VOCODER)}
     parts = {
         "transformer": seeded(LTX2VideoTransformer3DModel, **TRANSFORMER, **ROPE),
         "connectors": seeded(LTX2TextConnectors, **CONNECTORS, **ROPE),
         "scheduler": FlowMatchEulerDiscreteScheduler(),
     }
-    pipe = LTX2Pipeline(vae=vae, text_encoder=None, tokenizer=None, **parts, **sound)
-    prompt = {"prompt_embeds": noise(1, 4, 64), "prompt_attention_mask": ones(1, 4)}
-    size = {"height": 96, "width": 64, "num_frames": 9}
-    return run(name, pipe, are_scaled=False, **size, **prompt, **UNGUIDED, audio_stg_scale=0.0)
+    return LTX2Pipeline(vae=vae, text_encoder=None, tokenizer=None, **parts, **sound)
+
+
+def ltx2(name: str, vae: Any) -> Sample:
+    return run(name, pipeline(vae), are_scaled=False, **INPUTS)
 
 
 def diffusion_packed() -> Sample:

@@ -42,7 +42,7 @@ REAL = [
     ("/health/live", "get", "health/live", {}, "*/*"),
     ("/metrics", "get", "metrics", {}, "*/*"),
     ("/models", "get", "models", {}, "*/*"),
-    ("/models", "get", "models", {"kind": "audio"}, "*/*"),
+    ("/models", "get", "models", {"kind": "smell"}, "*/*"),
     ("/page/{file}", "get", "page/page.css", {}, "*/*"),
     ("/page/{file}", "get", "page/coffee.jpg", {}, "*/*"),
     ("/page/{file}", "get", "page/nothing", {}, "*/*"),

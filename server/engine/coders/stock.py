@@ -22,13 +22,15 @@ class StockCoder:
 
     def __init__(self, vae: Any, family: Family) -> None:
         weight = next(weight for weight in vae.parameters() if not weight.is_meta)
-        self.vae = vae
+        # As `from_pretrained` leaves it: torch multiplies in another order where no weight requires a gradient.
+        self.vae = vae.requires_grad_(True)
         self.family = family
         self.device, self.dtype = weight.device, weight.dtype
 
     def free_caches(self) -> None:
         """Do nothing: diffusers' modules keep no caches between calls."""
 
+    @torch.inference_mode()
     def run(self, compute: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, check: Check) -> Coded:
         """Compute a batch `[B, ...]`. check: called before each layer.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,17 +61,20 @@ def _meta(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device="meta")
 
 
-def skeleton(class_name: str, config: Mapping[str, Any], origin: str) -> torch.nn.Module:
+def skeleton(made: Any, config: Mapping[str, Any], origin: str) -> torch.nn.Module:
     """Return the module of a config, without memory for its weights.
 
+    made: the class, or the name of a class of VAEs.
     origin: where the config comes from, for messages. Raises UnreadableWeights if the config is not one of the class.
     """
+    made = vae_class(made) if isinstance(made, str) else made
     try:
-        with BUILDING, accelerate.init_empty_weights():
-            module: torch.nn.Module = vae_class(class_name).from_config(dict(config))
+        with BUILDING, accelerate.init_empty_weights(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers uses functions that torch will remove
+            module: torch.nn.Module = made.from_config(dict(config))
     except Exception as error:  # whatever the constructor of a class raises for values that it was not written for
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        raise UnreadableWeights(f"{origin} does not describe a {class_name} ({reason})") from error
+        raise UnreadableWeights(f"{origin} does not describe a {made.__name__} ({reason})") from error
     return module
 
 

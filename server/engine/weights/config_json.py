@@ -18,7 +18,7 @@ from .defaults import is_vae_class, whole_config
 from .headers import UnreadableWeights
 from .hub import Source
 from .stored import OTHER_PARTS, OWN_PART, Stored, read_stored
-from .which_config import Configuration, configuration_of
+from .which_config import Configuration, companion_config, configuration_of
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,12 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
             log.warning("%s", sentence)
         raise ModelUnavailable(name, sentence)
     family = _family(name, entry.model_copy(update={"family": entry.family or found.family}), class_name, config)
+    beside: dict[str, Any] = {}
+    if companion := family.companion:
+        known = checkpoint.companion if is_assumed and checkpoint else None
+        beside[companion] = known or companion_config(source, companion, is_local_only=is_local_only)
     try:
-        whole = whole_config(class_name, config)
+        whole = whole_config(class_name, config) | beside
         spec: LatentSpec = family.describe(whole)
         check_spec(spec)
         if entry.custom_decoder:
@@ -66,8 +70,18 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         is_assumed=is_assumed,
         licence=checkpoint.licence if checkpoint else None,
         is_gated=checkpoint is not None and checkpoint.gated,
+        directions=tuple(Direction) if spec.has_encoder else (Direction.DECODE,),
         config={key: value for key, value in whole.items() if not key.startswith("_")},
     )
+
+
+def components(source: Source) -> tuple[Source, ...]:
+    """Return the sources of everything that a model needs: its VAE, and the companion of its family.
+
+    Raises ModelUnavailable.
+    """
+    companion = FAMILIES[read_info(source).latents.family].companion
+    return (source, source.beside(companion)) if companion else (source,)
 
 
 def weigh(source: Source, dtype: str | None) -> Weights:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 # The tiny video VAEs, which diffusers does not have, are in this file.
 TINY_SOURCE = Path(__file__).resolve().parent.parent / "coders" / "video" / "tiny_layers.py"
 TINY_CLASSES = ("TAEHV", "TAELTX", "TAECVX", "TAEH3")
+# The files of diffusers with classes of VAEs, and with the vocoders that the VAEs of LTX-2's audio need.
+PATTERNS = ("models/autoencoders/*.py", "pipelines/ltx2/vocoder.py")
 
 _CLASS = re.compile(r"^class (\w+)(?:\(([^)]*)\))?:.*\n(?:[ \t].*\n|\n|\).*\n)*", re.MULTILINE)
 
@@ -32,10 +34,10 @@ class _Source(NamedTuple):
 
 @cache
 def _sources() -> Mapping[str, _Source]:
-    """Return all classes in diffusers' files of VAEs, and those of the tiny video VAEs, by name."""
+    """Return all classes in diffusers' files, and those of the tiny video VAEs, by name."""
     spec = find_spec("diffusers")
-    folders = [Path(place) / "models" / "autoencoders" for place in (spec and spec.submodule_search_locations) or ()]
-    files = [TINY_SOURCE, *(file for folder in folders for file in sorted(folder.glob("*.py")))]
+    folders = map(Path, (spec and spec.submodule_search_locations) or ())
+    files = [TINY_SOURCE, *(file for folder in folders for each in PATTERNS for file in sorted(folder.glob(each)))]
     return {
         found[1]: _Source(file, tuple(re.findall(r"\w+", found[2] or "")), found[0])
         for file in files
@@ -55,6 +57,11 @@ def is_vae_class(class_name: str) -> bool:
     """Return whether the installed diffusers has a VAE class of this name. Older versions lack the newer VAEs."""
     is_known = class_name in TINY_CLASSES or (class_name in _exported() and class_name in _sources())
     return is_known and any("decode" in _methods(name) for name in _with_bases(class_name))
+
+
+def has_class(class_name: str) -> bool:
+    """Return whether the source of this class was found."""
+    return class_name in _sources()
 
 
 def whole_config(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,16 @@ class Source:
             return None
         return folder.parts[folder.parts.index("snapshots") + 1]
 
+    def beside(self, part: str) -> Source:
+        """Return the source of another component of the same pipeline, in the folder `part` beside that of the VAE."""
+        plain = {"file": None, "config": None}
+        if self.local:
+            folder = (self.local.parent if self.local.is_file() else self.local).parent / part
+            entry = self.entry.model_copy(update=plain | {"repo": str(folder), "subfolder": None})
+            return Source(self.name, entry, folder)
+        subfolder = (PurePosixPath(self.entry.subfolder or "").parent / part).as_posix()
+        return Source(self.name, self.entry.model_copy(update=plain | {"subfolder": subfolder}), None)
+
     def is_here(self) -> bool:
         """Return whether the weights are on this machine, complete or not."""
         try:

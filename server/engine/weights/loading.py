@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import diffusers
@@ -34,7 +34,7 @@ def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, direction: Dir
     files = source.files()
     found = configuration_of(source)
     config = whole_config(info.class_name, found.values)
-    try:
+    with reading(source):
         stored = read_stored(files.weights, files.index)
         vae = skeleton(info.class_name, found.values, found.origin)
         if direction not in directions_in(vae, stored, config, found.origin, may_have_more=found.is_of_the_author):
@@ -44,10 +44,27 @@ def load_vae(info: ModelInfo, source: Source, dtype: torch.dtype, direction: Dir
         with torch.no_grad():
             vae.load_state_dict(translated(vae, _read(stored), config), strict=False, assign=True)
         let_go(vae, OTHER_PARTS[direction])
-        _check(vae, source)
-        _convert(vae, dtype, source)
-        loaded: torch.nn.Module = vae.eval().requires_grad_(False)
-        return loaded
+        return _ready(vae, source, dtype)
+
+
+def prepared(module: torch.nn.Module, stored: Stored, source: Source, dtype: torch.dtype) -> torch.nn.Module:
+    """Return a module from `skeleton` with the tensors of its names, ready as `load_vae` returns a VAE."""
+    with torch.no_grad():
+        module.load_state_dict(_read(stored), strict=False, assign=True)
+    return _ready(module, source, dtype)
+
+
+def _ready(module: torch.nn.Module, source: Source, dtype: torch.dtype) -> torch.nn.Module:
+    _check(module, source)
+    _convert(module, dtype, source)
+    return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Turn the errors of reading weights into ModelUnavailable. A lack of memory stays what it is."""
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except UnreadableWeights as error:

@@ -12,8 +12,8 @@ from .headers import Header, StoredTensor, UnreadableWeights, read_header
 from .tensor_names import vae_names
 
 OTHER_PARTS = {
-    Direction.DECODE: ("encoder", "quant_conv"),
-    Direction.ENCODE: ("decoder", "post_quant_conv"),
+    Direction.DECODE: ("encoder", "quant_conv", "pre_block", "mean_proj", "logs_proj"),
+    Direction.ENCODE: ("decoder", "post_quant_conv", "dec_in_proj"),
 }
 """For each direction, the modules of a diffusers VAE that it does not use."""
 

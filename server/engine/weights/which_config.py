@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import ModelUnavailable
 from ...families import FAMILIES, family_of_class
 from ...families.named import NamedConfig, named_config, named_configs
-from .defaults import is_vae_class, whole_config
+from .defaults import has_class, is_vae_class, whole_config
 from .headers import UnreadableWeights
 from .hub import CONFIG, Source
 from .stored import Stored, read_stored
@@ -38,6 +39,10 @@ MODELS = {
 """How the names of other tensors of a whole checkpoint begin, and the configuration of the VAE of such a checkpoint."""
 
 OTHER_SCALING = "edm_mean"  # the tensor by which Playground 2.5 says that it scales the latents in its own way
+
+
+COMPANIONS = ("LTX2Vocoder", "LTX2VocoderWithBWE")
+"""The classes that the companion of a VAE may have. Older versions of diffusers lack some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,26 @@ def configuration_of(source: Source, *, is_local_only: bool = False) -> Configur
         return _told_by(stored.metadata) or _decided(stored)
     except (UnreadableWeights, OSError) as error:
         raise source.failure(str(error)) from None
+
+
+def companion_config(source: Source, name: str, *, is_local_only: bool = False) -> dict[str, Any]:
+    """Return the config.json of the companion of a VAE, completed by the defaults of its class.
+
+    source: of the VAE. name: of the companion's folder. Raises ModelUnavailable if there is none, or if its class is
+    not known here.
+    """
+    beside = source.beside(name)
+    try:
+        config = beside.config(is_local_only=is_local_only)
+    except ModelUnavailable as error:
+        raise source.failure(f"it decodes only together with the {name} of its pipeline: {error.detail}") from error
+    if config is None:
+        raise beside.failure("it has weights without a config.json; save the whole pipeline again")
+    class_name = config.get("_class_name")
+    known = [each for each in COMPANIONS if has_class(each)]
+    if class_name not in known:
+        raise beside.failure(f"its class {class_name} is not one that this server runs; known: {', '.join(known)}")
+    return whole_config(class_name, config)
 
 
 def _named(found: NamedConfig, origin: str) -> Configuration:

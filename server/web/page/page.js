@@ -3,6 +3,7 @@ const by = (id) => document.getElementById(id);
 const ANSWERS = {
   image: [["pil", "image/png", "PNG"], ["pil", "image/jpeg", "JPEG"]],
   video: [["mp4", "video/mp4", "MP4"]],
+  audio: [["wav", "audio/wav", "WAV"], ["flac", "audio/flac", "FLAC"]],
 };
 const STREAM = 'video/mp4; codecs="avc1.640028"'; // the profile that the server writes
 const LOOK_EVERY_MS = 500, REFRESH_EVERY_MS = 15000;
@@ -56,6 +57,7 @@ const runs = (model, direction) => (model.directions ?? ["decode", "encode"]).in
 function fits(model, shape) {
   const { kind, channels, patch_size: patch, is_usually_packed: packs, family } = model.latents ?? {};
   if (!channels || !runs(model, "decode")) return false;
+  if (kind === "audio") return shape.length === (family === "ltx2_audio" ? 4 : 3) && shape.slice(1, 3).includes(channels);
   if (shape.length === 3) return (packs || family === "kl") && kind === "image" && shape[2] === channels * patch ** 2;
   return shape.length === (kind === "video" ? 5 : 4) && shape[1] === channels;
 }
@@ -221,9 +223,11 @@ function add(name) {
 }
 
 function shown(blob, label) {
-  const element = document.createElement(blob.type.startsWith("video") ? "video" : "img");
+  const kind = blob.type.split("/")[0];
+  const element = document.createElement(kind === "image" ? "img" : kind);
   element.src = URL.createObjectURL(blob);
-  Object.assign(element, { controls: true, loop: true, autoplay: true, muted: true, alt: label, title: label });
+  const playing = kind === "video" && { loop: true, autoplay: true, muted: true };
+  Object.assign(element, { controls: true, alt: label, title: label, ...playing });
   return element;
 }
 
@@ -279,6 +283,18 @@ function choose(isPacked = false) {
 // Python code with diffusers' own client. Its do_scaling is deprecated, so the code sends the model's factors; for a model
 // without a factor, the address asks the server to unscale with the model's statistics.
 function python(model, kind) {
+  if (kind === "audio") { // which diffusers' client does not know
+    return [
+      "from pathlib import Path",
+      "",
+      "import requests",
+      "",
+      'latents = Path("latents.safetensors").read_bytes()',
+      `answer = requests.post("${here}${model.name}?${fileQuery(model, kind)}", data=latents)`,
+      "answer.raise_for_status()",
+      'Path("audio.wav").write_bytes(answer.content)',
+    ].join("\n");
+  }
   const { scaling_factor: factor, shift_factor: shift, latents_mean: mean } = model.latents ?? {};
   const hasFactor = typeof factor === "number" && factor !== 1 && !mean; // with 1, the statistics may be stored in the weights
   const scaling = !hasFactor ? "do_scaling=False" : `scaling_factor=${factor}` + (shift ? `, shift_factor=${shift}` : "");
@@ -304,7 +320,7 @@ function fileQuery(model, kind) {
 }
 
 function curl(model, kind) {
-  const out = kind === "video" ? "video.mp4" : "image.jpg";
+  const out = { image: "image.jpg", video: "video.mp4", audio: "audio.wav" }[kind];
   return `curl --fail-with-body --data-binary @latents.safetensors \\\n  -H "Content-Type: application/octet-stream" -o ${out} \\\n  "${here}${model.name}?${fileQuery(model, kind)}"`;
 }
 

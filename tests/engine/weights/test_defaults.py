@@ -8,11 +8,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines import ltx2
 
 from server.engine.coders.video import tiny_layers
 from server.engine.weights import defaults
 from server.engine.weights.agreement import vae_class
 from server.engine.weights.defaults import is_vae_class, whole_config
+from server.engine.weights.which_config import COMPANIONS
 
 
 def is_imported_vae(found: Any) -> bool:
@@ -34,6 +36,13 @@ def test_the_defaults_are_those_of_the_class(name: str) -> None:
     assert is_vae_class(name)
     assert whole_config(name, {}) == expected
     assert whole_config(name, {"latent_channels": 99}) == expected | {"latent_channels": 99}
+
+
+def test_the_defaults_of_companions_are_those_of_the_class() -> None:
+    for name in COMPANIONS:
+        parameters = inspect.signature(getattr(ltx2, name).__init__).parameters.values()
+        expected = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+        assert whole_config(name, {}) == expected
 
 
 def test_other_classes_are_no_vaes() -> None:

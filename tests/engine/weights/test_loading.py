@@ -392,6 +392,27 @@ def test_the_decoder_is_chosen_and_says_why(
             assert torch.equal(loaded.coder.decode(latents, Layout.SAMPLE).tensor, expected)
 
 
+BUILDERS = {
+    name: getattr(vaes_of_families, name) for name in ("mochi", "wan", "hunyuan_video_15", "cogvideox", "ltx", "dc")
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_diffusers_own_decoder_is_bit_identical(tmp_path: Path, name: str, frames: int) -> None:
+    """As the library loads and runs it, with weights that require gradients."""
+    BUILDERS[name]().save_pretrained(tmp_path / name)
+    models = {"m": {"repo": str(tmp_path / name), "dtype": "float32", "decoder": "diffusers"}}
+    engine = LoadedModels(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "m")))
+    loaded = engine.load("m")
+    local = type(loaded.coder.vae).from_pretrained(tmp_path / name)
+    size = (5, 7) if loaded.spec.kind == "image" else (frames, 5, 7)
+    latents = torch.randn(1, loaded.spec.channels, *size, generator=torch.Generator().manual_seed(frames))
+    with torch.no_grad():
+        expected = local.decode(latents, return_dict=False)[0]
+    assert torch.equal(loaded.coder.decode(latents, Layout.SAMPLE).tensor, expected)
+
+
 def test_an_unknown_structure_runs_diffusers_and_says_so(vaes: dict[str, LocalVae]) -> None:
     changed = copy_module(vaes["sd"].module)
     changed.decoder.conv_act = torch.nn.GELU()
