@@ -117,9 +117,10 @@ def serve(models: tuple[str, ...], **flags: Any) -> None:
 @json_option
 @options("config")
 def models(name: str | None, kind: str | None, form: str, as_json: bool, config: str | None) -> None:
-    """List the models of models.yaml: their latents, weights and licences. The default model is marked with *.
+    """List the models of models.yaml, or show one.
 
-    NAME is the name or an alias of one model, to show everything about it, or a part of names, to list those models.
+    The table has their latents, weights and licences; * marks the default model. NAME is the name or an alias of one
+    model, to show everything about it, or a part of names, to list those models.
     """
     from ..listing import chosen, families_table, listed
     from .model_table import describe_all, details, table
@@ -145,7 +146,11 @@ def models(name: str | None, kind: str | None, form: str, as_json: bool, config:
 @json_option
 @options("config", "vae_config", "device", "allow_custom_decoders")
 def check(names: tuple[str, ...], as_json: bool, **flags: Any) -> None:
-    """Check the configuration, the device, the weights and the codecs, and decode once with each downloaded model."""
+    """Check the configuration, and decode once.
+
+    Every problem with the configuration, the device, the weights and the codecs is named, with what to do. Each model
+    whose weights are on this machine decodes once.
+    """
     settings = load_settings(names, **flags)
     findings = []
     with StatusLine() as line, line.doing("checking"):
@@ -167,7 +172,10 @@ def check(names: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 @models_argument("names")
 @options("config")
 def download(names: tuple[str, ...], config: str | None) -> None:
-    """Download the weights of all models of models.yaml, or only of the named ones, with a progress bar."""
+    """Download weights, with a progress bar.
+
+    Those of all models of models.yaml are downloaded, or only those of the named models.
+    """
     from ..engine.weights.config_json import components
     from ..engine.weights.hub import source_of
 
@@ -250,7 +258,10 @@ def decode(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Decode LATENTS (a .safetensors or .latent file) to OUT (a .png, .jpg, .mp4, .wav or .flac file)."""
+    """Decode latents to an image, a video or audio.
+
+    LATENTS (a .safetensors or .latent file) is decoded to OUT (a .png, .jpg, .mp4, .wav or .flac file).
+    """
     from . import coding
     from .local_files import output_of, read_latents
 
@@ -300,7 +311,10 @@ def encode(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Encode FILE (a .png, .jpg, .webp or .mp4 file) to latents in OUT (a .safetensors file)."""
+    """Encode an image or a video to latents.
+
+    FILE (a .png, .jpg, .webp or .mp4 file) is encoded to latents in OUT (a .safetensors file).
+    """
     from . import coding
     from .local_files import check_latents_suffix, read
 
@@ -323,7 +337,10 @@ def encode(
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script with which a shell completes the commands, options, models and files of vae-server."""
+    """Print the script for completion in a shell.
+
+    With it, the shell completes the commands, options, models and files of vae-server.
+    """
     found = get_completion_class(shell)
     assert found is not None
     click.echo(found(main, {}, PROGRAM, f"_{PROGRAM.replace('-', '_').upper()}_COMPLETE").source())

@@ -90,7 +90,9 @@ COMMANDS = ["serve", "models", "check", "download", "decode", "encode", "complet
 
 def test_help_lists_the_commands_in_the_order_of_use() -> None:
     shown = invoke("--help").stdout
-    assert re.findall(r"^  (\w+)  ", shown.split("Commands:")[1].split("Examples:")[0], re.MULTILINE) == COMMANDS
+    listed = shown.split("Commands:")[1].split("Examples:")[0]
+    assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == COMMANDS
+    assert "..." not in listed, "every summary fits its line"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
