@@ -103,7 +103,8 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
 def announce(settings: Settings, listener: socket.socket) -> None:
     """Print the address to use in a client, and a warning if everyone may use it."""
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    scheme = "https" if settings.options.tls_cert else "http"
+    url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
     others = [name for name in settings.models if name != settings.default]
     click.echo(f"ready: {url} decodes with '{settings.default}'", err=True)
     if others:

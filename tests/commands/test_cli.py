@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 
 from server.commands import cli, flags
 from server.commands.servers import find
-from server.config import ServerOptions
+from server.commands.serving import announce
+from server.config import ServerOptions, load_settings
 from tests.conftest import REPOSITORY, Serve, write_models_yaml
 from tests.engine.weights import original_names
 from tests.vaes import LocalVae
@@ -470,6 +471,18 @@ def test_serve_one_model_at_the_root_until_a_signal(models_yaml: Path, vaes: Vae
     assert f"ready: {url} decodes with 'flux'" in told
     assert "Traceback" not in told
     assert server.returncode == 0
+
+
+@pytest.mark.parametrize(("certificate", "scheme"), [(None, "http"), (Path("cert.pem"), "https")])
+def test_the_address_that_is_told_has_the_right_scheme(
+    certificate: Path | None, scheme: str, models_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_settings(config=models_yaml)
+    options = settings.options.model_copy(update={"tls_cert": certificate})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        announce(settings.model_copy(update={"options": options}), listener)
+        expected = f"ready: {scheme}://127.0.0.1:{listener.getsockname()[1]}/ decodes with 'sd'\n"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 @pytest.fixture
