@@ -21,9 +21,9 @@ $(SERVING): requirements.txt constraints.txt
 	@$(PYTHON) -m deploy.install $(VENV) $(if $(PORT_FROM),--port-from=ARGS)
 	@touch $@
 
-$(INSTALLED): $(SERVING) requirements-dev.txt
+$(INSTALLED): $(SERVING) requirements-dev.txt deploy/ray-requirements.txt
 	@echo 'installing what the tests need'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r deploy/ray-requirements.txt -c constraints.txt
 	@touch $@
 
 serve: PORT_FROM := yes
@@ -115,5 +115,5 @@ prometheus: ## Install Prometheus for the tests of deploy/compose (Debian)
 	command -v prometheus >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 
 clean: ## Remove the environment and every cache
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

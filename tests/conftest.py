@@ -15,7 +15,7 @@ import torch
 import uvicorn
 import yaml
 
-from server.commands.cli import bind
+from server.commands.serving import bind
 from server.config import Settings, load_settings
 from server.engine.local import LocalEngine
 from server.engine.video_render import VideoRender

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from server import outputs
-from server.commands.checks import describe_all
+from server.commands.model_table import describe_all
 from server.config import load_settings
 from server.listing import families_table
 from tests.conftest import REPOSITORY
@@ -90,7 +90,9 @@ def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: 
         if block.language == "sh"
         else [sys.executable, "-W", "error::FutureWarning", "-c", text]
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    # The port, because the command `decode` looks for a server there.
+    port = address.rpartition(":")[2]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "VAE_SERVER_PORT": port}
     ran = subprocess.run(
         command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
@@ -182,5 +184,5 @@ def test_every_command_of_the_tables_exists() -> None:
     told = subprocess.run(
         [sys.executable, "-m", "server", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    for command in ("serve", "models", "check", "download", "decode"):
+    for command in ("serve", "models", "check", "download", "decode", "encode", "completion"):
         assert f"  {command} " in told.stdout

@@ -20,7 +20,12 @@ from .on_disk import absolute, entry_of, vae_at
 from .options import REFUSED_SHARE, SLOWEST_BYTES_PER_S, USUAL_FPS, ServerOptions, read_options
 from .tls import check_tls
 
-SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent.parent / "models.yaml"
+# In an installed package, models.yaml is inside it; in the repository, beside it.
+PACKAGE = Path(__file__).resolve().parent.parent
+SHIPPED_MODELS_YAML = next(
+    (file for folder in (PACKAGE, PACKAGE.parent) if (file := folder / "models.yaml").is_file()),
+    PACKAGE / "models.yaml",
+)
 MOUNTED = (Path("/repository"), Path("/opt/ml/model"))  # where Inference Endpoints and SageMaker mount a model
 
 
