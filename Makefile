@@ -9,7 +9,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-sdnext test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-sdnext test-contract test-image test-endpoints test-ray check format bench bench-server gpu-report screenshots demo browser prometheus nginx clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,10 @@ browser: ## Install the browser that the tests of the web page use (Debian)
 
 prometheus: ## Install Prometheus for the tests of deploy/compose (Debian)
 	command -v prometheus >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
+
+nginx: ## Install nginx for the tests of deploy/proxies, without starting it (Debian)
+	command -v nginx >/dev/null || test -x /usr/sbin/nginx || \
+		{ apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends nginx-light; }
 
 clean: ## Remove the environment and every cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
