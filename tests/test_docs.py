@@ -127,6 +127,24 @@ def test_the_recipe_for_training_goes_on_where_it_stopped(address: str, workplac
                 assert torch.equal(latents, expected)
 
 
+def test_the_messages_of_the_troubleshooting_page_exist() -> None:
+    """As a part of some sentence or code of the server."""
+    sources = "\n".join(path.read_text() for path in (REPOSITORY / "server").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)
+    rows = re.findall(r"^\| (.*?) \| ", (REPOSITORY / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [text for row in rows if "in diffusers" not in row for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 12
+    assert [text for text in quoted if text not in joined] == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (REPOSITORY / "docs" / "README.md").read_text()
+    pages = {path.name for path in (REPOSITORY / "docs").glob("*.md")} - {"README.md"}
+    assert [page for page in pages if f"({page}" not in index] == []
+    for target in re.findall(r"\]\(([^)#]+)", index):
+        assert (REPOSITORY / "docs" / target).exists(), target
+
+
 def test_the_second_command_runs_these_tests() -> None:
     second = blocks("sh")[1].text
     assert second == "make test\n"
