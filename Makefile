@@ -9,7 +9,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-contract test-image test-endpoints test-ray test-comfyui check format bench bench-server gpu-report screenshots demo browser prometheus clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-sdnext test-contract test-image test-endpoints test-ray test-comfyui check format bench bench-server gpu-report screenshots demo browser prometheus nginx clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,9 +21,9 @@ $(SERVING): requirements.txt constraints.txt
 	@$(PYTHON) -m deploy.install $(VENV) $(if $(PORT_FROM),--port-from=ARGS)
 	@touch $@
 
-$(INSTALLED): $(SERVING) requirements-dev.txt
+$(INSTALLED): $(SERVING) requirements-dev.txt deploy/ray-requirements.txt
 	@echo 'installing what the tests need'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r deploy/ray-requirements.txt -c constraints.txt
 	@touch $@
 
 serve: PORT_FROM := yes
@@ -55,6 +55,9 @@ test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 
 test-hub: $(INSTALLED) ## Compare known.yaml with the Hub, and decodes by real weights with published values (needs network; the decodes a CUDA device)
 	VAE_TEST_HUB=1 $(BIN)/python -m pytest -q -rs -m hub tests/test_hub.py tests/test_hub_facts.py
+
+test-sdnext: $(INSTALLED) ## Test clients/sdnext's patch in a checkout of SD.Next (SDNEXT=FOLDER)
+	SDNEXT="$(SDNEXT)" $(BIN)/python -m pytest -q tests/clients/test_sdnext_patch.py
 
 test-image: $(INSTALLED) ## Build the image, run it and test it with the contract's cases (podman or docker; deploy/README.md)
 	$(BIN)/python -m deploy.image $(ARGS)
@@ -115,6 +118,10 @@ browser: ## Install the browser that the tests of the web page use (Debian)
 prometheus: ## Install Prometheus for the tests of deploy/compose (Debian)
 	command -v prometheus >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; }
 
+nginx: ## Install nginx for the tests of deploy/proxies, without starting it (Debian)
+	command -v nginx >/dev/null || test -x /usr/sbin/nginx || \
+		{ apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends nginx-light; }
+
 clean: ## Remove the environment and every cache
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`python -m server`."""
+"""`python -m server`, and `python -m vae_server` where the package is installed."""
 
 from .commands.cli import main
 

@@ -1,8 +1,8 @@
-"""Describe models, for `GET /models`, for `python -m server models`, and for the tables in README.md."""
+"""Describe models, for `GET /models` and the command `models`, and for the tables in README.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
@@ -62,20 +62,6 @@ def _repo(settings: Settings, name: str) -> str:
     return settings.models[name].repo if path is None else f"a local {'file' if path.is_file() else 'folder'}"
 
 
-def as_text(settings: Settings, name: str, info: ModelInfo | None) -> str:
-    """Return a description of a model in two lines of text. Parameters as for `listed`."""
-    entry = settings.models[name]
-    parts = {"subfolder": entry.subfolder, "file": entry.file}
-    place = ", ".join([entry.repo, *(f"{key} {value}" for key, value in parts.items() if value)])
-    also = f" (also {', '.join(entry.aliases)})" if entry.aliases else ""
-    first = f"{'*' if name == settings.default else ' '} {name:<18} {place}{also}"
-    if info is None:
-        return f"{first}\n    no description yet; the first request downloads and reads its config.json"
-    facts = [*_facts(info.latents), *_rate(settings, name, info), _limits(settings, name, info)]
-    facts += [*_licence(info), *_sizes(info)]
-    return f"{first}\n    {'; '.join(facts)}"
-
-
 def families_table(settings: Settings, infos: dict[str, ModelInfo]) -> str:
     """Return Markdown tables of models, one for each kind. Models with the same class and latents share a row."""
     tables = []
@@ -83,7 +69,7 @@ def families_table(settings: Settings, infos: dict[str, ModelInfo]) -> str:
         rows: dict[tuple[str, str, str], list[str]] = {}
         for name in chosen(settings, infos, kind):
             spec = infos[name].latents
-            alike = _latents(spec), _ratios(spec), infos[name].class_name
+            alike = latents_text(spec), ratios_text(spec), infos[name].class_name
             rows.setdefault(alike, []).append(f"`{name}`" + (" (gated)" if infos[name].is_gated else ""))
         if rows:
             lines = [f"| {', '.join(names)} | {' | '.join(alike)} |" for alike, names in rows.items()]
@@ -114,63 +100,15 @@ def chosen(
     ]
 
 
-def _latents(spec: LatentSpec) -> str:
+def latents_text(spec: LatentSpec) -> str:
+    """Return how many channels the latents have, and whether they are usually packed."""
     return f"{spec.channels} channels{', packed' * spec.is_usually_packed}"
 
 
-def _ratios(spec: LatentSpec) -> str:
+def ratios_text(spec: LatentSpec) -> str:
+    """Return how many pixels and frames a latent pixel stands for, or how many samples a step of audio latents."""
     if spec.kind == "audio":
-        return _sampled(spec)
+        channels = "stereo" if spec.image_channels > 1 else "mono"
+        return f"{spec.temporal_compression_ratio} samples, {channels}, {spec.sampling_rate} Hz"
     space = f"{spec.vae_scale_factor}x{spec.vae_scale_factor}"
     return f"{space}, {spec.temporal_compression_ratio} frames" if spec.temporal_compression_ratio > 1 else space
-
-
-def _sampled(spec: LatentSpec) -> str:
-    channels = "stereo" if spec.image_channels > 1 else "mono"
-    return f"{spec.temporal_compression_ratio} samples, {channels}, {spec.sampling_rate} Hz"
-
-
-def _facts(spec: LatentSpec) -> Iterator[str]:
-    covered = f"{spec.vae_scale_factor}x{spec.vae_scale_factor} pixels"
-    if spec.temporal_compression_ratio > 1:
-        covered += f" of {spec.temporal_compression_ratio} frames"
-    if spec.kind == "audio":
-        yield f"audio, latents with {_latents(spec)}, each step covers {_sampled(spec)}"
-    else:
-        yield f"{spec.kind}s, latents with {_latents(spec)}, each latent pixel covers {covered}"
-    numbers = {"scaling_factor": spec.scaling_factor, "shift_factor": spec.shift_factor}
-    said = [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
-    if spec.latents_mean is not None:
-        said.append("a mean and a standard deviation per channel")
-    yield ", ".join(said) or ("no scaling" if spec.is_preview else "no statistics in its config")
-
-
-def _rate(settings: Settings, name: str, info: ModelInfo) -> Iterator[str]:
-    if info.latents.kind == "video":
-        yield f"{settings.fps_of(name):g} frames per second"
-
-
-def _limits(settings: Settings, name: str, info: ModelInfo) -> str:
-    limits = settings.models[name].limits
-    if info.latents.kind == "audio":
-        return f"at most {limits.max_seconds} seconds, batches of {limits.max_batch}"
-    frames = f", {limits.max_frames} frames" if info.latents.kind == "video" else ""
-    return f"at most {limits.max_pixels} pixels{frames}, batches of {limits.max_batch}"
-
-
-def _licence(info: ModelInfo) -> Iterable[str]:
-    if info.licence:
-        yield f"licence {info.licence}" + (", gated" if info.is_gated else "")
-
-
-def _sizes(info: ModelInfo) -> Iterable[str]:
-    weights = info.weights
-    if weights is None:
-        return
-    if weights.is_here:
-        yield f"weights on disk, {weights.disk_mb} MiB"
-    else:
-        yield "not downloaded" + (f", at most {weights.disk_mb} MiB" if weights.disk_mb is not None else "")
-    if weights.decoder_mb is not None:
-        encoder = f", {weights.encoder_mb} MiB to encode" if info.latents.has_encoder else ""
-        yield f"{weights.decoder_mb} MiB in memory to decode{encoder}, in {weights.dtype}"

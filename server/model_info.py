@@ -98,13 +98,13 @@ class Weights:
     """The sizes of a model's weights, in MiB.
 
     is_here: the files are on this machine.
-    dtype: the dtype in which the model will be loaded.
+    dtype: the dtype in which the model will be loaded; None if only the device tells it.
     disk_mb: size on disk; an upper bound while the model is not downloaded.
-    decoder_mb, encoder_mb: size in memory of each direction, in `dtype`; None while unknown.
+    decoder_mb, encoder_mb: size in memory of each direction, in `dtype`, or else in float32; None while unknown.
     """
 
     is_here: bool
-    dtype: str
+    dtype: str | None
     disk_mb: int | None = None
     decoder_mb: int | None = None
     encoder_mb: int | None = None

@@ -15,7 +15,7 @@ import torch
 import uvicorn
 import yaml
 
-from server.commands.cli import bind
+from server.commands.serving import bind
 from server.config import Settings, load_settings
 from server.engine.local import LocalEngine
 from server.engine.video_render import VideoRender
@@ -98,7 +98,7 @@ def running(settings: Settings, engine: Any = None, until_started: bool = True) 
         if until_started:
             until(lambda: started.is_set() or not thread.is_alive(), "the start of the server")
             assert started.is_set(), "the server did not start"
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        yield f"{'https' if settings.options.tls_cert else 'http'}://127.0.0.1:{listener.getsockname()[1]}/"
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

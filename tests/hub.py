@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from server.commands.cli import bind
+from server.commands.serving import bind
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

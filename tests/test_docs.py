@@ -8,15 +8,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers.utils.remote_utils import remote_encode
 from PIL import Image
+from safetensors.torch import load
 
 from server import outputs
-from server.commands.checks import describe_all
+from server.commands.model_table import describe_all
 from server.config import load_settings
 from server.listing import families_table
 from tests.conftest import REPOSITORY
@@ -86,7 +90,9 @@ def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: 
         if block.language == "sh"
         else [sys.executable, "-W", "error::FutureWarning", "-c", text]
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    # The port, because the command `decode` looks for a server there.
+    port = address.rpartition(":")[2]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "VAE_SERVER_PORT": port}
     ran = subprocess.run(
         command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
@@ -95,6 +101,48 @@ def test_a_block_runs(block: Block, address: str, workplace: Path, monkeypatch: 
     for picture in re.findall(r"\w+\.(?:jpg|png)\b", text):
         with Image.open(workplace / picture) as opened:
             assert opened.size == (512, 512)
+
+
+@pytest.mark.slow
+def test_the_recipe_for_training_goes_on_where_it_stopped(address: str, workplace: Path) -> None:
+    (recipe,) = [block.text for block in blocks("python") if block.page == "training.md"]
+    text = recipe.replace("127.0.0.1:8000", address)
+    subprocess.run([sys.executable, "-c", text], cwd=workplace, check=True, timeout=300)
+    first, second = sorted((workplace / "shards").iterdir())
+    written = first.stat().st_mtime_ns
+    second.rename(second.with_suffix(".part"))  # as if it had stopped here
+    subprocess.run([sys.executable, "-c", text], cwd=workplace, check=True, timeout=300)
+    assert sorted((workplace / "shards").iterdir()) == [first, second]
+    assert first.stat().st_mtime_ns == written, "a whole shard is not made again"
+    for shard, names in ((first, ["astronaut", "chelsea", "china"]), (second, ["coffee"])):
+        with tarfile.open(shard) as tar:
+            assert tar.getnames() == [f"{name}.latents.safetensors" for name in names]
+            for name, entry in zip(names, tar, strict=True):
+                file = tar.extractfile(entry)
+                assert file
+                latents = load(file.read())["latents"]
+                image = Image.open(REPOSITORY / "server" / "demo" / "latents" / f"{name}.jpg")
+                expected = remote_encode(f"http://{address}/encode?do_scaling=True&output_dtype=float16", image)
+                assert latents.dtype == torch.float16
+                assert torch.equal(latents, expected)
+
+
+def test_the_messages_of_the_troubleshooting_page_exist() -> None:
+    """As a part of some sentence or code of the server."""
+    sources = "\n".join(path.read_text() for path in (REPOSITORY / "server").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)
+    rows = re.findall(r"^\| (.*?) \| ", (REPOSITORY / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [text for row in rows if "in diffusers" not in row for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 12
+    assert [text for text in quoted if text not in joined] == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (REPOSITORY / "docs" / "README.md").read_text()
+    pages = {path.name for path in (REPOSITORY / "docs").glob("*.md")} - {"README.md"}
+    assert [page for page in pages if f"({page}" not in index] == []
+    for target in re.findall(r"\]\(([^)#]+)", index):
+        assert (REPOSITORY / "docs" / target).exists(), target
 
 
 def test_the_second_command_runs_these_tests() -> None:
@@ -154,5 +202,5 @@ def test_every_command_of_the_tables_exists() -> None:
     told = subprocess.run(
         [sys.executable, "-m", "server", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    for command in ("serve", "models", "check", "download", "decode"):
+    for command in ("serve", "models", "check", "download", "decode", "encode", "completion"):
         assert f"  {command} " in told.stdout

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from server.engine.weights.config_json import whole_config
+from server.engine.weights.defaults import whole_config
 from server.families.known import Checkpoint, all_known
 
 # Entries of a config.json that do not change what a VAE computes. Statistics may be in the file only.

@@ -38,7 +38,7 @@ def test_a_renamed_package_serves_from_its_worker_process(elsewhere: Path) -> No
 
 def test_a_renamed_package_decodes_where_the_old_name_cannot_be_imported(elsewhere: Path) -> None:
     code = "import sys, runpy; sys.modules['server'] = None; runpy.run_module('vae_server', run_name='__main__')"
-    command = [sys.executable, "-c", code, "decode", str(SAMPLE), "out.png"]
+    command = [sys.executable, "-c", code, "decode", str(SAMPLE), "out.png", "--no-server"]
     subprocess.run(command, cwd=elsewhere, check=True, capture_output=True, text=True)
     assert (elsewhere / "out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,20 +1,20 @@
-"""Check the configuration, the device, the weights and the codecs, and decode once, for `check` and `models`."""
+"""Check the configuration, the device, the weights and the codecs, and decode once, for the command `check`."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import imageio_ffmpeg
 from PIL import features
 
+from .. import COMMAND
 from ..config import Settings
-from ..engine.models import LoadedModels
 from ..engine.tensors import is_finite
-from ..engine.weights.config_json import check_weights, read_info
+from ..engine.weights.config_json import read_info
 from ..engine.weights.hub import source_of
+from ..engine.weights.loading import check_weights
 from ..engine.weights.placement import choose_device
 from ..errors import ConfigError, ModelUnavailable, ServerError
 from ..families import FAMILIES
@@ -42,15 +42,6 @@ def ok(text: str) -> Finding:
 def problem(text: str) -> Finding:
     """Return a finding that is a problem."""
     return Finding(True, text)
-
-
-def describe_all(settings: Settings) -> dict[str, ModelInfo]:
-    """Return what is known of each model without the network. Models of which nothing is known are left out."""
-    models, infos = LoadedModels(settings), {}
-    for name in settings.models:
-        with suppress(ModelUnavailable):
-            infos[name] = models.describe(name, is_local_only=True)
-    return infos
 
 
 def check_all(settings: Settings) -> Iterator[Finding]:
@@ -105,7 +96,7 @@ def _weights(settings: Settings, name: str) -> Finding:
     source = source_of(settings, name)
     is_needed = name == settings.default or settings.models[name].preload
     if source.local is None and not source.is_here() and not is_needed:
-        return ok(f"{name}: not downloaded; the first request downloads it, or run `python -m server download {name}`")
+        return ok(f"{name}: not downloaded; the first request downloads it, or run `{COMMAND} download {name}`")
     try:
         info = read_info(source, is_local_only=True)
         directions = check_weights(source)

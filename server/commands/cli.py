@@ -1,66 +1,37 @@
-"""The commands of `python -m server`: serve, models, check, download, decode, encode.
+"""The commands of the program: serve, models, check, download, decode, encode, completion.
 
-Only the commands that decode or encode in this process, or look at weights, import torch.
+Only the commands that decode or encode in this process, or check, import torch.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
+from click.shell_completion import get_completion_class
 
-from .. import __version__
-from ..config import REFUSED_SHARE, ServerOptions, Settings, forget_keys, load_settings
+from .. import COMMAND, __version__
+from ..config import forget_keys, load_settings
 from ..errors import ConfigError, ModelUnavailable, ServerError
 from ..logs import write_logs
+from .flags import Command, complete_model, complete_model_or_file, json_option, option, options
+from .serving import bind, fit_connections, run_server
+from .status_line import StatusLine
 
-if TYPE_CHECKING:
-    import requests
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-    from ..inprocess.direct import Direct
-
-log = logging.getLogger(__name__)
-
-# The open files of the front process in addition to its connections: its own files, the connections to its workers, and
-# the files that ffmpeg reads.
-OTHER_FILES = 40
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def options(*names: str) -> Callable[[Command], Command]:
-    """Return a decorator that adds options of `serve` to a command.
-
-    The flags are made from the fields of ServerOptions, so that each is described only once. pydantic checks values.
-
-    names: the options to add; all except `api_key` if none is given.
-    """
-
-    def add(command: Command) -> Command:
-        for name in reversed(names or [name for name in ServerOptions.model_fields if name != "api_key"]):
-            field = ServerOptions.model_fields[name]
-            default = "" if field.default is None else f"  [default: {field.default}]"
-            text = f"{field.description}{default}  [env: VAE_SERVER_{name.upper()}]"
-            kind: dict[str, Any] = (
-                {"flag_value": True, "default": None} if field.annotation is bool else {"metavar": name.upper()}
-            )
-            command = click.option(f"--{name.replace('_', '-')}", name, help=text, **kind)(command)
-        return command
-
-    return add
+PROGRAM = "vae-server"  # the installed script
 
 
 class OneSentence(click.Group):
     """A group of commands that report every failure that a user can cause in one sentence, without a traceback."""
+
+    command_class = Command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. Exits with status 2 for a mistake in the configuration, 1 for other errors."""
@@ -72,6 +43,16 @@ class OneSentence(click.Group):
             fail(error.detail, 1)
         except ServerError as error:
             fail(error.told(to_operator=True), 1)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands in the order in which a user needs them."""
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what to do first."""
+        with formatter.section("Examples"):
+            for example in ("serve", "decode latents.safetensors picture.png", "serve --help"):
+                formatter.write(f"{'':{formatter.current_indent}}{ctx.find_root().info_name} {example}\n")
 
 
 def fail(sentence: str, status: int) -> NoReturn:
@@ -86,8 +67,20 @@ def main() -> None:
     """A self-hosted VAE server for diffusers' remote_decode and remote_encode."""
 
 
-@main.command()
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+def models_argument(name: str) -> Callable[[Function], Function]:
+    """Return a decorator that adds the argument for any number of models or files of models."""
+    return click.argument(name, nargs=-1, metavar="[MODEL]...", shell_complete=complete_model_or_file)
+
+
+@main.command(
+    examples=(
+        "serve",
+        "serve flux --port 8001",
+        "serve ./sdxl_vae.safetensors --vae-config sdxl",
+        "serve --host 0.0.0.0 --api-key-file keys.txt",
+    )
+)
+@models_argument("models")
 @options()
 def serve(models: tuple[str, ...], **flags: Any) -> None:
     """Serve all models of models.yaml, or only the named ones. The first named model answers at /.
@@ -105,163 +98,95 @@ def serve(models: tuple[str, ...], **flags: Any) -> None:
     run_server(fit_connections(settings), listener)
 
 
-def fit_connections(settings: Settings) -> Settings:
-    """Raise this process's limit of open files as far as `max_connections` needs it.
-
-    If the limit cannot be raised so far, return settings with a lower `max_connections`, and log a warning. Without
-    that, waiting connections would be closed without an answer when the limit is reached. Connections that are refused
-    are also open for a moment, see `REFUSED_SHARE`.
-    """
-    options = settings.options
-    needed = OTHER_FILES + options.max_connections + options.max_connections // REFUSED_SHARE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return settings
-    fitting = max(1, (soft - OTHER_FILES) * REFUSED_SHARE // (REFUSED_SHARE + 1))
-    log.warning(
-        "max_connections is %d instead of %d, because this process may have only %d open files; raise the limit "
-        "(ulimit -n, LimitNOFILE=, --ulimit nofile=)",
-        fitting,
-        options.max_connections,
-        soft,
-    )
-    return settings.model_copy(update={"options": options.model_copy(update={"max_connections": fitting})})
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket, to be made before anything slow, so that early clients wait instead of failing.
-
-    Raises ConfigError if the address cannot be used.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
-        ) from None
-    return listener
-
-
-def run_server(settings: Settings, listener: socket.socket) -> None:
-    """Serve until a signal arrives.
-
-    Raises ModelUnavailable or ConfigError if a model or a device that is needed at the start cannot be used.
-    """
-    from .. import ffmpeg
-    from ..metrics import Metrics
-    from ..scheduling.dispatcher import Dispatcher
-    from ..scheduling.service import Service, State
-    from ..web.app import create_app
-    from ..web.drain import DrainingServer
-    from ..workers.devices import engines_for
-    from ..workers.process import start_forkserver
-
-    start_forkserver()
-    with suppress(RuntimeError):  # images need no ffmpeg, and `check` reports that there is none
-        ffmpeg.executable()
-    metrics = Metrics()
-    dispatcher = Dispatcher(engines_for(settings, metrics), settings.options)
-    service = Service(settings, dispatcher, metrics)
-
-    def on_started() -> None:
-        if service.state is State.FAILED:
-            server.should_exit = True
-        elif service.state is State.READY:
-            announce(settings, listener)
-
-    app = create_app(service, on_started)
-    server = DrainingServer(service, app)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        dispatcher.kill()  # after a second signal, the engines have no time to end by themselves
-    if service.failure:
-        raise service.failure
-
-
-def announce(settings: Settings, listener: socket.socket) -> None:
-    """Print the address to use in a client, and a warning if everyone may use it."""
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-    others = [name for name in settings.models if name != settings.default]
-    click.echo(f"ready: {url} decodes with '{settings.default}'", err=True)
-    if others:
-        click.echo(f"       {url}NAME decodes with {', '.join(others)}", err=True)
-    if not settings.api_keys and host not in ("127.0.0.1", "::1"):
-        click.echo(
-            "       every client that can reach this address may use it; to require keys, set --api-key-file", err=True
-        )
-
-
-@main.command()
-@click.option(
-    "--format", "form", type=click.Choice(["text", "json", "markdown"]), default="text", help="format of the list"
+@main.command(examples=("models", "models flux", "models ltx --kind video", "models --json"))
+@click.argument("name", required=False, shell_complete=complete_model)
+@option(
+    "--kind",
+    type=click.Choice(["image", "video", "audio", "preview"]),
+    group="Choice",
+    help="list only models of this kind",
 )
-@click.option("--kind", type=click.Choice(["image", "video", "audio", "preview"]), help="list only models of this kind")
-@click.argument("part", required=False, metavar="[PART-OF-A-NAME]")
+@option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "markdown"]),
+    default="text",
+    group="Output",
+    help="format of the list",
+)
+@json_option
 @options("config")
-def models(form: str, kind: str | None, part: str | None, config: str | None) -> None:
-    """List the models of models.yaml: latents, statistics, limits, licences, weights.
+def models(name: str | None, kind: str | None, form: str, as_json: bool, config: str | None) -> None:
+    """List the models of models.yaml, or show one.
 
-    With a part of a name, list only models whose name or alias contains it.
+    The table has their latents, weights and licences; * marks the default model. NAME is the name or an alias of one
+    model, to show everything about it, or a part of names, to list those models.
     """
-    from ..listing import as_text, chosen, families_table, listed
-    from .checks import describe_all
+    from ..listing import chosen, families_table, listed
+    from .model_table import describe_all, details, table
 
     settings = load_settings(config=config)
-    infos = describe_all(settings)
-    names = chosen(settings, infos, kind, part)
-    if form == "markdown":
-        click.echo(families_table(settings, {name: infos[name] for name in names if name in infos}), nl=False)
-    elif form == "json":
-        click.echo(json.dumps([listed(settings, name, infos.get(name)) for name in names], indent=1))
+    one = settings.name_of(name) if name and kind is None else None
+    infos = describe_all(settings, [one] if one else None)
+    names = [one] if one else chosen(settings, infos, kind, name)
+    if form == "json" or as_json:
+        click.echo(json.dumps([listed(settings, each, infos.get(each)) for each in names], indent=1))
+    elif form == "markdown":
+        click.echo(families_table(settings, {each: infos[each] for each in names if each in infos}), nl=False)
     elif not names:
-        fail("no model of models.yaml matches; run `python -m server models` for all of them", 1)
-    for name in names if form == "text" else ():
-        click.echo(as_text(settings, name, infos.get(name)))
+        fail(f"no model of models.yaml matches; run `{COMMAND} models` for all of them", 1)
+    elif one:
+        click.echo(details(settings, one, infos.get(one)))
+    else:
+        click.echo(table(settings, names, infos))
 
 
-@main.command()
-@click.argument("names", nargs=-1, metavar="[MODEL]...")
+@main.command(examples=("check", "check flux", "check ./sdxl_vae.safetensors --vae-config sdxl"))
+@models_argument("names")
+@json_option
 @options("config", "vae_config", "device", "allow_custom_decoders")
-def check(names: tuple[str, ...], **flags: Any) -> None:
-    """Check the configuration, the device, the weights and the codecs, and decode once with each downloaded model."""
-    from .checks import check_all
+def check(names: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Check the configuration, and decode once.
 
-    problems = 0
-    for finding in check_all(load_settings(names, **flags)):
-        problems += finding.is_problem
-        click.echo(str(finding))
-    if problems:
+    Every problem with the configuration, the device, the weights and the codecs is named, with what to do. Each model
+    whose weights are on this machine decodes once.
+    """
+    settings = load_settings(names, **flags)
+    findings = []
+    with StatusLine() as line, line.doing("checking"):
+        from .checks import check_all
+
+        for finding in check_all(settings):
+            findings.append(finding)
+            if not as_json:
+                line.clear()
+                click.echo(str(finding))
+    if as_json:
+        told = [{"is_problem": finding.is_problem, "text": finding.text} for finding in findings]
+        click.echo(json.dumps(told, indent=1))
+    if problems := sum(finding.is_problem for finding in findings):
         fail(f"{problems} problem{'s' if problems > 1 else ''} found", 1)
 
 
-@main.command()
-@click.argument("names", nargs=-1, metavar="[MODEL]...")
+@main.command(examples=("download flux", "download"))
+@models_argument("names")
 @options("config")
 def download(names: tuple[str, ...], config: str | None) -> None:
-    """Download the weights of all models of models.yaml, or only of the named ones, with a progress bar."""
-    from ..engine.weights.config_json import read_info
+    """Download weights, with a progress bar.
+
+    Those of all models of models.yaml are downloaded, or only those of the named models.
+    """
+    from ..engine.weights.config_json import components
     from ..engine.weights.hub import source_of
-    from ..families import FAMILIES
 
     settings, missed = load_settings(names, config=config), 0
     for name in settings.models:
         source = source_of(settings, name)
         try:
-            companion = FAMILIES[read_info(source).latents.family].companion
-            click.echo(f"{name}: {(folder := source.files().folder)}")
-            if (commit := source.commit_of(folder)) and not source.entry.revision:
-                click.echo(f"   to pin this version, add to models.yaml: revision: {commit}")
-            if companion:
-                click.echo(f"{name}: {source.beside(companion).files().folder}")
+            for part in components(source):
+                click.echo(f"{name}: {(folder := part.files().folder)}")
+                if part is source and (commit := source.commit_of(folder)) and not source.entry.revision:
+                    click.echo(f"   to pin this version, add to models.yaml: revision: {commit}")
         except ModelUnavailable as error:
             click.echo(f"error: {error.detail}", err=True)
             missed += 1
@@ -269,32 +194,81 @@ def download(names: tuple[str, ...], config: str | None) -> None:
         sys.exit(1)
 
 
-@main.command()
+def where_options(verb: str) -> Callable[[Function], Function]:
+    """Return a decorator that adds the options for the place of the work. verb: decode or encode."""
+    group = "Where"
+
+    def add(function: Function) -> Function:
+        function = option(
+            "--no-server", "is_here", is_flag=True, group=group, help=f"{verb} in this process, even if a server runs"
+        )(function)
+        return option(
+            "--server",
+            metavar="URL",
+            group=group,
+            help=f"{verb} at this server; default: one that runs on port 8000 (VAE_SERVER_PORT) of this machine and "
+            "has the model, unless options for this process are given",
+        )(function)
+
+    return add
+
+
+model_option = option(
+    "--model",
+    shell_complete=complete_model,
+    group="Latents",
+    help="name or alias of the model; default: the default model",
+)
+
+
+@main.command(
+    examples=(
+        "decode latents.safetensors picture.png",
+        "decode latents.safetensors picture.jpg --model flux --height 1024 --width 1024",
+        "decode latents.safetensors video.mp4 --model wan --server http://gpu-box:8000",
+    )
+)
 @click.argument("latents", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--server", metavar="URL", help="decode on this server; default: decode in this process")
-@click.option("--model", help="name or alias of the model; default: the default model")
-@click.option("--key", help="name of the tensor in the file; default: 'latents', or the only tensor")
-@click.option("--height", type=int, help="height of the image in pixels, for packed latents")
-@click.option("--width", type=int, help="width of the image in pixels, for packed latents")
-@click.option("--num-frames", type=int, help="number of frames, for CogVideoX 1.5 and packed video latents")
-@click.option("--seed", type=int, help="seed of the noise of a diffusion decoder; default: 0")
-@click.option("--decode-steps", type=int, help="number of denoising steps of a diffusion decoder")
-@click.option(
+@model_option
+@option("--key", group="Latents", help="name of the tensor in the file; default: 'latents', or the only tensor")
+@option(
     "--scaled/--unscaled",
     default=True,
+    group="Latents",
     help="whether the latents are scaled, as pipelines return them (default), or unscaled, as vae.decode takes them",
 )
-@click.option("--quality", type=float, help="quality: JPEG 1 to 100, MP4 1 to 10")
-@options("config", "vae_config", "device", "fps", "allow_custom_decoders")
-def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled: bool, **given: Any) -> None:
-    """Decode LATENTS (a .safetensors or .latent file) to OUT (a .png, .jpg or .mp4 file)."""
+@option("--height", type=int, group="Latents", help="height of the image in pixels, for packed latents")
+@option("--width", type=int, group="Latents", help="width of the image in pixels, for packed latents")
+@option("--num-frames", type=int, group="Latents", help="number of frames, for CogVideoX 1.5 and packed video latents")
+@option("--seed", type=int, group="Latents", help="seed of the noise of a diffusion decoder; default: 0")
+@option("--decode-steps", type=int, group="Latents", help="number of denoising steps of a diffusion decoder")
+@option("--quality", type=float, group="Output", help="quality: JPEG 1 to 100, MP4 1 to 10")
+@option("--fps", type=float, group="Output", help="frames per second of an MP4; default: those of the model")
+@json_option
+@where_options("decode")
+@options("config", "vae_config", "device", "allow_custom_decoders")
+def decode(
+    latents: Path,
+    out: Path,
+    server: str | None,
+    is_here: bool,
+    key: str | None,
+    scaled: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Decode latents to an image, a video or audio.
+
+    LATENTS (a .safetensors or .latent file) is decoded to OUT (a .png, .jpg, .mp4, .wav or .flac file).
+    """
+    from . import coding
     from .local_files import output_of, read_latents
 
     flags = {name: given.pop(name) for name in ("config", "vae_config", "device", "allow_custom_decoders")}
+    accept, output_type = output_of(out)
     found = read_latents(latents, key)
     tensor = found.tensor
-    accept, output_type = output_of(out)
     parameters = {
         **{name: value for name, value in given.items() if value is not None},
         "shape": list(tensor.shape),
@@ -302,83 +276,71 @@ def decode(latents: Path, out: Path, server: str | None, key: str | None, scaled
         "do_scaling": scaled and not found.is_unscaled,
         "output_type": output_type,
     }
-    data = bytes(tensor.data)
-    if server:
-        body = _ask(server, parameters, data, {"Content-Type": "tensor/binary", "Accept": accept}).content
-    else:
-        direct, name = _direct(load_settings(**flags), given["model"])
-        request = direct.parse(name, parameters, data, accept)
-        body = bytes(direct.render(request, direct.run(request)).body)
-    _write(out, body)
+    where = coding.Where(server, is_here, given["model"], flags)
+    with StatusLine() as line:
+        coded = coding.decode(where, parameters, bytes(tensor.data), accept, line)
+    coding.report(out, coded, as_json=as_json)
 
 
-@main.command()
+@main.command(
+    examples=(
+        "encode picture.png latents.safetensors",
+        "encode video.mp4 latents.safetensors --model wan --server http://gpu-box:8000",
+    )
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--server", metavar="URL", help="encode on this server; default: encode in this process")
-@click.option("--model", help="name or alias of the model; default: the default model")
-@click.option("--seed", type=int, help="return a sample of the posterior with this seed; default: its mode")
-@click.option(
+@model_option
+@option(
     "--scaled/--unscaled",
     default=True,
+    group="Latents",
     help="whether to scale the latents, as pipelines take them (default), or not, as vae.encode returns them",
 )
+@option("--seed", type=int, group="Latents", help="return a sample of the posterior with this seed; default: its mode")
+@json_option
+@where_options("encode")
 @options("config", "vae_config", "device")
-def encode(file: Path, out: Path, server: str | None, seed: int | None, scaled: bool, **given: Any) -> None:
-    """Encode FILE (a .png, .jpg, .webp or .mp4 file) to latents in OUT (a .safetensors file)."""
-    from ..model_info import Direction
-    from ..outputs.tensor import as_safetensors
-    from ..values import RawTensor
+def encode(
+    file: Path,
+    out: Path,
+    server: str | None,
+    is_here: bool,
+    seed: int | None,
+    scaled: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Encode an image or a video to latents.
+
+    FILE (a .png, .jpg, .webp or .mp4 file) is encoded to latents in OUT (a .safetensors file).
+    """
+    from . import coding
+    from .local_files import check_latents_suffix, read
 
     flags = {name: given.pop(name) for name in ("config", "vae_config", "device")}
+    check_latents_suffix(out)
     parameters = {"do_scaling": scaled, **given, **({} if seed is None else {"sample": True, "seed": seed})}
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    if server:
-        answer = _ask(server.rstrip("/") + "/encode", parameters, data, {})
-        shape, dtype = tuple(json.loads(answer.headers["shape"])), answer.headers["dtype"]
-        latents = RawTensor(shape, dtype, memoryview(answer.content))
-    else:
-        direct, name = _direct(load_settings(**flags), given["model"])
-        latents = direct.run(direct.parse(name, parameters, data, "*/*", Direction.ENCODE)).body
-    _write(out, as_safetensors(latents))
+    data = read(file)
+    where = coding.Where(server, is_here, given["model"], flags)
+    with StatusLine() as line:
+        coded = coding.encode(where, parameters, data, line)
+    coding.report(out, coded, as_json=as_json)
 
 
-def _write(out: Path, body: bytes) -> None:
-    """Write a file and print its size. Raises ConfigError."""
-    try:
-        out.write_bytes(body)
-    except OSError as error:
-        raise ConfigError(f"{out}: {error.strerror}") from None
-    click.echo(f"{out}: {len(body)} bytes")
+@main.command(
+    examples=(
+        "completion bash >> ~/.bashrc",
+        "completion zsh >> ~/.zshrc",
+        "completion fish > ~/.config/fish/completions/vae-server.fish",
+    )
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script for completion in a shell.
 
-
-def _ask(server: str, parameters: dict[str, Any], data: bytes, headers: dict[str, str]) -> requests.Response:
-    """Send a request to a server, and return its answer. Raises ConfigError if it fails."""
-    import requests
-
-    try:
-        response = requests.post(server, params=parameters, data=data, headers=headers, timeout=(10, None))
-    except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
-        raise ConfigError(f"{server}: not a URL; write http://{server}") from None
-    except requests.RequestException as error:
-        raise ConfigError(f"{server}: no answer ({type(error).__name__}); is the server running?") from None
-    if not response.ok:
-        try:
-            sentence = response.json()["error"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            sentence = f"it answered with status {response.status_code}; is this a VAE decode server?"
-        raise ConfigError(f"{server}: {sentence}")
-    return response
-
-
-def _direct(settings: Settings, model: str | None) -> tuple[Direct, str]:
-    """Return what runs requests in this process, and the name of the model. Raises ConfigError for an unknown one."""
-    from ..inprocess.direct import Direct
-
-    name = settings.name_of(model) if model else settings.default
-    if name is None:
-        raise ConfigError(f"there is no model '{model}' in {settings.source}; known: {', '.join(settings.models)}")
-    return Direct(settings), name
+    With it, the shell completes the commands, options, models and files of vae-server.
+    """
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, PROGRAM, f"_{PROGRAM.replace('-', '_').upper()}_COMPLETE").source())

@@ -18,8 +18,14 @@ from .mistakes import nearest
 from .models_yaml import ModelEntry, ModelsFile, Strict, check_name, parse_models
 from .on_disk import absolute, entry_of, vae_at
 from .options import REFUSED_SHARE, SLOWEST_BYTES_PER_S, USUAL_FPS, ServerOptions, read_options
+from .tls import check_tls
 
-SHIPPED_MODELS_YAML = Path(__file__).resolve().parent.parent.parent / "models.yaml"
+# In an installed package, models.yaml is inside it; in the repository, beside it.
+PACKAGE = Path(__file__).resolve().parent.parent
+SHIPPED_MODELS_YAML = next(
+    (file for folder in (PACKAGE, PACKAGE.parent) if (file := folder / "models.yaml").is_file()),
+    PACKAGE / "models.yaml",
+)
 MOUNTED = (Path("/repository"), Path("/opt/ml/model"))  # where Inference Endpoints and SageMaker mount a model
 
 
@@ -94,6 +100,7 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     models = {**file.models, **dict(found for found in given.values() if found is not None)}
     names = list(file.models)
     default = file.default or names[0]
+    check_tls(options)
     settings = Settings(options=options, source=source, default=default, models=models, api_keys=read_keys(options))
     if options.vae_config and vae_at(source) is None and not any(given.values()):
         raise ConfigError(

@@ -23,6 +23,8 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 Pixels = Annotated[int, Field(ge=64)]
 PATH_STARTS = (".", "/", "~")
+EMBEDDED = "embedded"  # the `repo` of the model that comes with the package
+EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 KeyPath = tuple[str | int, ...]
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names for a key that no field has
 _LIMITS = {field.name: field for field in fields(Limits)}
@@ -74,10 +76,13 @@ class ModelEntry(Strict):
     def local_path(self, base: Path) -> Path | None:
         """Return the folder or the file that `repo` names; None if it names a repository on the Hub.
 
-        It names a path of this machine if it starts with `.`, `/` or `~`, or if such a path exists.
+        It names a path of this machine if it starts with `.`, `/` or `~`, or if such a path exists. `embedded` is the
+        model that comes with the package.
 
         base: the folder of models.yaml, to which `repo` is relative.
         """
+        if self.repo == EMBEDDED:
+            return EMBEDDED_FOLDER
         path = resolved(self.repo, base)
         return path if self.repo.startswith(PATH_STARTS) or path.exists() else None
 

@@ -138,6 +138,12 @@ class ServerOptions(BaseSettings):
         f"default: the fps of the model in models.yaml, else {USUAL_FPS:g}",
     )
     render_threads: int = Field(2, ge=1, description="threads of each worker that render JPEG, PNG and MP4")
+    tls_cert: Path | None = Field(
+        None, description="certificate chain in a PEM file; the server then speaks HTTPS and no HTTP"
+    )
+    tls_key: Path | None = Field(
+        None, description="private key of --tls-cert in a PEM file; default: it is in the file of the certificate"
+    )
     allowed_hosts: str | None = Field(
         None,
         description="accepted Host names and addresses, separated by commas, or *; "

@@ -89,7 +89,7 @@ class LoadedModels:
         """
         located = self._locate(name, is_local_only=is_local_only)
         precision = self._precision(located, Direction.DECODE)
-        weights, found = weigh(located.source, precision.dtype), directions_of(located.source)
+        weights, found = weigh(located.source, NAMES[precision.dtype]), directions_of(located.source)
         directions = tuple(direction for direction in found if direction in located.info.directions)
         return replace(located.info, weights=weights, directions=directions)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PEAK = 10 ** (-1 / 20)  # 1 dB below full scale
 SILENCE = 1e-6  # what is quieter is not made louder
+LONGEST = 1024  # steps of the latents that are decoded at once: 47 seconds of Stable Audio
 
 
 class Oobleck(Audio):
@@ -35,6 +36,15 @@ class Oobleck(Audio):
         """Read the channels from the config."""
         channels: int = config["audio_channels"]
         return channels
+
+    def decode(self, vae: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Decode. Long latents are decoded in diffusers' tiles, so that the memory does not grow with their length.
+
+        A tile begins 64 steps before the part that is kept and ends 64 steps after it. A sample depends on about 10
+        steps on each side, so the waveform is the same.
+        """
+        vae.use_tiling, vae.tile_latent_min_length = True, LONGEST
+        return super().decode(vae, latents, **arguments)
 
 
 class AceStep(Oobleck):

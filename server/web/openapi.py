@@ -7,4 +7,7 @@ from typing import Any
 
 import yaml
 
+from .. import __version__
+
 DESCRIPTION: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("openapi.yaml").read_text(encoding="utf-8"))
+DESCRIPTION["info"]["version"] = __version__

@@ -64,6 +64,8 @@ def uvicorn_config(app: Starlette) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         date_header=False,
+        ssl_certfile=Protocol.options.tls_cert,
+        ssl_keyfile=Protocol.options.tls_key,
     )
 
 
@@ -285,7 +287,8 @@ class BoundedProtocol(HttpToolsProtocol):
         response.headers["Connection"] = "close"
         self.metrics.rejected.labels(error.code, "none").inc()
         self.transport.write(_serialised(response))
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS cannot close one direction
+            self.transport.write_eof()
         self._hang_up_at = self.loop.time() + LINGER_S
         if len(self.connections) > self._most_connections:
             self.transport.close()  # the next connection must be answered too, and may need the file descriptor

@@ -31,7 +31,8 @@ def tracing() -> list[Middleware]:
         return [traced_by(BatchSpanProcessor(OTLPSpanExporter()))]
     except ModuleNotFoundError:  # some of the packages may be installed for other reasons, but all are needed
         log.warning(
-            "an OTLP endpoint is set, but the packages of requirements-otel.txt are not installed: no traces are sent"
+            "an OTLP endpoint is set, but the packages of requirements-otel.txt, which is the extra otel, are not "
+            "installed: no traces are sent"
         )
         return []
 

@@ -5,6 +5,7 @@ What a process adds nothing to is run in this one, because each process imports 
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from server.commands import cli
-from tests.conftest import REPOSITORY, write_models_yaml
+from server.commands import cli, flags
+from server.commands.servers import find
+from server.commands.serving import announce
+from server.config import ServerOptions, load_settings
+from tests.conftest import REPOSITORY, Serve, write_models_yaml
 from tests.engine.weights import original_names
 from tests.vaes import LocalVae
 from tests.waiting import PATIENCE_S
@@ -81,6 +86,33 @@ def test_help_says_every_flag_and_variable_without_importing_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
+COMMANDS = ["serve", "models", "check", "download", "decode", "encode", "completion"]
+
+
+def test_help_lists_the_commands_in_the_order_of_use() -> None:
+    shown = invoke("--help").stdout
+    listed = shown.split("Commands:")[1].split("Examples:")[0]
+    assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == COMMANDS
+    assert "..." not in listed, "every summary fits its line"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_groups_and_examples_that_it_understands(command: str) -> None:
+    shown = invoke(command, "--help").stdout
+    options, examples = shown.split("Examples:\n")
+    (others,) = re.findall(r"^Other options:\n((?:  .*\n)+)", options, re.MULTILINE)
+    assert re.findall(r"--[\w-]+", others) == ["--help"], "every other option has a group"
+    for line in examples.strip().splitlines():
+        _, name, *words = line.split(" > ")[0].split(" >> ")[0].split()
+        assert name == command
+        cli.main.commands[command].make_context(command, words)  # raises for an unknown option or a wrong value
+
+
+def test_every_option_of_serve_has_one_group() -> None:
+    grouped = [name for names in flags.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(ServerOptions.model_fields.keys() - {"api_key"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "words", "status"),
     [
@@ -104,16 +136,61 @@ def test_a_port_in_use_is_one_sentence() -> None:
     assert_one_sentence(ran, "cannot listen on 127.0.0.1:.* choose another --host or --port", 2)
 
 
-def test_models_lists_what_is_here(models_yaml: Path) -> None:
-    told = invoke("models", "--config", models_yaml).stdout
-    assert re.search(
-        r"^\* sd +.* \(also sd-v1\)\n +images, latents with 4 channels.*; weights on disk, \d+ MiB", told, re.MULTILINE
+def test_models_lists_what_is_here_in_a_table(models_yaml: Path) -> None:
+    head, *rows = invoke("models", "--config", models_yaml).stdout.splitlines()
+    starts = [found.start() for found in re.finditer(r"(?<=  )\S", head)]
+    cells = {}
+    for row in rows:
+        texts = [row[start:end].strip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        cells[texts[0]] = texts
+    assert re.fullmatch(r"sd image '4 channels' '8x8' 'on disk, \d+ MiB'", told(cells["sd"]))
+    assert re.fullmatch(r"hunyuan video '16 channels' '8x8, 4 frames' 'on disk, \d+ MiB'", told(cells["hunyuan"]))
+    assert [row.split()[1] for row in rows if row.startswith("*")] == ["sd"], "the default model"
+
+
+def told(cells: list[str]) -> str:
+    name, kind, *others = cells
+    return " ".join([name, kind, *(repr(text) for text in others if text)])
+
+
+@pytest.mark.parametrize("word", ["flux", "H1"])
+def test_models_shows_one_model_by_its_name_or_an_alias(word: str) -> None:
+    shown = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in invoke("models", word).stdout.splitlines()[1:])
+    assert shown["repository"] == "black-forest-labs/FLUX.1-schnell, subfolder vae"
+    assert shown["latents"] == "16 channels, packed; a latent pixel is 8x8"
+    assert shown["scaling"] == "scaling_factor 0.3611, shift_factor 0.1159"
+    assert shown["licence"] == "Apache-2.0; gated: accept it on the Hub, then set HF_TOKEN"
+    assert shown["weights"] == "at most 319 MiB to download; run `python -m server download flux`"
+    assert [model["name"] for model in json.loads(invoke("models", word, "--json").stdout)] == ["flux"]
+
+
+def test_models_says_what_it_does_not_know(tmp_path: Path) -> None:
+    config = write_models_yaml(
+        tmp_path / "models.yaml",
+        {"odd": {"repo": "owner/name"}, "own": {"repo": "owner/name", "decoder": "package.module:Class"}},
+        "odd",
     )
-    assert re.search(
-        r"^  hunyuan .*\n +videos, latents with 16 channels, each latent pixel covers 8x8 pixels of 4 frames",
-        told,
-        re.MULTILINE,
+    rows = [re.split(r"  +", line) for line in invoke("models", "--config", config).stdout.splitlines()]
+    assert rows[1:] == [["*", "odd", *("?" * 3), "not downloaded", "?"], ["", "own", *("?" * 3), "not allowed", "?"]]
+    assert (
+        "its config.json is not on this machine; run `python -m server download odd`"
+        in invoke("models", "odd", "--config", config).stdout
     )
+    assert "--allow-custom-decoders" in invoke("models", "own", "--config", config).stdout
+
+
+def test_models_imports_no_torch(models_yaml: Path) -> None:
+    """Whatever is on disk: importing torch and diffusers takes seconds."""
+    code = f"""
+import sys
+from server.commands.cli import main
+for words in (["models"], ["models", "flux"], ["models", "--config", {str(models_yaml)!r}, "--json"]):
+    main(words, standalone_mode=False)
+print(*sorted({{"torch", "diffusers", "transformers", "accelerate"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ran.stderr.strip() == ""
+    assert ran.stdout.count("flux") > 1
 
 
 def test_models_lists_every_shipped_model_without_the_network() -> None:
@@ -158,6 +235,15 @@ def test_check_finds_nothing_wrong_with_good_models(models_yaml: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for words in ("configuration", "device: cpu", "Pillow has jpg", "ffmpeg has libx264", "'sd' decodes in "):
         assert words in ran.stdout
+
+
+def test_check_tells_scripts_in_json(vaes: Vaes, tmp_path: Path) -> None:
+    models = {"lost": {"repo": "./nowhere"}, "good": {"repo": str(vaes["sd"].folder)}}
+    ran = invoke("check", "--json", "--config", write_models_yaml(tmp_path / "models.yaml", models, "good"))
+    findings = json.loads(ran.stdout)
+    assert ran.returncode == 1
+    assert [finding["text"][:5] for finding in findings if finding["is_problem"]] == ["lost "]
+    assert any("'good' decodes in" in finding["text"] for finding in findings)
 
 
 def test_check_names_every_problem_and_exits_1(vaes: Vaes, tmp_path: Path) -> None:
@@ -212,9 +298,9 @@ def test_a_comfyui_latent_is_decoded_unscaled(vaes: dict[str, LocalVae], tmp_pat
     save_file({"latents": latents}, tmp_path / "z.safetensors")
     (tmp_path / "models.yaml").write_text(f"models: {{sd: {{repo: '{vaes['sd'].folder}', dtype: float32}}}}")
     made = []
-    for source, *flags in (("z.latent",), ("z.latent", "--scaled"), ("z.safetensors", "--unscaled")):
+    for source, *words in (("z.latent",), ("z.latent", "--scaled"), ("z.safetensors", "--unscaled")):
         out = tmp_path / "out.png"
-        assert run("decode", tmp_path / source, out, "--config", tmp_path, *flags).returncode == 0
+        assert run("decode", tmp_path / source, out, "--config", tmp_path, *words).returncode == 0
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
 
@@ -240,6 +326,83 @@ def test_decode_at_a_server(url: str, vaes: Vaes, latents_file: Path, tmp_path: 
     )
 
 
+def port_of(url: str) -> str:
+    return url.rstrip("/").rpartition(":")[2]
+
+
+def test_a_server_on_this_machine_is_used_if_it_has_the_model(
+    url: str, models_yaml: Path, latents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAE_SERVER_PORT", port_of(url))
+    out, again = tmp_path / "out.png", tmp_path / "again.safetensors"
+    shown = invoke("decode", latents_file, out).stdout
+    assert re.fullmatch(rf"{out}: 96x64 pixels, \d+ bytes, [\d.]+ s by sd at {url}\n", shown)
+    assert json.loads(invoke("decode", latents_file, out, "--model", "SD-V1", "--json").stdout)["model"] == "sd"
+    shown = invoke("encode", out, again).stdout
+    assert re.fullmatch(rf"{again}: latents 1x4x8x12 float32, \d+ bytes, [\d.]+ s by sd at {url}\n", shown)
+    # Without its default model, with options for this process, and on request, it is not used.
+    for words in (("--model", "demo"), ("--config", models_yaml), ("--no-server",)):
+        told = json.loads(invoke("decode", latents_file, out, *words, "--json").stdout)
+        assert told["server"] is None, words
+    save_file({"latents": torch.zeros(1, 5, 8, 8)}, latents_file)
+    assert_one_sentence(
+        invoke("decode", latents_file, out), "the latents have 5 channels.*; without this server: --no-server", 2
+    )
+    assert_one_sentence(invoke("decode", latents_file, out, "--server", url, "--no-server"), "exclude each other", 2)
+
+
+@pytest.mark.parametrize(
+    "body", [b"Ok", b"[]", b'{"models": 3, "default": "sd"}', b'{"models": [{}], "default": "sd"}']
+)
+def test_another_program_at_the_port_is_not_used(body: bytes) -> None:
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as other:
+        threading.Thread(target=other.serve_forever).start()
+        try:
+            assert find(other.server_port, None) is None
+            assert find(other.server_port, "sd") is None
+        finally:
+            other.shutdown()
+
+
+def test_a_server_that_asks_for_a_key_is_not_used(serve: Serve, vaes: Vaes) -> None:
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, api_key="secret")
+    assert find(int(port_of(address)), None) is None
+
+
+def test_a_key_in_the_address_is_sent_and_not_shown(
+    serve: Serve, vaes: Vaes, latents_file: Path, tmp_path: Path
+) -> None:
+    address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, api_key="secret").replace("//", "//user:secret@")
+    ran = invoke("decode", latents_file, tmp_path / "out.png", "--server", address)
+    assert ran.returncode == 0, ran.stderr
+    refused = invoke("decode", latents_file, tmp_path / "out.png", "--server", address.replace("secret", "hidden"))
+    assert refused.returncode == 2
+    assert not any(word in ran.stdout + refused.stderr for word in ("secret", "hidden"))
+
+
+def test_json_says_what_was_made(url: str, models_yaml: Path, vaes: Vaes, tmp_path: Path) -> None:
+    source, out = tmp_path / "video.safetensors", tmp_path / "out.mp4"
+    save_file({"latents": vaes["hunyuan"].latents(2, 4, 6)}, source)
+    ran = invoke("decode", source, out, "--model", "hunyuan", "--server", url, "--json")
+    made = json.loads(ran.stdout)
+    assert made.pop("seconds") > 0
+    expected = {"file": str(out), "bytes": out.stat().st_size, "width": 48, "height": 32, "frames": 5}
+    assert made == {**expected, "model": "hunyuan", "server": url}
+    latents = tmp_path / "again.safetensors"
+    made = json.loads(invoke("encode", out, latents, "--model", "hunyuan", "--config", models_yaml, "--json").stdout)
+    assert (made["shape"], made["dtype"], made["server"]) == ([1, 16, 2, 4, 6], "float32", None)
+    assert made["bytes"] == latents.stat().st_size
+
+
 @pytest.mark.parametrize("options", [(), ("--unscaled",), ("--seed", "3", "--unscaled")])
 @pytest.mark.parametrize("where", ["here", "there"])
 def test_encode_a_picture_and_decode_it_again(
@@ -258,6 +421,17 @@ def test_encode_a_picture_and_decode_it_again(
     assert invoke("decode", latents, again, *place, *options[-1:]).returncode == 0
     with Image.open(again) as opened:
         assert opened.size == (96, 64)
+
+
+def test_encode_writes_only_files_of_latents(url: str, tmp_path: Path) -> None:
+    picture = tmp_path / "in.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    for suffix in (".png", ".latent", ""):
+        out = tmp_path / f"out{suffix}"
+        ran = invoke("encode", picture, out, "--server", url)
+        assert_one_sentence(ran, f"'{suffix}' is not a format that encode writes; use .safetensors or .sft", 2)
+        assert not out.exists()
+    assert invoke("encode", picture, tmp_path / "out.SFT", "--server", url).returncode == 0
 
 
 def test_encode_says_what_is_wrong_with_a_file(url: str, tmp_path: Path) -> None:
@@ -297,6 +471,18 @@ def test_serve_one_model_at_the_root_until_a_signal(models_yaml: Path, vaes: Vae
     assert f"ready: {url} decodes with 'flux'" in told
     assert "Traceback" not in told
     assert server.returncode == 0
+
+
+@pytest.mark.parametrize(("certificate", "scheme"), [(None, "http"), (Path("cert.pem"), "https")])
+def test_the_address_that_is_told_has_the_right_scheme(
+    certificate: Path | None, scheme: str, models_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_settings(config=models_yaml)
+    options = settings.options.model_copy(update={"tls_cert": certificate})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        announce(settings.model_copy(update={"options": options}), listener)
+        expected = f"ready: {scheme}://127.0.0.1:{listener.getsockname()[1]}/ decodes with 'sd'\n"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 @pytest.fixture

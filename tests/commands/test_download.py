@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from tests.commands.terminal import on_terminal
 from tests.commands.test_cli import assert_one_sentence, invoke, run
 from tests.conftest import write_models_yaml
 from tests.hub import COMMIT, Hub, running_hub
@@ -51,13 +52,22 @@ def test_a_download_takes_what_is_needed_and_works_offline_afterwards(hub: tuple
     folder = Path(said.removeprefix("m: "))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert folder.parent.name == COMMIT
-    assert re.search(r"\d+%\|", ran.stderr), "a progress bar"
+    assert ran.stderr == "", "a progress bar is for a terminal"
     assert not any("big.safetensors" in asked for asked in hub[1].asked)
     hub[1].asked.clear()
     ran = download(hub, tmp_path, models, "check", online=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "'m' decodes" in ran.stdout
     assert hub[1].asked == []
+
+
+def test_a_download_on_a_terminal_has_a_progress_bar(hub: tuple[str, Hub], tmp_path: Path) -> None:
+    models = {"m": {"repo": "owner/full", "subfolder": "vae", "family": "flux"}}
+    config = write_models_yaml(tmp_path / "models.yaml", models, "m")
+    environment = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    ran = on_terminal("download", "--config", config, **environment)
+    assert ran.returncode == 0, ran.shown
+    assert re.search(r"\d+%\|", ran.shown)
 
 
 def test_one_file_of_a_repository_is_downloaded_without_its_neighbours(hub: tuple[str, Hub], tmp_path: Path) -> None:

@@ -126,6 +126,15 @@ def test_mono_and_batches(address: str) -> None:
     assert torch.equal(both[0], both[1])
 
 
+def test_a_long_sound_is_decoded_in_parts_that_fit_exactly(folder: Path, address: str) -> None:
+    latents = noise(1, 6, 2500)
+    answer = tensor(ask(address, "music", latents, output_type="pt"))
+    with torch.inference_mode():
+        expected = oobleck(sampling_rate=16000).decode(latents).sample
+    assert expected.shape[2] == 8 * 2500
+    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-5)
+
+
 REFUSED: dict[str, tuple[str, tuple[int, ...], dict[str, Any], int, str]] = {
     "an image of audio": (
         "short",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.contract import Parameters
-from server.engine.weights.config_json import whole_config
+from server.engine.weights.defaults import whole_config
 from server.errors import BadRequest, Impossible, TooLarge, WrongChannels, WrongShape
 from server.families import FAMILIES, check_limits
 from server.families.ltx2_diffusion import least_size

@@ -8,8 +8,8 @@ import pytest
 from accelerate import init_empty_weights
 
 from server.config import SHIPPED_MODELS_YAML, load_settings
-from server.engine.weights.agreement import OTHER_PARTS
-from server.engine.weights.defaults import vae_class
+from server.engine.weights.agreement import vae_class
+from server.engine.weights.stored import OTHER_PARTS
 from server.families import FAMILIES, family_of_class
 from server.families.known import Checkpoint, all_known, known
 from server.model_info import Direction

@@ -9,19 +9,23 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AceStepPipeline,
+    AceStepTransformer1DModel,
     AutoencoderKLLTX2Audio,
     AutoencoderKLMiniMaxH3Audio,
     AutoencoderOobleck,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableAudioDiTModel,
     StableAudioPipeline,
 )
 from diffusers.modular_pipelines.minimax_h3.decoders import MiniMaxH3AudioDecodeStep
+from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
 from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
 from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 
 from tests.pipelines import ltx2, vaes
-from tests.pipelines.sample import noise, quiet, seeded
+from tests.pipelines.sample import noise, ones, quiet, seeded
 
 BIG_VOCODER: dict[str, Any] = {
     **{key: value for key, value in ltx2.VOCODER.items() if key != "output_sampling_rate"},
@@ -92,11 +96,32 @@ def stable_audio() -> Sound:
 
 
 def ace_step() -> Sound:
-    """ACE-Step's VAE, with what its pipeline does after the decode: the peak becomes -1 dB."""
-    vae, latents = oobleck(sampling_rate=2000), noise(1, 12, 6)  # [B, L, C]
-    with torch.inference_mode():
-        audio = vae.decode(latents.transpose(1, 2)).sample  # [B, 2, samples]
-    return Sound({"vae": vae}, latents, audio * 10 ** (-1 / 20) / audio.abs().max(), 2000, family="ace_step")
+    """ACE-Step's own pipeline, which makes every waveform equally loud. Its latents are `[B, L, C]`."""
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+    }
+    layers = {"num_lyric_encoder_hidden_layers": 1, "num_timbre_encoder_hidden_layers": 1}
+    vae = oobleck(sampling_rate=2000)
+    pipe = AceStepPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=seeded(
+            AceStepTransformer1DModel, **heads, num_hidden_layers=1, in_channels=18, audio_acoustic_hidden_dim=6
+        ),
+        condition_encoder=seeded(AceStepConditionEncoder, **heads, **layers, text_hidden_dim=8, timbre_hidden_dim=6),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+    )
+    pipe.encode_prompt = lambda **_: (noise(1, 3, 8), ones(1, 3), noise(1, 4, 8), ones(1, 4))
+    latents, waveform = (
+        _call(pipe, output_type, prompt="a song", audio_duration=0.1, guidance_scale=1.0)
+        for output_type in ("latent", "pt")
+    )
+    return Sound({"vae": vae}, latents, waveform, 2000, family="ace_step")
 
 
 def ltx2_audio(*, is_packed: bool) -> Sound:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from playwright.sync_api import Error
 from safetensors.torch import save_file
 
 from tests.conftest import REPOSITORY, Serve
+from tests.pipelines.sounds import oobleck
 from tests.vaes import LocalVae
 from tests.waiting import until
 
@@ -242,6 +244,19 @@ def test_the_model_that_fits_is_found_by_the_file(
     assert "fits 2 models" in page.inner_text("#choice h2")
     page.locator("#choice button", has_text="sdxl").click()
     page.locator("figcaption", has_text="two.safetensors, sdxl").wait_for()
+    assert page.problems == []
+
+
+def test_audio_is_played_and_its_python_code_runs(browser: Any, serve: Serve, tmp_path: Path) -> None:
+    oobleck(sampling_rate=16000).save_pretrained(tmp_path / "oobleck")
+    page = open_page(browser, serve({**DEMO, "music": {"repo": str(tmp_path / "oobleck")}}))
+    save_file({"latents": torch.randn(1, 6, 2000)}, tmp_path / "latents.safetensors")
+    page.set_input_files("#file", tmp_path / "latents.safetensors")
+    page.locator("figcaption", has_text="latents.safetensors, music").wait_for()
+    page.wait_for_function("document.querySelector('#result audio').duration > 0.9")
+    assert page.get_by_role("link", name="Download").get_attribute("download") == "latents.wav"
+    subprocess.run([sys.executable, "-c", page.inner_text("#python")], cwd=tmp_path, check=True)
+    assert (tmp_path / "audio.wav").read_bytes()[:4] == b"RIFF"
     assert page.problems == []
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
 import pytest
 import requests
+from click.testing import CliRunner
 
+from server.commands import cli
 from server.config import load_settings
 from server.inprocess.direct import Direct
 from tests.conftest import REPOSITORY, Serve, write_models_yaml
@@ -99,12 +100,9 @@ def test_every_shipped_video_model_has_a_rate_and_the_hosted_one_has_10() -> Non
     assert [settings.fps_of(name) for name in ("hunyuan-video", "wan-2.2", "ltx-2", "mochi")] == [10, 24, 24, 30]
 
 
-@pytest.mark.slow
-def test_the_list_of_models_shows_it() -> None:
-    command = [sys.executable, "-m", "server", "models", "--config", "models.yaml"]
-    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    lines = told.splitlines()
-    (wan,) = [lines[n + 1] for n, line in enumerate(lines) if line.strip().startswith("wan ")]
-    assert "; 16 frames per second; " in wan
-    (demo,) = [lines[n + 1] for n, line in enumerate(lines) if line.startswith("* demo")]
-    assert "frames per second" not in demo
+def test_the_command_models_shows_it() -> None:
+    def shown(name: str) -> str:
+        return CliRunner().invoke(cli.main, ["models", name, "--config", str(REPOSITORY / "models.yaml")]).stdout
+
+    assert "videos, 16 frames per second\n" in shown("wan")
+    assert "frames per second" not in shown("demo")

@@ -35,6 +35,6 @@ def test_nothing_sent_chooses_all(url: str) -> None:
 
 
 def test_an_unknown_kind_is_refused(url: str) -> None:
-    answer = requests.get(url + "models", params={"kind": "audio"}, timeout=300)
+    answer = requests.get(url + "models", params={"kind": "sound"}, timeout=300)
     assert answer.status_code == 400
-    assert "kind must be one of image, video, preview, not 'audio'" in answer.json()["error"]
+    assert "kind must be one of image, video, audio, preview, not 'sound'" in answer.json()["error"]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import requests
 
-from server.commands import cli
+from server.commands import serving
 from tests import conftest
 from tests.conftest import Serve
 from tests.figures import figure
@@ -41,7 +41,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the kernel holds megabytes of answers for each client that does not read."""
 
     def bind(host: str, port: int) -> socket.socket:
-        listener = cli.bind(host, port)
+        listener = serving.bind(host, port)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return listener
 

@@ -36,7 +36,7 @@ def test_an_endpoint_without_the_packages_is_told(
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter", None)
     assert tracing.tracing() == []
-    assert "requirements-otel.txt are not installed" in caplog.text
+    assert "requirements-otel.txt, which is the extra otel, are not installed" in caplog.text
 
 
 @needs_packages

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import accelerate
+import diffusers
 import torch
 
 from ...model_info import Direction
-from .defaults import vae_class
-from .headers import Header, StoredTensor, UnreadableWeights, read_header
-from .key_maps import Tensors, to_diffusers, vae_names
-
-OTHER_PARTS = {
-    Direction.DECODE: ("encoder", "quant_conv", "pre_block", "mean_proj", "logs_proj"),
-    Direction.ENCODE: ("decoder", "post_quant_conv", "dec_in_proj"),
-}
-"""For each direction, the modules of a diffusers VAE that it does not use."""
-
-OWN_PART = {Direction.DECODE: "decoder.", Direction.ENCODE: "encoder."}
-"""For each direction, how the names of its own tensors begin. A file of one direction may have `quant_conv` of both."""
+from ..coders.video.tiny_layers import TINY_CLASSES
+from .headers import StoredTensor, UnreadableWeights
+from .key_maps import Tensors, to_diffusers
+from .stored import OTHER_PARTS, OWN_PART, Stored
 
 # While diffusers builds a module without memory, it patches torch's modules. Two builds at the same time would leave
 # them patched forever.
@@ -57,58 +47,18 @@ NOT_A_VAE = {
 """Parts of the names of tensors in files that people mistake for a VAE, and what these files are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """The headers of all files of a VAE, or of the checkpoint that contains it.
-
-    tensors: each tensor of the VAE by its name without the prefix of a checkpoint: its file, its name there, its
-        dtype and shape.
-    others: the names of all other tensors. metadata: of all files together.
-    """
-
-    tensors: Mapping[str, tuple[Path, str, StoredTensor]]
-    others: frozenset[str] = frozenset()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def file(self) -> str:
-        """The name of the first file, for messages."""
-        return next(iter(self.tensors.values()))[0].name if self.tensors else "the file"
-
-    def without_data(self) -> Tensors:
-        """Return the tensors on the device `meta`, where they have a shape and no values. Raises UnreadableWeights."""
-        return {name: _meta(path, tensor) for name, (path, _, tensor) in self.tensors.items()}
+def vae_class(class_name: str) -> Any:
+    """Return the class of this name: one of diffusers', or of the tiny video VAEs, which diffusers does not have."""
+    return TINY_CLASSES.get(class_name) or getattr(diffusers, class_name)
 
 
-def _meta(path: Path, tensor: StoredTensor) -> torch.Tensor:
+def without_data(stored: Stored) -> Tensors:
+    """Return the tensors on the device `meta`, where they have a shape and no values."""
+    return {name: _meta(tensor) for name, (_, _, tensor) in stored.tensors.items()}
+
+
+def _meta(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device="meta")
-
-
-def read_stored(paths: Sequence[Path], index: Path | None = None) -> Stored:
-    """Read the headers of all files. Raises UnreadableWeights if one is damaged, or if the index does not fit them."""
-    headers = [read_header(path) for path in paths]
-    places = {key: (header.path, key, tensor) for header in headers for key, tensor in header.tensors.items()}
-    if index is not None:
-        _check_index(index, headers)
-    names = vae_names(places)
-    metadata = {key: text for header in headers for key, text in header.metadata.items()}
-    kept = {name: places[key] for name, key in names.items()}
-    if not kept:
-        raise UnreadableWeights(f"{paths[0].name} contains no tensors; download it again")
-    return Stored(kept, frozenset(places) - frozenset(names.values()), metadata)
-
-
-def _check_index(index: Path, headers: Iterable[Header]) -> None:
-    """Raise UnreadableWeights unless every tensor is in the file that the index names."""
-    try:
-        told = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        wanted = {(str(key), str(file)) for key, file in told.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UnreadableWeights(f"{index.name} is damaged; download it again") from None
-    found = {(key, header.path.name) for header in headers for key in header.tensors}
-    if missing := sorted(wanted - found):
-        key, file = missing[0]
-        raise UnreadableWeights(f"{index.name} says that {key} is in {file}, and it is not; download the model again")
 
 
 def skeleton(made: Any, config: Mapping[str, Any], origin: str) -> torch.nn.Module:
@@ -158,7 +108,7 @@ def directions_in(
     dtype that cannot be used.
     """
     _check_dtypes(stored)
-    found = translated(vae, stored.without_data(), config)
+    found = translated(vae, without_data(stored), config)
     names = [name for name, _ in _floats(vae)]
     if not any(name in found for name in names):
         raise UnreadableWeights(_of_another_architecture(vae, stored, origin))

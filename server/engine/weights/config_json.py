@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from math import prod
 from typing import Any
-
-import diffusers
-import torch
 
 from ...config import ModelEntry
 from ...errors import ModelUnavailable
 from ...families import FAMILIES, Family, family_of_class, plain_family
 from ...model_info import Direction, LatentSpec, ModelInfo, Weights
-from .agreement import OTHER_PARTS, OWN_PART, Stored, directions_in, read_stored, skeleton
-from .companion import companion_config
+from ...values import ITEM_BYTES
 from .defaults import is_vae_class, whole_config
 from .headers import UnreadableWeights
 from .hub import Source
-from .which_config import Configuration, configuration_of
+from .stored import OTHER_PARTS, OWN_PART, Stored, read_stored
+from .which_config import Configuration, companion_config, configuration_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +42,7 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         found, is_assumed = Configuration(assumed, "the list of well-known checkpoints"), True
     config, class_name = found.values, found.class_name
     if not is_vae_class(class_name):
-        sentence = f"{name} ({source.label}): this diffusers ({diffusers.__version__}) has no VAE class {class_name}"
+        sentence = f"{name} ({source.label}): this diffusers ({version('diffusers')}) has no VAE class {class_name}"
         if is_assumed:  # log the reason, because otherwise the model would only be missing in the list
             log.warning("%s", sentence)
         raise ModelUnavailable(name, sentence)
@@ -77,28 +75,37 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
     )
 
 
-def weigh(source: Source, dtype: torch.dtype) -> Weights:
+def components(source: Source) -> tuple[Source, ...]:
+    """Return the sources of everything that a model needs: its VAE, and the companion of its family.
+
+    Raises ModelUnavailable.
+    """
+    companion = FAMILIES[read_info(source).latents.family].companion
+    return (source, source.beside(companion)) if companion else (source,)
+
+
+def weigh(source: Source, dtype: str | None) -> Weights:
     """Return the size of the weights on disk, and of each direction in memory.
 
-    dtype: the dtype in which the model will be loaded. Sizes of a model that is neither on this machine nor well known
-    are None.
+    dtype: the dtype in which the model will be loaded; None if only the device tells it. Sizes of a model that is
+    neither on this machine nor well known are None.
     """
-    name = str(dtype).removeprefix("torch.")
+    item_bytes = ITEM_BYTES[dtype or "float32"]
     if source.is_here():
         files = source.files(is_local_only=True)
         try:
             stored = read_stored(files.weights)
         except (UnreadableWeights, OSError):
-            return Weights(True, name)
+            return Weights(True, dtype)
         encoder, decoder = _count(stored)
         disk_mb = sum(path.stat().st_size for path in files.weights) >> 20
-        return Weights(True, name, disk_mb, decoder * dtype.itemsize >> 20, encoder * dtype.itemsize >> 20)
+        return Weights(True, dtype, disk_mb, decoder * item_bytes >> 20, encoder * item_bytes >> 20)
     checkpoint = source.checkpoint()
     if checkpoint is None:
-        return Weights(False, name)
+        return Weights(False, dtype)
     counts = checkpoint.decoder_weights, checkpoint.encoder_weights
-    disk_mb = sum(counts) * torch.float32.itemsize >> 20
-    return Weights(False, name, disk_mb, *(count * dtype.itemsize >> 20 for count in counts))
+    disk_mb = sum(counts) * ITEM_BYTES["float32"] >> 20
+    return Weights(False, dtype, disk_mb, *(count * item_bytes >> 20 for count in counts))
 
 
 def _count(stored: Stored) -> tuple[int, int]:
@@ -113,8 +120,8 @@ def _count(stored: Stored) -> tuple[int, int]:
 def directions_of(source: Source) -> tuple[Direction, ...]:
     """Return the directions that the weights on this machine contain; both if there are none here, or damaged ones.
 
-    This looks only at the names. `check_weights` compares the weights with the config. A decoder of another package
-    only decodes.
+    This looks only at the names. `loading.check_weights` compares the weights with the config. A decoder of another
+    package only decodes.
     """
     if source.entry.custom_decoder:
         return (Direction.DECODE,)
@@ -125,30 +132,6 @@ def directions_of(source: Source) -> tuple[Direction, ...]:
         return tuple(Direction)
     found = [each for each in Direction if any(name.startswith(OWN_PART[each]) for name in stored.tensors)]
     return tuple(found or Direction)
-
-
-def check_weights(source: Source) -> tuple[Direction, ...]:
-    """Return the directions that the weights on this machine serve, from their headers and the config.
-
-    Raises ModelUnavailable unless the index, the files and the config agree. What a decoder of another package needs is
-    not known, so for it only the files themselves are checked.
-    """
-    files = source.files(is_local_only=True)
-    found = configuration_of(source, is_local_only=True)
-    try:
-        stored = read_stored(files.weights, files.index)
-        if source.entry.custom_decoder:
-            return (Direction.DECODE,)
-        config = whole_config(found.class_name, found.values)
-        return directions_in(
-            skeleton(found.class_name, found.values, found.origin),
-            stored,
-            config,
-            found.origin,
-            may_have_more=found.is_of_the_author,
-        )
-    except (UnreadableWeights, OSError) as error:
-        raise source.failure(str(error)) from None
 
 
 def check_spec(spec: LatentSpec) -> None:

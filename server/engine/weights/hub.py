@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape as glob_escape
@@ -13,7 +14,9 @@ from typing import Any
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.utils import disable_progress_bars
 
+from ... import COMMAND
 from ...config import ModelEntry, Settings
 from ...errors import ModelUnavailable
 from ...families.known import Checkpoint, known
@@ -31,6 +34,9 @@ USUAL = (
 
 PIPELINE_PART = "vae"
 """The subfolder in which a pipeline has its VAE."""
+
+if not sys.stderr.isatty():
+    disable_progress_bars()  # of downloads; in a log or a script's output they are only noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +219,7 @@ class Source:
             listed = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
             subfolder, names = self._beside_config(listed)
             if is_local_only and not any(name.endswith((SUFFIX, *PICKLES)) for name in names):
-                raise self.failure(f"its weights are not downloaded; run `python -m server download {self.name}`")
+                raise self.failure(f"its weights are not downloaded; run `{COMMAND} download {self.name}`")
             return _files_in(snapshot / subfolder, choose_files(names))
         subfolder, names = self._beside_config(listed)
         chosen = choose_files(names)
@@ -227,7 +233,7 @@ class Source:
         if file.is_file():
             return Files(file.parent, (file,))
         if is_local_only:
-            raise self.failure(f"its weights are not downloaded; run `python -m server download {self.name}`")
+            raise self.failure(f"its weights are not downloaded; run `{COMMAND} download {self.name}`")
         raise UnreadableWeights(f"the repository has no {name}; check file and subfolder in models.yaml")
 
     def _names_on_hub(self) -> list[str] | None:
@@ -276,7 +282,7 @@ class Source:
             case hub.LocalEntryNotFoundError() if HF_HUB_OFFLINE:
                 return (
                     "it is not in this machine's cache and HF_HUB_OFFLINE is set; "
-                    f"run `python -m server download {self.name}` where the hub can be reached, and bring the cache"
+                    f"run `{COMMAND} download {self.name}` where the hub can be reached, and bring the cache"
                 )
             case hub.LocalEntryNotFoundError() | hub.OfflineModeIsEnabled():
                 return "it is not in this machine's cache and the hub cannot be reached; check the network"

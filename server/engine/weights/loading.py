@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...model_info import Direction, ModelInfo
-from .agreement import OTHER_PARTS, Stored, directions_in, read_stored, skeleton, some, translated
+from .agreement import directions_in, skeleton, some, translated
 from .defaults import whole_config
 from .headers import UnreadableWeights
 from .hub import Source
 from .key_maps import Tensors
+from .stored import OTHER_PARTS, Stored, read_stored
 from .which_config import configuration_of
 
 # diffusers warns of entries in a config.json that the class does not have.
@@ -72,6 +73,30 @@ def reading(source: Source) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         advice = "let this user read them" if isinstance(error, PermissionError) else "download the model again"
         raise source.failure(f"the weights do not load ({reason}); {advice}") from error
+
+
+def check_weights(source: Source) -> tuple[Direction, ...]:
+    """Return the directions that the weights on this machine serve, from their headers and the config.
+
+    Raises ModelUnavailable unless the index, the files and the config agree. What a decoder of another package needs is
+    not known, so for it only the files themselves are checked.
+    """
+    files = source.files(is_local_only=True)
+    found = configuration_of(source, is_local_only=True)
+    try:
+        stored = read_stored(files.weights, files.index)
+        if source.entry.custom_decoder:
+            return (Direction.DECODE,)
+        config = whole_config(found.class_name, found.values)
+        return directions_in(
+            skeleton(found.class_name, found.values, found.origin),
+            stored,
+            config,
+            found.origin,
+            may_have_more=found.is_of_the_author,
+        )
+    except (UnreadableWeights, OSError) as error:
+        raise source.failure(str(error)) from None
 
 
 def _read(stored: Stored) -> Tensors:

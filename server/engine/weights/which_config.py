@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import ModelUnavailable
 from ...families import FAMILIES, family_of_class
 from ...families.named import NamedConfig, named_config, named_configs
-from .agreement import Stored, directions_in, read_stored, skeleton
-from .defaults import is_vae_class, whole_config
+from .defaults import has_class, is_vae_class, whole_config
 from .headers import UnreadableWeights
 from .hub import CONFIG, Source
-from .key_maps import form_of
+from .stored import Stored, read_stored
+from .tensor_names import form_of
 
 ARCHITECTURES = {
     "stable-diffusion-xl": "sd-xl",
@@ -38,6 +39,10 @@ MODELS = {
 """How the names of other tensors of a whole checkpoint begin, and the configuration of the VAE of such a checkpoint."""
 
 OTHER_SCALING = "edm_mean"  # the tensor by which Playground 2.5 says that it scales the latents in its own way
+
+
+COMPANIONS = ("LTX2Vocoder", "LTX2VocoderWithBWE")
+"""The classes that the companion of a VAE may have. Older versions of diffusers lack some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,26 @@ def configuration_of(source: Source, *, is_local_only: bool = False) -> Configur
         raise source.failure(str(error)) from None
 
 
+def companion_config(source: Source, name: str, *, is_local_only: bool = False) -> dict[str, Any]:
+    """Return the config.json of the companion of a VAE, completed by the defaults of its class.
+
+    source: of the VAE. name: of the companion's folder. Raises ModelUnavailable if there is none, or if its class is
+    not known here.
+    """
+    beside = source.beside(name)
+    try:
+        config = beside.config(is_local_only=is_local_only)
+    except ModelUnavailable as error:
+        raise source.failure(f"it decodes only together with the {name} of its pipeline: {error.detail}") from error
+    if config is None:
+        raise beside.failure("it has weights without a config.json; save the whole pipeline again")
+    class_name = config.get("_class_name")
+    known = [each for each in COMPANIONS if has_class(each)]
+    if class_name not in known:
+        raise beside.failure(f"its class {class_name} is not one that this server runs; known: {', '.join(known)}")
+    return whole_config(class_name, config)
+
+
 def _named(found: NamedConfig, origin: str) -> Configuration:
     return Configuration(found.config, origin, found.family)
 
@@ -127,6 +152,8 @@ def _architecture(stored: Stored) -> str:
 
 def _fits(found: NamedConfig, stored: Stored) -> bool:
     """Return whether all tensors that a configuration asks for are there, for at least one direction."""
+    from .agreement import directions_in, skeleton  # they need torch, and most models do not need them
+
     if not is_vae_class(class_name := found.config["_class_name"]):
         return False
     config = whole_config(class_name, found.config)

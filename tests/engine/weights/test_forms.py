@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from server.config import ModelEntry
 from server.engine.weights import loading
-from server.engine.weights.config_json import check_weights, directions_of, read_info
-from server.engine.weights.defaults import vae_class
+from server.engine.weights.agreement import vae_class
+from server.engine.weights.config_json import directions_of, read_info
 from server.engine.weights.hub import Source
+from server.engine.weights.loading import check_weights
 from server.errors import ModelUnavailable
 from server.families.named import named_config
 from server.model_info import Direction

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import httpx
 import pytest
 import torch
@@ -22,12 +21,12 @@ from server.config import ModelEntry, load_settings
 from server.engine.coders.build import build_coder
 from server.engine.kernels.cpu import preferred_cpu_dtype
 from server.engine.models import LoadedModels
-from server.engine.weights import hub, loading, placement
-from server.engine.weights.agreement import OTHER_PARTS
+from server.engine.weights import defaults, hub, loading, placement
 from server.engine.weights.config_json import read_info
 from server.engine.weights.defaults import whole_config
 from server.engine.weights.hub import Source
 from server.engine.weights.placement import choose_precision
+from server.engine.weights.stored import OTHER_PARTS
 from server.errors import ModelUnavailable
 from server.families import FAMILIES
 from server.model_info import Direction
@@ -140,7 +139,8 @@ def test_a_well_known_model_without_its_class_is_said_to_lack_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offline: Path
 ) -> None:
     """As an older diffusers lacks the newer classes; the other models are served all the same."""
-    monkeypatch.setattr(diffusers, "AutoencoderKLWan", None)
+    exported = defaults._exported() - {"AutoencoderKLWan"}
+    monkeypatch.setattr(defaults, "_exported", lambda: exported)
     settings = load_settings()
     engine = LoadedModels(settings)
     with pytest.raises(ModelUnavailable):
@@ -392,7 +392,9 @@ def test_the_decoder_is_chosen_and_says_why(
             assert torch.equal(loaded.coder.decode(latents, Layout.SAMPLE).tensor, expected)
 
 
-BUILDERS = {name: getattr(vaes_of_families, name) for name in ("mochi", "wan", "hunyuan_video_15", "cogvideox", "ltx", "dc")}
+BUILDERS = {
+    name: getattr(vaes_of_families, name) for name in ("mochi", "wan", "hunyuan_video_15", "cogvideox", "ltx", "dc")
+}
 
 
 @pytest.mark.parametrize("name", BUILDERS)

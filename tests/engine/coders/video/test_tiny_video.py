@@ -18,9 +18,10 @@ from server.config import ModelEntry
 from server.engine.coders.interface import Stopped
 from server.engine.coders.video.tiny_decoder import TinyVideoDecoder
 from server.engine.coders.video.tiny_layers import TAEHV
-from server.engine.weights.config_json import check_weights, read_info
-from server.engine.weights.defaults import vae_class
+from server.engine.weights.agreement import vae_class
+from server.engine.weights.config_json import read_info
 from server.engine.weights.hub import Source
+from server.engine.weights.loading import check_weights
 from server.errors import ModelUnavailable
 from server.families.named import named_config
 from server.model_info import Direction

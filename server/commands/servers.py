@@ -1,0 +1,115 @@
+"""Find a server that runs on this machine, and send requests to a server, for the commands `decode` and `encode`."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import requests
+
+from ..config import paths
+from ..errors import ConfigError
+from .status_line import StatusLine
+
+CONNECT_S, WATCH_S = 10, 1
+FIND_S = (1, 5)  # to connect, and to answer
+
+
+@dataclass(frozen=True)
+class Place:
+    """A server to send requests to.
+
+    url: the address of decodes. model: the name of the model that answers; None if it is not known.
+    is_found: it was found on this machine, not named by the user.
+    """
+
+    url: str
+    model: str | None = None
+    is_found: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The address without a key."""
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+    @property
+    def _origin(self) -> str:
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
+
+    def ask(
+        self, path: str, parameters: Mapping[str, Any], data: bytes, headers: Mapping[str, str], line: StatusLine
+    ) -> requests.Response:
+        """Send a request, and return its answer. Raises ConfigError if it fails.
+
+        path: of the route, below `url`. line: shows the request's place in the queue, and how far it is.
+        """
+        request_id = secrets.token_hex(8)
+        headers = {**headers, "X-Request-Id": request_id}
+        try:
+            with (
+                line.doing(f"waiting for {self.shown}", lambda: self._progress(request_id)),
+                self._session() as session,
+            ):
+                response = session.post(
+                    self.url.rstrip("/") + path if path else self.url,
+                    params=parameters,
+                    data=data,
+                    headers=headers,
+                    timeout=(CONNECT_S, None),
+                )
+        except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
+            raise ConfigError(f"{self.shown}: not a URL; write http://{self.shown}") from None
+        except requests.RequestException as error:
+            raise ConfigError(f"{self.shown}: no answer ({type(error).__name__}); is the server running?") from None
+        if not response.ok:
+            raise ConfigError(f"{self.shown}: {self._sentence(response)}")
+        return response
+
+    def _session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = not self.is_found  # a proxy is not for this machine
+        return session
+
+    def _sentence(self, response: requests.Response) -> str:
+        try:
+            sentence = str(response.json()["error"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            sentence = f"it answered with status {response.status_code}; is this a VAE decode server?"
+        return sentence + "; without this server: --no-server" * self.is_found
+
+    def _progress(self, request_id: str) -> str:
+        """Return how far a request is, as text; empty if the server does not tell."""
+        try:
+            with self._session() as session:
+                answer = session.get(f"{self._origin}{paths.REQUESTS}/{request_id}/progress", timeout=WATCH_S)
+                known = answer.json()
+            if known["state"] == "queued":
+                return f"queued, {known['position']} before it"
+            left = known["seconds_left"]
+            return f"{known['progress']:.0%}" + ("" if left is None else f", about {left:.0f} s left")
+        except (requests.RequestException, ValueError, KeyError, TypeError):
+            return ""
+
+
+def find(port: int, model: str | None) -> Place | None:
+    """Return the server of this project that listens on a port of this machine and has a model; None if none does.
+
+    model: the name or an alias of a model; None for the server's default model. A server that asks for a key is not
+    used, because this program knows none.
+    """
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        with requests.Session() as session:
+            session.trust_env = False
+            known = session.get(url.rstrip("/") + paths.MODELS, timeout=FIND_S).json()
+        names = {word: str(each["name"]) for each in known["models"] for word in (each["name"], *each["aliases"])}
+        name = names.get((model or known["default"]).lower())
+    except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
+        return None  # nothing listens there, or something else
+    return Place(url, name, is_found=True) if name else None
