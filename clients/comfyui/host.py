@@ -46,6 +46,9 @@ def save_latents(samples: torch.Tensor, prefix: str = "latents/remote_vae") -> P
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     path = Path(folder) / f"{name}_{counter:05}_.latent"
     # The empty tensor tells Load Latent that the latents are not scaled by the factor of Stable Diffusion 1.
-    content: dict[str, Any] = {"latent_tensor": samples.contiguous(), "latent_format_version_0": torch.tensor([])}
+    content: dict[str, Any] = {
+        "latent_tensor": samples.detach().cpu().contiguous(),
+        "latent_format_version_0": torch.tensor([]),
+    }
     comfy.utils.save_torch_file(content, str(path))
     return path

@@ -94,6 +94,12 @@ def server_of(model: str, address: str, key: str) -> Server:
     return find_server(address, key, host.settings_file(), model=chosen)
 
 
+def first_of(samples: dict[str, Any]) -> Any:
+    """Return the latents of a LATENT; those of the video where a model samples its sound too."""
+    latents = samples["samples"]
+    return latents.unbind()[0] if latents.is_nested else latents
+
+
 class Decode(Node):
     """Latents to images."""
 
@@ -103,7 +109,7 @@ class Decode(Node):
 
     def run(self, samples: dict[str, Any], model: str, address: str = "", key: str = "") -> tuple[Any]:
         """Decode."""
-        latents = samples["samples"]
+        latents = first_of(samples)
         try:
             found = self.model_of(model, address, key)
         except RemoteError as error:
@@ -161,7 +167,7 @@ class DecodeToVideo(Node):
         """Decode each video of the batch."""
         from comfy_api.input_impl import VideoFromFile  # ComfyUI before May 2025 has the other nodes only
 
-        latents = samples["samples"]
+        latents = first_of(samples)
         params = [
             ("output_type", "mp4"),
             ("stream", "True"),

@@ -30,6 +30,7 @@ CONNECT_S = 10.0
 RETRIES = 2  # after a server could not be reached; a busy one is asked until the timeout
 LOOK_S = 0.1  # how often the cancel button is looked at
 ASK_PROGRESS_S = 0.5
+CLOSE_S = 0.25  # in which closed connections close their sockets, after the result was handed over
 CHUNK_BYTES = 1 << 18
 COMPUTED = 0.9  # the share of a request that is done when its answer begins to arrive
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "uint8")}
@@ -220,6 +221,7 @@ class Connection:
                 outcome.set_exception(error)
             finally:
                 loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.run_until_complete(asyncio.sleep(CLOSE_S))
                 loop.close()
 
         worker = threading.Thread(target=thread, daemon=True)
@@ -284,6 +286,7 @@ class Connection:
             )
         finally:
             watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
     async def _watch(self, session: aiohttp.ClientSession, name: str) -> None:
         """Ask for the progress of a request until this is cancelled. Without an answer there is only no progress."""

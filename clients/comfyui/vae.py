@@ -47,6 +47,9 @@ class RemoteVAE:
         self.latent_channels = model.channels
         self.latent_dim = {"image": 2, "video": 3, "audio": 1}[model.kind] if not model.has_frame_axis else 3
         self.output_channels = int(model.entry["latents"]["image_channels"])
+        self.device = self.output_device = torch.device("cpu")
+        if model.kind == "audio":
+            self.audio_sample_rate = self.audio_sample_rate_output = model.entry["latents"]["sampling_rate"]
 
     def __getattr__(self, name: str) -> Any:
         """Raise AttributeError for a part of a VAE that only a local one has."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +181,29 @@ def test_a_batch_of_stable_video_diffusion_is_one_video(nodes: dict[str, Any], s
     )
 
 
+def test_a_decoder_that_removes_noise_gets_the_amount_that_comfyui_uses(
+    nodes: dict[str, Any], serve: Serve, tmp_path: Path
+) -> None:
+    vae = small.ltx(timestep_conditioning=True)
+    vae.save_pretrained(tmp_path / "vae")
+    url = serve({"ltx": {"repo": str(tmp_path / "vae"), "dtype": "float32"}})
+    latents = torch.randn(1, 16, 2, 2, 3, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    mean, std = (each.view(1, -1, 1, 1, 1) for each in (vae.latents_mean, vae.latents_std))
+    with torch.no_grad():
+        noisy = (0.025 * noise + 0.975 * latents) * std + mean
+        expected = pixels_of(vae.decode(noisy, torch.tensor([0.05]), return_dict=False)[0])
+    found = run(nodes["VAEServerLoad"], "ltx", url).decode(latents)
+    torch.testing.assert_close(found, expected, atol=2 * HALF_LEVEL, rtol=0)
+
+
+def test_the_video_of_latents_with_sound_is_decoded(nodes: dict[str, Any], url: str, vaes: dict[str, LocalVae]) -> None:
+    video = vaes["hunyuan"].latents(2, 6, 8)
+    both = SimpleNamespace(is_nested=True, unbind=lambda: [video, torch.zeros(1, 8, 5, 16)])  # as ComfyUI has them
+    alone, found = (run(nodes["VAEServerDecode"], {"samples": each}, "hunyuan", url) for each in (video, both))
+    assert torch.equal(found, alone)
+
+
 def test_sound_has_its_samples_before_its_channels(nodes: dict[str, Any], serve: Serve, tmp_path: Path) -> None:
     sizes = {"encoder_hidden_size": 8, "decoder_channels": 8, "decoder_input_channels": 8}
     vae = seeded(AutoencoderOobleck, downsampling_ratios=[2, 4], channel_multiples=[1, 2], **sizes)
@@ -188,8 +212,9 @@ def test_sound_has_its_samples_before_its_channels(nodes: dict[str, Any], serve:
     latents = torch.randn(1, 8, 5, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = vae.decode(latents).sample.movedim(1, -1)  # [B, 2, samples] -> [B, samples, 2]
-    found = run(nodes["VAEServerLoad"], "sound", url).decode(latents)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    loaded = run(nodes["VAEServerLoad"], "sound", url)
+    torch.testing.assert_close(loaded.decode(latents), expected, atol=1e-4, rtol=0)
+    assert loaded.audio_sample_rate == vae.config.sampling_rate
 
 
 def test_a_batch_larger_than_the_server_takes_is_sent_in_parts(
@@ -477,6 +502,11 @@ def test_a_wrong_model_gets_the_names_of_the_models(nodes: dict[str, Any], url: 
 def test_latents_of_another_model_are_told(nodes: dict[str, Any], url: str, vaes: dict[str, LocalVae]) -> None:
     with pytest.raises(RuntimeError, match="the latents have 4 channels, and those of flux have 16"):
         decode(nodes, url, vaes, "flux")
+
+
+def test_latents_larger_than_the_server_takes_get_its_sentence(nodes: dict[str, Any], url: str) -> None:
+    with pytest.raises(RuntimeError, match="answered 413: "):
+        run(nodes["VAEServerDecode"], {"samples": torch.zeros(1, 4, 64, 64)}, "sd", url)
 
 
 def test_a_redirect_is_not_followed(nodes: dict[str, Any], url: str) -> None:
