@@ -62,7 +62,7 @@ class Model:
 
     @property
     def patch(self) -> int:
-        """How many latent pixels one has in ComfyUI, along each side."""
+        """How many latent pixels ComfyUI puts into one, along each side: 2 for the patches of FLUX.2."""
         return 2 if self.class_name == "AutoencoderKLFlux2" else 1
 
     @property
@@ -72,7 +72,7 @@ class Model:
 
     @property
     def ratio(self) -> int:
-        """How many pixels a latent pixel covers, along each side. For sound, how many samples are not known."""
+        """How many pixels a latent pixel covers, along each side."""
         return int(self.entry["latents"]["vae_scale_factor"]) * self.patch
 
     @property

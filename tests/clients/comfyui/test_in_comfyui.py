@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderOobleck
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -55,7 +55,10 @@ def models(tmp_path_factory: pytest.TempPathFactory, vaes: dict[str, LocalVae]) 
         small.brightened(vae, vae.decoder.conv_out)
         vae.save_pretrained(folder / name)
     small.tiny(latent_channels=16).save_pretrained(folder / "tiny")
-    entries = {name: {"repo": str(folder / name), "dtype": "float32"} for name in (*MODELS, "tiny")}
+    sizes = {"encoder_hidden_size": 8, "decoder_channels": 8, "decoder_input_channels": 8}
+    sound = seeded(AutoencoderOobleck, downsampling_ratios=[2, 4], channel_multiples=[1, 2], **sizes)
+    sound.save_pretrained(folder / "sound")
+    entries = {name: {"repo": str(folder / name), "dtype": "float32"} for name in (*MODELS, "tiny", "sound")}
     video = {"repo": str(vaes["hunyuan"].folder), "dtype": "float32"}
     return {**entries, "hunyuan": video}
 
@@ -75,7 +78,7 @@ def comfyui(models: dict[str, Any], server: str, tmp_path_factory: pytest.TempPa
     for name in MODELS:
         weights = Path(models[name]["repo"]) / "diffusion_pytorch_model.safetensors"
         (folder / "models" / "vae" / f"{name}.safetensors").symlink_to(weights)
-    shapes = {"sd": (2, 4, 8, 12), "flux": (1, 16, 8, 12), "hunyuan": (1, 16, 4, 6, 8)}
+    shapes = {"sd": (2, 4, 8, 12), "flux": (1, 16, 8, 12), "hunyuan": (1, 16, 4, 6, 8), "sound": (1, 8, 500)}
     for name, shape in shapes.items():
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         content = {"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}
@@ -174,6 +177,19 @@ def test_a_video_becomes_images_and_an_mp4(comfyui: Program, vaes: dict[str, Loc
     count, seconds = imageio_ffmpeg.count_frames_and_secs(str(comfyui.path(file)))
     assert count == len(expected)
     assert seconds == pytest.approx(len(expected) / 8, abs=0.05)
+
+
+def test_sound_is_decoded_by_comfyuis_own_node(comfyui: Program) -> None:
+    flow: Flow = {
+        "latents": node("LoadLatent", latent="sound.latent"),
+        "remote": node("VAEServerLoad", model="sound"),
+        "sound": node("VAEDecodeAudio", samples=["latents", 0], vae=["remote", 0]),
+        "save": node("SaveAudio", audio=["sound", 0], filename_prefix="sound"),
+    }
+    (file,) = comfyui.run(flow)["save"]
+    header = comfyui.path(file).read_bytes()[:42]
+    assert header[:4] == b"fLaC"
+    assert int.from_bytes(header[18:26]) & (1 << 36) - 1 == 500 * 8  # samples, in the last 36 bits
 
 
 class Listener:
