@@ -43,7 +43,7 @@ EXPOSE 8000
 
 # The check ignores the environment's proxy settings. Any status other than 200 fails.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-c", \
-    "import os, sys, urllib.request as r; p = [os.environ.get(n) for n in ('VAE_SERVER_PORT', 'AIP_HTTP_PORT', 'SAGEMAKER_BIND_TO_PORT')]; u = 'http://127.0.0.1:' + (*filter(None, p), '8000')[0] + '/health'; sys.exit(r.build_opener(r.ProxyHandler({})).open(u, timeout=4).status != 200)"]
+    "import os, ssl, sys, urllib.request as r; t = ssl._create_unverified_context(); p = [os.environ.get(n) for n in ('VAE_SERVER_PORT', 'AIP_HTTP_PORT', 'SAGEMAKER_BIND_TO_PORT')]; u = 'http' + 's' * ('VAE_SERVER_TLS_CERT' in os.environ) + '://127.0.0.1:' + (*filter(None, p), '8000')[0] + '/health'; sys.exit(r.build_opener(r.ProxyHandler({}), r.HTTPSHandler(context=t)).open(u, timeout=4).status != 200)"]
 
 # With this label, a multi-container endpoint of SageMaker tells each container its port. SageMaker runs each with `serve`.
 LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true

@@ -60,7 +60,7 @@ class LatentSpec:
     scaling_factor, shift_factor, latents_mean, latents_std: the statistics of `pipeline.vae.config`.
     force_upcast: the VAE must be decoded in float32.
     is_usually_packed: the pipeline's latents are packed, `[B, S, D]`.
-    patch_size: side of a packed patch, in latent pixels.
+    patch_size: side of a packed patch, in latent pixels; for LTX-2's audio, the rows that are packed together.
     image_channels: 3, or 4 for a VAE whose images have an alpha channel; for audio, 1 for mono and 2 for stereo.
     has_posterior: encoding returns a distribution. The answer is its mode unless a sample is requested.
     has_encoder: the model can encode. False for a decoder that is a model of its own.

@@ -71,9 +71,10 @@ class Geometry:
 
     Of audio, `num_frames` is the number of samples of each channel, and height and width are 1.
 
-    latent_shape: the shape that the VAE takes or returns, `[B, C, H, W]` or `[B, C, F, H, W]`.
+    latent_shape: the shape that the VAE takes or returns, `[B, C, H, W]` or `[B, C, F, H, W]`; of audio `[B, C, L]`,
+        and `[B, C, L, M]` with M rows for LTX-2.
     num_frames, height, width: of the pixels; num_frames is 1 for an image model.
-    axes: order of the axes of the video latents that were sent.
+    axes: order of the axes of the video or audio latents that were sent.
     skipped_frames: latent frames at the start of the tensor that are not part of the video.
     arguments: further keyword arguments of `vae.decode`; a `seed` stands for its `generator`.
     """

@@ -271,14 +271,17 @@ def decode(
     tensor = found.tensor
     parameters = {
         **{name: value for name, value in given.items() if value is not None},
-        "shape": list(tensor.shape),
-        "dtype": tensor.dtype,
         "do_scaling": scaled and not found.is_unscaled,
         "output_type": output_type,
     }
+    if found.has_sound and key is None and output_type == "mp4":
+        data = latents.read_bytes()  # the whole file, for a video with its sound
+    else:
+        data = bytes(tensor.data)
+        parameters |= {"shape": list(tensor.shape), "dtype": tensor.dtype}
     where = coding.Where(server, is_here, given["model"], flags)
     with StatusLine() as line:
-        coded = coding.decode(where, parameters, bytes(tensor.data), accept, line)
+        coded = coding.decode(where, parameters, data, accept, line)
     coding.report(out, coded, as_json=as_json)
 
 

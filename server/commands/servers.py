@@ -65,6 +65,10 @@ class Place:
                 )
         except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
             raise ConfigError(f"{self.shown}: not a URL; write http://{self.shown}") from None
+        except requests.exceptions.SSLError:
+            raise ConfigError(
+                f"{self.shown}: its certificate is not trusted here; set REQUESTS_CA_BUNDLE to that of its issuer"
+            ) from None
         except requests.RequestException as error:
             raise ConfigError(f"{self.shown}: no answer ({type(error).__name__}); is the server running?") from None
         if not response.ok:

@@ -85,7 +85,8 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     """Read the configuration. Flags take precedence over environment variables, and these over defaults.
 
     only: names or aliases of models, paths of files or folders with a VAE, or ids of repositories of the Hub. If given,
-        the settings contain only these models, all of them with `preload`, and the first one is the default.
+        the settings contain only these models, all of them with `preload`, and the first one is the default. The audio
+        models that they name are there too.
     flags: options of `serve`; None counts as not given.
 
     Raises ConfigError.
@@ -127,7 +128,8 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     # A model that is named should be ready at the start, not at its first request.
     chosen = {name: models[name].model_copy(update={"preload": True}) for name in kept}
     sounds = {entry.audio: models[entry.audio] for entry in chosen.values() if entry.audio}
-    return settings.model_copy(update={"default": kept[0], "models": sounds | chosen})
+    added = {name: entry for name, entry in sounds.items() if name not in chosen}
+    return settings.model_copy(update={"default": kept[0], "models": chosen | added})
 
 
 def _source(chosen: Path | None) -> Path:

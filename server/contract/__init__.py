@@ -6,7 +6,7 @@ The other packages get a Job or a Request, except for a few parameters that only
 from .bodies import Bytes, check_length, is_json_body, read_base64, read_json, with_data
 from .decode import RenderDefaults, decode_job
 from .encode import check_encode, encode_job, file_bytes_held, header_of, read_pixels
-from .files import direction_of, opened, sound_job
+from .files import direction_of, opened, sound_in, sound_job
 from .formats import choose_format
 from .parameters import Parameters, patience_s
 
@@ -28,6 +28,7 @@ __all__ = [
     "read_base64",
     "read_json",
     "read_pixels",
+    "sound_in",
     "sound_job",
     "with_data",
 ]

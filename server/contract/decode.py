@@ -103,7 +103,8 @@ def _geometry(parameters: Parameters, shape: tuple[int, ...], info: ModelInfo, o
     try:
         return FAMILIES[info.latents.family].decode_geometry(info.latents, shape, parameters)
     except WrongChannels as error:
-        fitting = [other.name for other in others if _fits(parameters, shape, other)]
+        alike = [other for other in others if (other.latents.kind == "audio") == (info.latents.kind == "audio")]
+        fitting = [other.name for other in alike if _fits(parameters, shape, other)]
         if fitting:
             raise WrongChannels(f"{error}; models of this server that accept them: {', '.join(fitting)}") from None
         raise WrongChannels(f"{error}; {BOTH_ROUTES}") from None

@@ -5,16 +5,13 @@ from __future__ import annotations
 from ..errors import BadRequest, Impossible, ServerError, UnsupportedBody, WrongChannels
 from ..families import FAMILIES
 from ..inputs import media_type_of
-from ..inputs.tensor import FileError, NoSuchTensor, TensorFile, is_safetensors, read_tensor
+from ..inputs.tensor import SOUND, FileError, NoSuchTensor, is_safetensors, read_tensor
 from ..model_info import Direction, ModelInfo
-from ..values import Job, Request
+from ..values import Job, RawTensor, Request
 from .bodies import Bytes
 from .decode import RenderDefaults, decode_job
 from .encode import RGB, pixel_order
 from .parameters import Parameters
-
-SOUND = "audio_latents"
-"""The name of the tensor with the latents of a video's sound."""
 
 NOT_READ = {
     b"\x93NUMPY": "a NumPy file (.npy)",
@@ -50,7 +47,7 @@ def opened(parameters: Parameters, data: bytes | bytearray) -> tuple[Parameters,
     return parameters.of_tensor(tensor.shape, tensor.dtype, is_unscaled=found.is_unscaled), tensor.data
 
 
-def sound_in(data: bytes | bytearray) -> TensorFile | None:
+def sound_in(data: bytes | bytearray) -> RawTensor | None:
     """Return the latents of the sound that a safetensors file holds beside those of a video; None if there are none.
 
     Raises BadRequest if they cannot be read.
@@ -58,23 +55,20 @@ def sound_in(data: bytes | bytearray) -> TensorFile | None:
     if not is_safetensors(data):
         return None
     try:
-        return read_tensor(data, SOUND)
+        return read_tensor(data, SOUND).tensor
     except NoSuchTensor:
         return None
     except FileError as error:
         raise BadRequest(f"the .safetensors file {error}") from None
 
 
-def sound_job(parameters: Parameters, video: Job, data: bytes | bytearray, audio: ModelInfo | None) -> Request | None:
-    """Return the request for the sound of a video, whose latents are in the same file; None if there are none.
+def sound_job(parameters: Parameters, video: Job, latents: RawTensor, audio: ModelInfo | None) -> Request:
+    """Return the request for the sound of a video, whose latents are in the same file.
 
-    parameters, video: of the video. data: the whole file. audio: the model that decodes the sound.
-    Raises Impossible if the answer cannot hold sound, and what `decode_job` raises.
+    parameters, video: of the video. latents: from `sound_in`. audio: the model that decodes the sound.
+    Raises Impossible if the answer cannot hold sound, or what `decode_job` raises, with the name of the tensor.
     """
-    found = sound_in(data)
-    if found is None:
-        return None
-    if audio is None:
+    if audio is None or audio.latents.kind != "audio":
         raise Impossible(
             f"the file has {SOUND}, but '{video.model}' has no audio model; leave them out, or set audio in its entry "
             "of models.yaml"
@@ -84,9 +78,17 @@ def sound_job(parameters: Parameters, video: Job, data: bytes | bytearray, audio
             f"the file has {SOUND}, and only a whole MP4 holds sound beside a video; send output_type=mp4 and no "
             "stream, or leave them out"
         )
-    shape, dtype = found.tensor.shape, found.tensor.dtype
-    job = decode_job(parameters.of_sound(shape, dtype), "audio/wav", audio, RenderDefaults())
-    return Request(job, found.tensor.data)
+    if video.scaling.factor is not None or video.scaling.shift is not None:
+        raise BadRequest(
+            f"scaling_factor and shift_factor hold for one tensor, and the file has latents and {SOUND}; send "
+            "do_scaling instead, or unscaled latents"
+        )
+    try:
+        sent = parameters.of_sound(latents.shape, latents.dtype)
+        return Request(decode_job(sent, "audio/wav", audio, RenderDefaults()), latents.data)
+    except ServerError as error:
+        error.args = (f"{SOUND}: {error}",)
+        raise
 
 
 def direction_of(parameters: Parameters, info: ModelInfo, data: Bytes | None, asked: Direction) -> Direction:

@@ -195,8 +195,6 @@ def _free_caches(model: LoadedModel[Any]) -> None:
 
 
 def _too_large(job: Job) -> TooLargeForDevice:
-    g = job.geometry
-    return TooLargeForDevice(
-        f"{g.batch} x {g.num_frames} x {g.height}x{g.width} does not fit this server's memory; "
-        "send fewer or smaller ones per request"
-    )
+    g, rate = job.geometry, job.render.sampling_rate
+    size = f"{g.batch} x {g.num_frames / rate:.0f} s" if rate else f"{g.batch} x {g.num_frames} x {g.height}x{g.width}"
+    return TooLargeForDevice(f"{size} does not fit this server's memory; send fewer or smaller ones per request")

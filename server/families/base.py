@@ -135,7 +135,9 @@ class Family(ABC):
         return self.unscale(self.unpack(latents, geometry), spec, scaling)
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Run diffusers' own decode as the pipelines call it. Return the sample `[B, C, (F,) H, W]`.
+        """Run diffusers' own decode as the pipelines call it.
+
+        Returns the sample `[B, C, (F,) H, W]`, or the waveform `[B, C, samples]`.
 
         latents: as `latents_in` returns them. arguments: `Geometry.arguments`, with a torch `generator` in place of a
             `seed`.

@@ -43,7 +43,10 @@ class MiniMaxH3Audio(Audio):
         return STEREO
 
     def decode_geometry(self, spec: LatentSpec, shape: tuple[int, ...], sent: Sent) -> Geometry:
-        """Return the sizes, from the shape only. Raises WrongShape too for more than one sound."""
+        """Return the sizes, from the shape only: of `[2, C, L]`, the latent shape is `[1, 2 C, L]`.
+
+        Raises WrongShape too for more than one sound.
+        """
         found = super().decode_geometry(spec, shape, sent)
         sounds, channels, steps = found.latent_shape
         if sounds > STEREO:

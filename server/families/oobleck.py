@@ -38,7 +38,7 @@ class Oobleck(Audio):
         return channels
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Decode. Long latents are decoded in diffusers' tiles, so that the memory does not grow with their length.
+        """Decode. Long latents are decoded in diffusers' tiles, which bounds the memory of the activations.
 
         A tile begins 64 steps before the part that is kept and ends 64 steps after it. A sample depends on about 10
         steps on each side, so the waveform is the same.

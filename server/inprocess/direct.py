@@ -8,6 +8,7 @@ from typing import Any
 from .. import contract
 from ..config import Settings
 from ..engine.models import LoadedModels
+from ..errors import Impossible
 from ..model_info import Direction, ModelInfo
 from ..outputs import format_named
 from ..values import Rendered, Request, TensorResult
@@ -47,6 +48,8 @@ class Direct:
         if not sent.has("shape"):
             sent, body = contract.opened(sent, data)
         info = self._describe(model)
+        if body is not data and contract.sound_in(data) is not None:
+            raise Impossible("a file with audio_latents is decoded by a running server only; send it there")
         if contract.direction_of(sent, info, body, direction) is Direction.DECODE:
             defaults = contract.RenderDefaults.of(self.settings, model)
             return contract.with_data(contract.decode_job(sent, accept, info, defaults), body)

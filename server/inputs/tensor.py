@@ -14,6 +14,7 @@ LENGTH_BYTES = 8
 MOST_DIMENSIONS = 5
 MOST_HEADER_BYTES = 1 << 20  # large, because ComfyUI writes its whole workflow into the header
 NOT_JSON = (msgspec.MsgspecError, ValueError, RecursionError)  # ValueError: the header is not UTF-8
+SOUND = "audio_latents"
 COMFYUI_MARKER, COMFYUI_TENSOR = "latent_format_version_0", "latent_tensor"
 
 
@@ -30,10 +31,12 @@ class TensorFile:
     """One tensor of a file.
 
     is_unscaled: the latents are as `vae.decode` takes them, because the file is a .latent of ComfyUI.
+    has_sound: the file also has the latents of a video's sound, under the name SOUND.
     """
 
     tensor: RawTensor
     is_unscaled: bool
+    has_sound: bool = False
 
 
 Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
@@ -79,7 +82,8 @@ def read_tensor(data: bytes | bytearray, key: str | None = None) -> TensorFile:
         raise FileError("has a header whose shape and offsets disagree; write it again with safetensors")
     if stop > len(body):
         raise FileError(f"is cut short: {name[:40]!a} ends at byte {stop}, and there are {len(body)}; send all of it")
-    return TensorFile(RawTensor(shape, dtype, body[start:stop]), is_comfyui and name == COMFYUI_TENSOR)
+    tensor = RawTensor(shape, dtype, body[start:stop])
+    return TensorFile(tensor, is_comfyui and name == COMFYUI_TENSOR, SOUND in entries)
 
 
 def _parts(data: bytes | bytearray) -> tuple[dict[str, msgspec.Raw], memoryview]:

@@ -42,10 +42,11 @@ class BodyThreads:
     """Threads for each kind of body, so that cheap work never waits for expensive work."""
 
     def __init__(self) -> None:
-        """Make the threads: 2 for JSON, 2 for image files, 1 for video files."""
+        """Make the threads: 2 for JSON, 2 for image files, 1 for video files, 1 that joins videos and their sounds."""
         self.json = Threads(2, "json")
         self.images = Threads(2, "images")
         self.videos = Threads(1, "videos")
+        self.joins = Threads(1, "joins")
 
 
 def declared_length(request: Request) -> int | None:

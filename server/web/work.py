@@ -111,9 +111,10 @@ async def _answer_with_sound(intake: Intake, both: VideoWithSound) -> InPieces:
     started = time.perf_counter()
     body = await intake.join(video.body.body, sound.body.body)
     render_ms = video.render_ms + sound.render_ms + (time.perf_counter() - started) * 1e3
-    intake.note(both.video.job, video)
     whole = replace(video, device_ms=video.device_ms + sound.device_ms, queue_ms=video.queue_ms + sound.queue_ms)
-    return response_of(both.video.job, whole.rendered(replace(video.body, body=body), render_ms))
+    result = whole.rendered(replace(video.body, body=body), render_ms)
+    intake.note(both.video.job, result)
+    return response_of(both.video.job, result)
 
 
 async def _answer_in_time(intake: Intake, received: Received) -> InPieces | Streamed:
@@ -205,7 +206,7 @@ class Intake:
         self._request.state.queue_ms, self._request.state.size = round(result.queue_ms), job.geometry.size_text
 
     def hold(self, size_bytes: int) -> None:
-        """Hold this many bytes of memory until the answer is sent. Raises QueueFull."""
+        """Hold this many bytes of memory until the answer is sent, instead of those held so far. Raises QueueFull."""
         self.admission.reserve(size_bytes)
 
     async def receive(self, asked: Direction) -> Received:
@@ -234,7 +235,7 @@ class Intake:
         if direction is Direction.DECODE:
             job = self._decode_job(parameters, accept, info)
             sound = await self._sound(parameters, job, file) if file is not None else None
-            decode = await self._tensor(job, body)
+            decode = await self._tensor(job, body, sound.job.bytes_held if sound else 0)
             return VideoWithSound(decode, sound) if sound else decode
         if parameters.has("shape"):
             return await self._tensor(contract.encode_job(parameters, accept, info), body)
@@ -254,17 +255,18 @@ class Intake:
         self, parameters: contract.Parameters, video: values.Job, file: bytes | bytearray
     ) -> values.Request | None:
         """Return the request for the sound of a video, if the file contains its latents."""
+        latents = contract.sound_in(file)
+        if latents is None:
+            return None
         name = self.service.settings.models[video.model].audio
         audio = await self.service.describe(name) if name else None
-        sound = contract.sound_job(parameters, video, file, audio)
-        if sound is not None:
-            self.service.check_loads(sound.job.model, Direction.DECODE)
-            self.hold(sound.job.bytes_held)
+        sound = contract.sound_job(parameters, video, latents, audio)
+        self.service.check_loads(sound.job.model, Direction.DECODE)
         return sound
 
     async def join(self, mp4: memoryview, wav: memoryview) -> memoryview:
         """Return one MP4 of a video and its sound, made on a thread."""
-        return await self._threads.videos.run(self.service, self.admission, with_sound, mp4, wav)
+        return await self._threads.joins.run(self.service, self.admission, with_sound, mp4, wav)
 
     def _decode_job(self, parameters: contract.Parameters, accept: str, info: ModelInfo) -> values.Job:
         if not parameters.has("shape"):  # the body is no known file: its Content-Type may be the mistake
@@ -297,13 +299,16 @@ class Intake:
         self.hold(len(body))
         return body
 
-    async def _tensor(self, job: values.Job, body: contract.Bytes | None) -> values.Request:
-        """Return the request of a job. body: the bytes of the tensor; None if they have not been received yet."""
+    async def _tensor(self, job: values.Job, body: contract.Bytes | None, more_bytes: int = 0) -> values.Request:
+        """Return the request of a job.
+
+        body: the bytes of the tensor; None if they have not been received yet. more_bytes: to hold beside the job's.
+        """
         if body is None:
             check_declared(job.bytes_needed, self._options.max_body_mb << 20)
             if declared := declared_length(self._request):
                 contract.check_length(job, declared)
             self.service.check_room(job.bytes_held)
             body = await receive(self._request, self.admission, job.bytes_needed, self._options.body_timeout_s)
-        self.hold(job.bytes_held)
+        self.hold(job.bytes_held + more_bytes)
         return contract.with_data(job, body)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
+import sys
 import wave
 from collections.abc import Iterator
 from functools import cache
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from server.config import load_settings
-from tests.conftest import running, write_models_yaml
+from tests.conftest import REPOSITORY, running, write_models_yaml
 from tests.pipelines import vaes
 from tests.pipelines.sample import noise
 from tests.pipelines.sounds import SOUNDS, Sound, oobleck
@@ -48,6 +50,8 @@ def address(folder: Path) -> Iterator[str]:
     vaes.wan().save_pretrained(folder / "wan")
     oobleck(sampling_rate=16000).save_pretrained(folder / "music")
     models |= {"music": {"repo": str(folder / "music")}, "wan": {"repo": str(folder / "wan"), "audio": "music"}}
+    models["mute"] = {"repo": str(folder / "wan"), "audio": "alone"}
+    models["drawn"] = {"repo": str(folder / "wan"), "audio": "wan"}
     models["silent"] = {"repo": str(folder / "wan")}
     with running(load_settings(config=write_models_yaml(folder / "models.yaml", models, "short"))) as url:
         yield url
@@ -186,11 +190,40 @@ def test_a_video_with_sound(address: str) -> None:
     assert likeness > 0.9
 
 
+def test_a_video_without_sound_needs_no_audio_model(address: str) -> None:
+    answer = requests.post(f"{address}mute?output_type=mp4", data=save({"latents": BOTH["latents"]}), timeout=300)
+    assert answer.status_code == 200, answer.text
+    both = requests.post(f"{address}mute?output_type=mp4", data=save(BOTH), timeout=300)
+    assert both.status_code == 503
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_the_command_sends_the_whole_file_for_a_video_with_sound(
+    address: str, folder: Path, tmp_path: Path, is_here: bool
+) -> None:
+    (tmp_path / "both.safetensors").write_bytes(save(BOTH))
+    place = ["--no-server", "--config", str(folder / "models.yaml")] if is_here else ["--server", address]
+    command = [sys.executable, "-m", "server", "decode", "both.safetensors", "out.mp4", "--model", "wan", *place]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if is_here:
+        assert (ran.returncode, "decoded by a running server only" in ran.stderr) == (1, True), ran.stderr
+    else:
+        assert ran.returncode == 0, ran.stderr
+        assert ffmpeg((tmp_path / "out.mp4").read_bytes(), "-map", "0:a", "-f", "s16le")
+
+
 WITHOUT_SOUND: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
     "no audio model": ("silent?output_type=mp4", BOTH, "'silent' has no audio model"),
+    "no audio model under that name": ("drawn?output_type=mp4", BOTH, "'drawn' has no audio model"),
+    "factors": ("wan?output_type=mp4&scaling_factor=1", BOTH, "hold for one tensor"),
     "a tensor": ("wan?output_type=pt", BOTH, "only a whole MP4 holds sound beside a video"),
     "a stream": ("wan?output_type=mp4&stream=True", BOTH, "only a whole MP4 holds sound beside a video"),
-    "other channels": ("wan?output_type=mp4", BOTH | {"audio_latents": noise(1, 5, 9)}, "is not audio latents of this"),
+    "other channels": (
+        "wan?output_type=mp4",
+        BOTH | {"audio_latents": noise(1, 5, 9)},
+        "audio_latents: shape 1x5x9 is not audio latents",
+    ),
 }
 
 
@@ -198,9 +231,10 @@ WITHOUT_SOUND: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
 def test_sound_that_cannot_be_answered_is_refused(address: str, case: str) -> None:
     path, tensors, said = WITHOUT_SOUND[case]
     answer = requests.post(address + path, data=save(tensors), headers=BINARY, timeout=300)
-    assert (answer.status_code, said in answer.json()["error"]) == (400 if "channels" in case else 422, True), (
-        answer.text
-    )
+    assert (answer.status_code, said in answer.json()["error"]) == (
+        400 if case in ("factors", "other channels") else 422,
+        True,
+    ), answer.text
 
 
 def test_audio_is_not_encoded(address: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from PIL import Image
 from server.config import load_settings
 from server.errors import ConfigError
 from server.web import protocol
-from tests.conftest import Serve, write_models_yaml
+from tests.conftest import REPOSITORY, Serve, write_models_yaml
 from tests.vaes import LocalVae
 from tests.waiting import until
 from tests.web.test_remote_decode import decode_quietly
@@ -120,6 +122,26 @@ def everything(secure: ssl.SSLSocket) -> bytes:
 
 def metrics(place: SplitResult, files: Files) -> str:
     return requests.get(f"{place.geturl()}metrics", verify=str(files.issuer), timeout=300).text
+
+
+@pytest.mark.slow
+def test_a_handshake_that_never_comes_is_ended(files: Files, models_yaml: Path) -> None:
+    """In a process of its own, which also says that it speaks HTTPS."""
+    command = [sys.executable, "-m", "server", "serve", "--config", str(models_yaml), "--port", "0"]
+    command += ["--tls-cert", str(files.both), "--head-timeout-s", "1"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr
+            ready = next(line for line in process.stderr if line.startswith("ready: "))
+            address = ready.split()[1]
+            assert address.startswith("https://127.0.0.1:")
+            assert requests.get(f"{address}health", verify=str(files.issuer), timeout=300).status_code == 200
+            place = urlsplit(address)
+            with socket.create_connection((str(place.hostname), place.port or 0), timeout=40) as silent:
+                assert silent.recv(1) == b""  # asyncio's own limit is 60 seconds
+        finally:
+            process.terminate()
+            process.communicate(timeout=300)
 
 
 WRONG: dict[str, tuple[dict[str, str], str]] = {

@@ -6,7 +6,6 @@ It is in its own folder beside the folder of the VAE, as in every pipeline of di
 from __future__ import annotations
 
 import torch
-from diffusers.pipelines import ltx2
 
 from .agreement import skeleton, some
 from .headers import UnreadableWeights
@@ -19,7 +18,9 @@ from .which_config import companion_config
 def load_companion(source: Source, name: str, dtype: torch.dtype) -> torch.nn.Module:
     """Load a companion on the CPU, in evaluation mode. Arguments and errors as for `load_vae`."""
     beside = source.beside(name)
-    config = companion_config(source, name)
+    config = companion_config(source, name)  # refuses a class that this diffusers lacks
+    from diffusers.pipelines import ltx2  # only newer versions of diffusers have it
+
     files = beside.files()
     with reading(beside):
         stored = read_stored(files.weights, files.index)

@@ -46,7 +46,7 @@ async function latentsIn(file) {
     const { __metadata__: _, ...tensors } = JSON.parse(await file.slice(8, 8 + Number(length)).text());
     const names = Object.keys(tensors);
     const found = tensors.latents ?? tensors.latent_tensor ?? (names.length === 1 ? tensors[names[0]] : null);
-    return found && { shape: found.shape, isUnscaled: "latent_format_version_0" in tensors };
+    return found && { shape: found.shape, isUnscaled: "latent_format_version_0" in tensors, hasSound: "audio_latents" in tensors };
   } catch {
     return null;
   }
@@ -147,11 +147,13 @@ function failed(what, error) {
   say(error.name === "AbortError" ? "Cancelled." : `${what}: ${error.message}`, error.name !== "AbortError");
 }
 
+const isPacked = (found) => found?.shape.length === 3 && modelNamed(by("model").value)?.latents?.kind !== "audio";
+
 function decodeQuery(found) {
   const [outputType] = by("answer").value.split(" ");
   const query = new URLSearchParams({ output_type: outputType });
   if (!found?.isUnscaled) query.append("do_scaling", by("scaling").value);
-  if (found?.shape.length === 3) {
+  if (isPacked(found)) {
     query.append("height", by("height").value);
     query.append("width", by("width").value);
   }
@@ -160,15 +162,15 @@ function decodeQuery(found) {
 
 async function decode(file, model, found) {
   by("model").value = model.name;
-  if (found?.shape.length === 3 && !sizeFits(found.shape[1], model)) {
+  if (isPacked(found) && !sizeFits(found.shape[1], model)) {
     [by("height").value, by("width").value] = suggested(found.shape[1], model);
     choose(true);
     say("The latents are packed, so their file does not say the size. This is a guess; correct it if the picture looks cut.");
-  } else choose(found?.shape.length === 3);
+  } else choose(isPacked(found));
   const what = `Decoding ${file.name}`;
   try {
     const [, accept] = by("answer").value.split(" ");
-    const query = decodeQuery(found), isVideo = accept.startsWith("video/") && "MediaSource" in window && MediaSource.isTypeSupported(STREAM);
+    const query = decodeQuery(found), isVideo = !found?.hasSound && accept.startsWith("video/") && "MediaSource" in window && MediaSource.isTypeSupported(STREAM);
     if (isVideo) query.append("stream", "True");
     const figure = isVideo ? add(file.name) : null;
     const read = isVideo ? (response) => play(response, figure) : (response) => response.blob();
