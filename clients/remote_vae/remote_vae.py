@@ -620,7 +620,9 @@ class RemoteVAE(torch.nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Yield the samples of as many latents at a time as the server takes."""
         times = [] if temb is None else temb.flatten().tolist()
-        size = 1 if len(set(times)) > 1 else self._entry["limits"]["max_batch"] * (num_frames or 1)
+        is_one_tensor_of_frames = self._is_video and self._receive == "uint8"  # which holds only one video
+        most = 1 if is_one_tensor_of_frames else self._entry["limits"]["max_batch"]
+        size = 1 if len(set(times)) > 1 else most * (num_frames or 1)
         about: dict[str, Any] = {}
         if self._entry["latents"]["takes_seed"]:
             about["decode_steps"] = num_inference_steps

@@ -130,6 +130,13 @@ def test_more_latents_than_the_server_takes_at_once_are_sent_in_parts(url: str, 
         assert len(script.posts) == 4
 
 
+def test_two_videos_are_sent_one_by_one(url: str, vaes: dict[str, LocalVae]) -> None:
+    latents = vaes["hunyuan"].latents(2, 4, 6, batch=2)
+    found = remote(url, "hunyuan").decode(latents).sample
+    assert found.shape == (2, 3, 5, 32, 48)
+    torch.testing.assert_close(found, vaes["hunyuan"].decode(latents).clamp(-1, 1), atol=0.02, rtol=0)
+
+
 def test_without_a_name_it_is_the_default_model(url: str) -> None:
     assert RemoteVAE(url)._entry["name"] == "sd"
     assert RemoteVAE(url, model="FLUX")._entry["name"] == "flux"
