@@ -14,6 +14,7 @@ from server.config import ServerOptions
 from server.config.paths import RESERVED
 from server.web.openapi import DESCRIPTION
 from server.web.routes import all_routes
+from tests.conftest import Serve
 
 SD = {"shape": [1, 4, 8, 8], "dtype": "float32"}
 SD_BODY = np.zeros(256, "float32").tobytes()
@@ -134,3 +135,32 @@ def test_an_id_is_kept_when_it_is_safe_to_echo(url: str) -> None:
             "x-request-id"
         ]
         assert (found == sent) is is_kept
+
+
+def test_every_operation_has_a_name_of_its_own_for_generated_clients() -> None:
+    operations = [
+        operation
+        for item in DESCRIPTION["paths"].values()
+        for method, operation in item.items()
+        if method in ("get", "post", "delete")
+    ]
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "basic", "key"])
+def test_every_way_to_send_a_key_is_described_and_works(serve: Serve, scheme: str) -> None:
+    assert {scheme: []} in DESCRIPTION["security"]
+    described = DESCRIPTION["components"]["securitySchemes"][scheme]
+    url = serve({"demo": {"repo": "embedded"}}, api_key="secret")
+    if described["type"] == "apiKey":
+        sent: dict[str, Any] = {"headers": {described["name"]: "secret"}}
+    elif described["scheme"] == "basic":
+        sent = {"auth": ("anyone", "secret")}
+    else:
+        sent = {"headers": {"Authorization": "Bearer secret"}}
+    assert requests.get(f"{url}models", timeout=300).status_code == 401
+    assert requests.get(f"{url}models", **sent, timeout=300).status_code == 200
+    for path, item in DESCRIPTION["paths"].items():
+        if item.get("get", {}).get("security") == []:
+            assert requests.get(url + path[1:], timeout=300).status_code == 200
