@@ -24,8 +24,8 @@ class Measured:
     """What was measured of a call.
 
     output: of the last run. first_ms: of the first run. second_ms: of the second run, in which graphs are recorded.
-    steady_ms: the shortest of the later runs. real_mb: the peak of the allocated memory in MB, without the input, the
-    output and what was there before.
+    steady_ms: the shortest of the later runs, or that of the second one if it takes longer than LONG_MS.
+    real_mb: the peak of the allocated memory in MB, without the input, the output and what was there before.
     """
 
     output: Tensor
@@ -39,16 +39,11 @@ def measured(report: Report, run: Run, values: Tensor) -> Measured:
     """Measure a call."""
     device = torch.device(report.device)
     first_ms = milliseconds(run, values)
-    if first_ms > LONG_MS:
-        report.check_time(2 * first_ms / 1e3)
-        started = time.perf_counter()
-        peak_bytes, output = peak_of(run, values, device)
-        second_ms = (time.perf_counter() - started) * 1e3
-        return Measured(output, first_ms, second_ms, second_ms, max(0, peak_bytes - output.nbytes) / MEGA)
+    report.check_time(2 * first_ms / 1e3)
     second_ms = milliseconds(run, values)
     peak_bytes, output = peak_of(run, values, device)
     steady_ms, began = second_ms, time.monotonic()
-    for _ in range(sizes_for(report.device).steady_runs):
+    for _ in range(sizes_for(report.device).steady_runs if second_ms <= LONG_MS else 0):
         if time.monotonic() - began > min(STEADY_S, report.left_s / 4):
             break
         steady_ms = min(steady_ms, milliseconds(run, values))

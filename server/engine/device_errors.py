@@ -18,6 +18,12 @@ NO_MEMORY = re.compile(
 # Words in errors after which every later call of the process fails too.
 LOST = re.compile(r"cuda error|triton error \[cuda\]|cudnn_status_execution_failed|cublas_status_execution_failed")
 
+# Words in errors of CUDA that say that one call was wrong or impossible here. The next call may succeed.
+OF_ONE_CALL = re.compile(
+    "no kernel image is available|invalid argument|invalid configuration|invalid device function|not supported"
+    "|cublas_status_not_supported|cublas_status_invalid_value|cudnn_status_not_supported|cudnn_status_bad_param"
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out."""
@@ -28,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_lost_device(error: BaseException | None) -> bool:
     """Return whether it is an error of CUDA after which every later call of this process fails too."""
-    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error) or _has(error, OF_ONE_CALL):
         return False
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or _has(error, LOST)
 

@@ -68,7 +68,10 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def record(self, function: Function, x: Tensor) -> Recording:
-        """Record a function. Raises what torch raises if that fails; then nothing remains of it."""
+        """Record a function.
+
+        Raises what torch raises if that fails. What was allocated until then stays in the pool until `forget`.
+        """
         with torch.cuda.device(self.device):
             current, stream = torch.cuda.current_stream(), self._stream
             stream.wait_stream(current)
@@ -80,9 +83,11 @@ class CudaRecorder:
                 current.wait_stream(stream)
                 torch.cuda.empty_cache()  # the graph allocates the memory of that run again, from its own pool
                 graph, static, before = torch.cuda.CUDAGraph(), x.clone(), torch.cuda.memory_reserved()
-                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                    outputs = function(static)
-                self.held_bytes += torch.cuda.memory_reserved() - before
+                try:
+                    with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                        outputs = function(static)
+                finally:
+                    self.held_bytes += torch.cuda.memory_reserved() - before
             finally:
                 torch.cuda.set_stream(current)  # torch does not do so after a recording that failed
         return CudaRecording(graph, static, outputs)

@@ -26,13 +26,13 @@ def free_bytes(device: torch.device) -> int:
 def container_bytes(root: Path = CGROUP) -> float:
     """Return how many bytes this container may still use; infinity without a limit. root: its control group.
 
-    The system takes file pages that nobody has used for a while away before it ends a process.
+    File pages that are inactive count as free, because the kernel reclaims them before it ends a process.
     """
     try:
         limit = float((root / "memory.max").read_text().replace("max", "inf"))
         used = int((root / "memory.current").read_text())
         statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        taken_away = int(statistics.get("inactive_file", 0))
+        reclaimable = int(statistics.get("inactive_file", 0))
     except (OSError, ValueError):
         return float("inf")
-    return max(0, limit - used + taken_away)
+    return max(0, limit - used + reclaimable)

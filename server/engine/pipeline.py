@@ -58,8 +58,8 @@ def run(
     except Exception as error:  # noqa: BLE001  # one bad request must not fail the batch: each is run again by itself
         failure: Exception = error
     if is_out_of_memory(failure):
+        failure = _too_large(requests[0].job)  # lets go of the error, whose traceback keeps the activations alive
         _free_caches(model)
-        failure = _too_large(requests[0].job)
     if len(requests) > 1:
         return [run(model, [request], check=check)[0] for request in requests]
     return [failure]

@@ -29,7 +29,7 @@ class Turn:
         self._waiting: list[Waiter] = []
         self._owner: int | None = None
         self._depth = 0
-        self._is_between_steps = False
+        self._giving_way = 0  # how many threads wait between two steps of their work
 
     def __enter__(self) -> None:
         me = threading.get_ident()
@@ -68,10 +68,12 @@ class Turn:
             return
         with self._changed:
             owner, depth = self._owner, self._depth
-            self._owner, self._depth, self._is_between_steps = None, 0, True
+            self._owner, self._depth = None, 0
+            self._giving_way += 1
             self._changed.notify_all()
             self._wait(Waiter())
-            self._owner, self._depth, self._is_between_steps = owner, depth, False
+            self._giving_way -= 1
+            self._owner, self._depth = owner, depth
 
     def _wait(self, waiter: Waiter) -> None:
         self._waiting.append(waiter)
@@ -79,4 +81,4 @@ class Turn:
         self._waiting.remove(waiter)
 
     def _next(self) -> Waiter:
-        return next(waiter for waiter in self._waiting if not (waiter.is_patient and self._is_between_steps))
+        return next(waiter for waiter in self._waiting if not (waiter.is_patient and self._giving_way))

@@ -32,6 +32,10 @@ NEITHER = [
     RuntimeError("could not create a primitive descriptor for a convolution forward propagation primitive"),
     RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
     ValueError("CUDA error in a name"),
+    RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("CUDA error: invalid argument"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"),
+    RuntimeError("Triton Error [CUDA]: invalid device function"),
     None,
 ]
 

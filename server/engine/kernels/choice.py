@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from ..device_errors import is_lost_device, is_out_of_memory
 from .causal_kernels import CausalKernels
 from .cpu import CpuKernels
 from .reference import Kernels
@@ -49,7 +50,8 @@ def causal_kernels_for(device: torch.device, dtype: torch.dtype) -> CausalKernel
 def triton_problem(device: torch.device) -> str | None:
     """Return why Triton cannot run on a CUDA GPU, one sentence; None if it can. Tried once for each device.
 
-    It needs a C compiler, a folder for what it compiles, and a GPU that is not too old.
+    It needs a C compiler, a folder for what it compiles, and a GPU that is not too old. Raises what torch raises if
+    memory runs out or the device is lost, which says nothing of Triton.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, so plain torch kernels run, which are slower."
@@ -57,7 +59,9 @@ def triton_problem(device: torch.device) -> str | None:
         from .cuda import TritonKernels
 
         TritonKernels().moments(torch.zeros(1, 1, 1, 32, device=device), 1)
-    except Exception as error:  # noqa: BLE001  # whatever Triton or its compiler raises, torch's own kernels still run
+    except Exception as error:  # whatever Triton or its compiler raises, torch's own kernels still run
+        if is_out_of_memory(error) or is_lost_device(error):
+            raise
         first_line = next(iter(str(error).strip().splitlines()), "")[:200]
         cause = f"{type(error).__name__}: {first_line}"
         note = f"Triton does not work here ({cause}), so plain torch kernels run, which are slower."

@@ -13,7 +13,7 @@ from ..tensors import DTYPES
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Return the device.
+    """Return the device. A CUDA device has a number, so that the same device always compares as equal.
 
     wanted: the name of a torch device, or `auto` for a CUDA GPU, else an Apple GPU, else the CPU.
     Raises ValueError, with a sentence for the operator, if there is no such device.
@@ -27,6 +27,8 @@ def choose_device(wanted: str) -> torch.device:
         raise ValueError(f"device {wanted}: this machine has only {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps: there is no Apple GPU; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -57,7 +59,8 @@ def choose_precision(wanted: str, info: ModelInfo, device: torch.device, *, is_e
 
     `auto` on a CPU means bfloat16 if the VAE can run on an exact coder and the CPU multiplies bfloat16 in hardware,
     else float32. `auto` on a GPU means the dtype of the family; where that is bfloat16 but the device cannot compute in
-    it, float32. It never means float32 without TensorFloat-32, which would be slower than the user's own pipeline.
+    it, float32. Where the GPU has TensorFloat-32, float32 uses it, because otherwise it would be slower than the user's
+    own pipeline.
 
     If config.json has `force_upcast`, float16 would overflow: `auto` then means bfloat16 instead of float16, and an
     explicit float16 becomes float32, as in `StableDiffusionXLPipeline`.

@@ -334,6 +334,15 @@ def test_the_dtype_on_a_cpu(copy: Path, wanted: str, is_exact: bool, force_upcas
 GPU = torch.device("cuda")
 
 
+@pytest.mark.parametrize("wanted", ["auto", "cuda", "cuda:1"])
+def test_a_gpu_has_a_number(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda` and `cuda:0` are the same device, but compare as different: graphs and models are looked for by it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert placement.choose_device(wanted) == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize(
     ("wanted", "family", "force_upcast", "has_bf16", "expected", "allows_tf32"),
     [
