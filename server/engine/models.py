@@ -22,6 +22,7 @@ from .coders import custom
 from .coders.build import EXACT_CLASSES, build_coder
 from .coders.interface import Check, Coder, Decoder, go_on
 from .device_errors import is_lost_device, is_out_of_memory, where
+from .graphs import clear_graphs
 from .loaded_model import LoadedModel
 from .pipeline import NonFiniteOutput, Stream, run
 from .tensors import NAMES
@@ -141,7 +142,9 @@ class LoadedModels:
         key = Key(*requests[0].job.coder)
         model = self._get(key)
         outcomes = self._run(key, model, requests, stream, check)
-        while any(isinstance(outcome, TooLargeForDevice) for outcome in outcomes) and self._unload_another(key, model):
+        while any(isinstance(outcome, TooLargeForDevice) for outcome in outcomes) and self._unload_another(
+            key, model.device
+        ):
             outcomes = [
                 self._run(key, model, [request], stream, check)[0]
                 if isinstance(outcome, TooLargeForDevice)
@@ -203,12 +206,18 @@ class LoadedModels:
         idle = [key for key, used_at in list(self._used_at.items()) if used_at < oldest]
         return self._unload(idle) if idle else []
 
-    def _unload_another(self, key: Key, model: LoadedModel[Any]) -> bool:
-        """Unload the least recently used of the other models on a model's device. Return whether there was one.
+    def _free_for(self, key: Key, device: torch.device) -> bool:
+        """Free the graphs of a device and its least recently used other model. Return whether there was one."""
+        with self._turn.after_work():
+            clear_graphs(device)
+        return self._unload_another(key, device)
+
+    def _unload_another(self, key: Key, device: torch.device) -> bool:
+        """Unload the least recently used of the other models on a device. Return whether there was one.
 
         Between the steps of other work it unloads none and returns False, because that work may use any of them.
         """
-        others = [other for other, loaded in self._loaded.items() if other != key and loaded.device == model.device]
+        others = [other for other, loaded in self._loaded.items() if other != key and loaded.device == device]
         if not others or self._turn.is_mine:
             return False
         self._unload(others[:1])
@@ -256,7 +265,10 @@ class LoadedModels:
         return list(keys)
 
     def _load(self, key: Key) -> LoadedModel[Coder]:
-        """Load one direction of a model, warm it up, and turn every failure into ModelUnavailable."""
+        """Load one direction of a model, warm it up, and turn every failure into ModelUnavailable.
+
+        When memory runs out, other models of the device are unloaded, one after the other.
+        """
         started = time.perf_counter()
         located = self._locate(key.name)
         try:
@@ -265,6 +277,9 @@ class LoadedModels:
             raise
         except Exception as error:  # the border of a load: whatever fails, the model is reported as unavailable
             if is_out_of_memory(error):
+                error.__traceback__ = None  # which keeps what was loaded until then
+                if self._free_for(key, located.device):
+                    return self._load(key)
                 detail = f"{key.name}: its weights do not fit the memory of {located.device}"
                 raise ModelUnavailable(key.name, detail) from None
             log.debug("%s failed to load", key.name, exc_info=True)

@@ -12,7 +12,7 @@ import torch
 from server.config import load_settings
 from server.engine.models import LoadedModels, NotLoaded
 from server.engine.weights import loading
-from server.errors import TooLargeForDevice
+from server.errors import ModelUnavailable, TooLargeForDevice
 from server.model_info import CoderId, Direction
 from server.values import Geometry, Request, Result
 from tests.conftest import write_models_yaml
@@ -197,3 +197,31 @@ def test_work_between_steps_unloads_nothing(engine: LoadedModels, monkeypatch: p
     assert isinstance(engine.run([request(16, "flux", 16)], check=check)[0], Result)
     assert isinstance(between[0], TooLargeForDevice)
     assert engine.holds(FLUX)
+
+
+def test_a_load_without_memory_unloads_other_models_and_tries_again(
+    engine: LoadedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = loading.load_vae
+
+    def load_vae(info: Any, *arguments: Any) -> Any:
+        if info.name == "flux" and engine.holds(CoderId("sd")):
+            raise torch.OutOfMemoryError("out of memory")
+        return read(info, *arguments)
+
+    monkeypatch.setattr(loading, "load_vae", load_vae)
+    engine.load("sd")
+    assert engine.load("flux").info.decoder
+    assert not engine.holds(CoderId("sd"))
+
+
+def test_a_load_without_memory_and_without_other_models_says_so(
+    engine: LoadedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_vae(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(loading, "load_vae", load_vae)
+    with pytest.raises(ModelUnavailable) as caught:
+        engine.load("sd")
+    assert "its weights do not fit the memory of cpu" in caught.value.detail
