@@ -7,6 +7,7 @@ LIVE = "/health/live"
 METRICS = "/metrics"
 MODELS = "/models"
 OPENAPI = "/openapi.json"
+DOCS = "/docs"
 JOBS = "/jobs"
 PAGE = "/page"
 REQUESTS = "/requests"
@@ -16,6 +17,6 @@ ENCODE = "/encode"
 PROBES = frozenset({*HEALTH, LIVE})
 """The health routes, which need no key and accept any IP address as Host."""
 
-ALL = (*HEALTH, METRICS, MODELS, OPENAPI, JOBS, PAGE, REQUESTS, *DECODE, ENCODE)
+ALL = (*HEALTH, METRICS, MODELS, OPENAPI, DOCS, JOBS, PAGE, REQUESTS, *DECODE, ENCODE)
 RESERVED = frozenset(path.split("/")[1] for path in ALL) - {""}
 """The first segments of all paths. A model cannot have such a name."""

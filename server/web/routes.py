@@ -94,6 +94,11 @@ async def openapi(request: Request) -> Response:
     return JSONResponse(DESCRIPTION)
 
 
+async def docs(request: Request) -> Response:
+    """Answer GET /docs with a page that shows the description of the HTTP contract."""
+    return FileResponse(PAGE / "docs.html", media_type="text/html")
+
+
 class ModelName(StringConvertor):
     """A path segment that may be a model's name. Reserved words are not, so that POST /health is 405 and not 404."""
 
@@ -131,6 +136,7 @@ def all_routes(options: ServerOptions) -> list[NamedRoute]:
         NamedRoute(paths.METRICS, prometheus, "prometheus", is_quiet=True),
         NamedRoute(paths.MODELS, models, "models"),
         NamedRoute(paths.OPENAPI, openapi, "openapi"),
+        NamedRoute(paths.DOCS, docs, "docs"),
         NamedRoute("/", root, "root"),
         NamedRoute(f"{paths.PAGE}/{{file}}", page_file, "page", is_quiet=True),
         NamedRoute(f"{paths.JOBS}/{{id}}", jobs.show, "job"),

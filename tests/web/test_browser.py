@@ -21,6 +21,7 @@ from PIL import Image
 from playwright.sync_api import Error
 from safetensors.torch import save_file
 
+from server.web.openapi import DESCRIPTION
 from tests.conftest import REPOSITORY, Serve
 from tests.pipelines.sounds import oobleck
 from tests.vaes import LocalVae
@@ -257,6 +258,25 @@ def test_audio_is_played_and_its_python_code_runs(browser: Any, serve: Serve, tm
     assert page.get_by_role("link", name="Download").get_attribute("download") == "latents.wav"
     subprocess.run([sys.executable, "-c", page.inner_text("#python")], cwd=tmp_path, check=True)
     assert (tmp_path / "audio.wav").read_bytes()[:4] == b"RIFF"
+    assert page.problems == []
+
+
+def test_the_contract_is_shown_without_other_sites(browser: Any, serve: Serve) -> None:
+    url = serve(DEMO)
+    page = open_page(browser, url)
+    page.goto(f"{url}docs#decode")
+    page.wait_for_selector("details#decode[open] td")
+    shown = page.inner_text("details#decode")
+    assert "scaling_factor" in shown
+    assert "tensor/binary: bytes" in shown
+    operations = page.evaluate("[...document.querySelectorAll('details')].map(each => each.id)")
+    described = [
+        item[method]["operationId"]
+        for item in DESCRIPTION["paths"].values()
+        for method in ("get", "post", "delete")
+        if method in item
+    ]
+    assert operations == described
     assert page.problems == []
 
 

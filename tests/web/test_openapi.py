@@ -52,6 +52,7 @@ REAL = [
     ("/jobs/{id}/result", "get", "jobs/unknown/result", {}, "*/*"),
     ("/requests/{id}/progress", "get", "requests/unknown/progress", {}, "*/*"),
     ("/openapi.json", "get", "openapi.json", {}, "*/*"),
+    ("/docs", "get", "docs", {}, "text/html"),
 ]
 
 
