@@ -25,7 +25,7 @@ from server.web.openapi import DESCRIPTION
 from tests.conftest import REPOSITORY, Serve
 from tests.pipelines.sounds import oobleck
 from tests.vaes import LocalVae
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -48,6 +48,7 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any, url: str, model: str = "", **context: Any) -> Any:
     """model: is chosen by hand."""
     page = browser.new_page(**context)
+    page.set_default_timeout(1e3 * PATIENCE_S)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("requestfailed", lambda request: problems.append(request.url))
