@@ -52,6 +52,10 @@ class ServerError(Exception):
         if operator_task is not None:
             self.operator_task = operator_task
 
+    def name_tensor(self, name: str) -> None:
+        """Put the name of the tensor that the error is about before its sentence."""
+        self.args = (f"{name}: {super().__str__()}",)
+
     def told(self, *, to_operator: bool) -> str:
         """Return the sentence, together with what the operator can do about the error.
 

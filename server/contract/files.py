@@ -68,7 +68,12 @@ def sound_job(parameters: Parameters, video: Job, latents: RawTensor, audio: Mod
     parameters, video: of the video. latents: from `sound_in`. audio: the model that decodes the sound.
     Raises Impossible if the answer cannot hold sound, or what `decode_job` raises, with the name of the tensor.
     """
-    if audio is None or audio.latents.kind != "audio":
+    if audio is not None and audio.latents.kind != "audio":
+        raise Impossible(
+            f"'{video.model}' names '{audio.name}' as its audio model, which is none; leave {SOUND} out, or correct "
+            "audio in its entry of models.yaml"
+        )
+    if audio is None:
         raise Impossible(
             f"the file has {SOUND}, but '{video.model}' has no audio model; leave them out, or set audio in its entry "
             "of models.yaml"
@@ -87,7 +92,7 @@ def sound_job(parameters: Parameters, video: Job, latents: RawTensor, audio: Mod
         sent = parameters.of_sound(latents.shape, latents.dtype)
         return Request(decode_job(sent, "audio/wav", audio, RenderDefaults()), latents.data)
     except ServerError as error:
-        error.args = (f"{SOUND}: {error}",)
+        error.name_tensor(SOUND)
         raise
 
 

@@ -6,6 +6,7 @@ import torch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -228,9 +229,10 @@ def check_limits(geometry: Geometry, limits: Limits, model: str, sampling_rate: 
     videos. Raises TooLarge if a limit is exceeded, Impossible if the latents are empty.
     """
     if sampling_rate and geometry.num_frames > limits.max_seconds * sampling_rate:
+        seconds = math.ceil(100 * geometry.num_frames / sampling_rate) / 100
         raise TooLarge(
-            f"the latents are {geometry.num_frames / sampling_rate:.0f} seconds of audio, but '{model}' takes at most "
-            f"{limits.max_seconds}; send a shorter part",
+            f"the latents are {seconds:g} seconds of audio, but '{model}' takes at most {limits.max_seconds}; "
+            "send a shorter part",
             operator_task="raise max_seconds in models.yaml",
         )
     height, width = geometry.height, geometry.width

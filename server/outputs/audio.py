@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import ffmpeg
 from ..values import RawTensor, Rendered, RenderOptions
+from .video import output_file
 
 SAMPLE_BYTES = 2
 LARGEST = 32767
@@ -28,18 +29,23 @@ def render_wav(waveform: RawTensor, options: RenderOptions) -> Rendered:
 
 
 def render_flac(waveform: RawTensor, options: RenderOptions) -> Rendered:
-    """Render a FLAC file with the same samples as the WAV file. Raises RuntimeError if ffmpeg fails."""
+    """Render a FLAC file with the same samples as the WAV file. Raises RuntimeError if ffmpeg fails.
+
+    ffmpeg writes to a file in which it can seek, so that the number of samples is in the header.
+    """
     wav = render_wav(waveform, options).body
-    command = ["-v", "error", "-f", "wav", "-i", "pipe:0", "-c:a", "flac", "-f", "flac", "pipe:1"]
-    with ffmpeg.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
-        try:
-            flac, _ = running.communicate(bytes(wav))
-        except BaseException:  # nobody waits for it any more
-            running.kill()
-            raise
-    if running.returncode:
-        raise RuntimeError(f"ffmpeg ended with status {running.returncode} while it wrote a FLAC file")
-    return Rendered(memoryview(flac), options.media_type)
+    with output_file() as path:
+        inherited = [int(path.name)] if path.parent.name == "fd" else []
+        command = ["-v", "error", "-f", "wav", "-i", "pipe:0", "-c:a", "flac", "-y", "-f", "flac", str(path)]
+        with ffmpeg.start(command, stdin=subprocess.PIPE, files=inherited) as running:
+            try:
+                running.communicate(bytes(wav))
+            except BaseException:  # nobody waits for it any more
+                running.kill()
+                raise
+        if running.returncode:
+            raise RuntimeError(f"ffmpeg ended with status {running.returncode} while it wrote a FLAC file")
+        return Rendered(memoryview(path.read_bytes()), options.media_type)
 
 
 def as_pcm(waveform: RawTensor) -> memoryview:

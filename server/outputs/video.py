@@ -47,7 +47,7 @@ def render_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Re
     Raises Impossible unless there are 3 channels, RuntimeError if ffmpeg fails, and whatever `chunks` raises.
     """
     command, chunks = _command(chunks, options)
-    with _output_file() as path, tempfile.TemporaryFile() as errors:
+    with output_file() as path, tempfile.TemporaryFile() as errors:
         inherited = [int(path.name)] if path.parent.name == "fd" else []
         command += ["-y", "-movflags", "+faststart", "-f", "mp4", str(path)]
         with ffmpeg.start(command, stdin=subprocess.PIPE, stderr=errors, files=inherited) as running:
@@ -67,7 +67,7 @@ def with_sound(mp4: memoryview, wav: memoryview) -> memoryview:
     It is as long as the longer one of both. Raises RuntimeError if ffmpeg fails.
     """
     with ExitStack() as files, tempfile.TemporaryFile() as errors:
-        video, sound, out = (files.enter_context(_output_file()) for _ in range(3))
+        video, sound, out = (files.enter_context(output_file()) for _ in range(3))
         video.write_bytes(mp4)
         sound.write_bytes(wav)
         inherited = [int(path.name) for path in (video, sound, out) if path.parent.name == "fd"]
@@ -156,7 +156,7 @@ def _check(running: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
 
 
 @contextmanager
-def _output_file() -> Iterator[Path]:
+def output_file() -> Iterator[Path]:
     """Create the output file, in which ffmpeg seeks back at the end to move the index to the start.
 
     On Linux it is in memory, so that it fills no disk and nothing is left behind if this process is killed.

@@ -18,6 +18,7 @@ from .. import contract, values
 from ..config import ServerOptions
 from ..errors import BadRequest, ServerError
 from ..inputs import VIDEO_TYPE, media_type_of
+from ..inputs.tensor import SOUND
 from ..model_info import Direction, ModelInfo
 from ..outputs import format_named, with_sound
 from ..scheduling.admission import Admission
@@ -106,7 +107,11 @@ async def _answer(intake: Intake, received: Received) -> InPieces | Streamed:
 
 async def _answer_with_sound(intake: Intake, both: VideoWithSound) -> InPieces:
     """Decode the sound, which takes less time, then the video, and put both into one MP4."""
-    sound = await intake.service.answer(both.sound, intake.admission)
+    try:
+        sound = await intake.service.answer(both.sound, intake.admission)
+    except BadRequest as error:
+        error.name_tensor(SOUND)
+        raise
     video = await intake.service.answer(both.video, intake.admission, request_id=intake.request_id)
     started = time.perf_counter()
     body = await intake.join(video.body.body, sound.body.body)
@@ -234,7 +239,8 @@ class Intake:
         self.service.check_loads(info.name, direction)
         if direction is Direction.DECODE:
             job = self._decode_job(parameters, accept, info)
-            sound = await self._sound(parameters, job, file) if file is not None else None
+            may_have_sound = file is not None and info.latents.kind == "video"
+            sound = await self._sound(parameters, job, file) if may_have_sound and file is not None else None
             decode = await self._tensor(job, body, sound.job.bytes_held if sound else 0)
             return VideoWithSound(decode, sound) if sound else decode
         if parameters.has("shape"):

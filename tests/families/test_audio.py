@@ -105,6 +105,8 @@ def test_a_flac_holds_the_samples_of_the_wav(address: str, query: dict[str, str]
     params = {"shape": list(latents.shape), "dtype": "float32", **query}
     data = latents.numpy().tobytes()
     flac = requests.post(address + "ace-step", params=params, data=data, headers=BINARY | accept, timeout=300)
+    samples_in_header = int.from_bytes(flac.content[21:26], "big") & (1 << 36) - 1
+    assert samples_in_header == len(samples(wav)[1])
     assert (flac.content[:4], flac.headers["content-type"]) == (b"fLaC", "audio/flac")
     command = [get_ffmpeg_exe(), "-v", "error", "-i", "pipe:0", "-f", "s16le", "pipe:1"]
     raw = subprocess.run(command, input=flac.content, capture_output=True, check=True).stdout
@@ -152,7 +154,7 @@ REFUSED: dict[str, tuple[str, tuple[int, ...], dict[str, Any], int, str]] = {
     "image latents": ("short", (1, 6, 12, 12), {}, 400, "has 4 dimensions; this model takes audio latents [B, 6, L]"),
     "other channels": ("short", (1, 5, 12), {}, 400, "is not audio latents of this model, [B, 6, L]"),
     "two in one file": ("short", (2, 6, 12), {}, 422, "a batch of 2 does not fit one WAV"),
-    "a long one": ("short", (1, 6, 126), {}, 413, "are 1 seconds of audio, but 'short' takes at most 1"),
+    "a long one": ("short", (1, 6, 126), {}, 413, "are 1.01 seconds of audio, but 'short' takes at most 1"),
     "two sounds of H3": ("minimax-h3-audio", (4, 4, 9), {}, 400, "one request holds one sound"),
     "other rows": ("ltx2-audio", (1, 2, 9, 3), {}, 400, "is not audio latents of this model, [B, 2, L, 2], or packed"),
     "without the vocoder": ("alone", (1, 2, 9, 2), {}, 503, "'alone' cannot be loaded"),
@@ -215,7 +217,7 @@ def test_the_command_sends_the_whole_file_for_a_video_with_sound(
 
 WITHOUT_SOUND: dict[str, tuple[str, dict[str, torch.Tensor], str]] = {
     "no audio model": ("silent?output_type=mp4", BOTH, "'silent' has no audio model"),
-    "no audio model under that name": ("drawn?output_type=mp4", BOTH, "'drawn' has no audio model"),
+    "no audio model under that name": ("drawn?output_type=mp4", BOTH, "'drawn' names 'wan' as its audio model"),
     "factors": ("wan?output_type=mp4&scaling_factor=1", BOTH, "hold for one tensor"),
     "a tensor": ("wan?output_type=pt", BOTH, "only a whole MP4 holds sound beside a video"),
     "a stream": ("wan?output_type=mp4&stream=True", BOTH, "only a whole MP4 holds sound beside a video"),

@@ -105,7 +105,10 @@ class CustomDecoder:
         for part in torch.split(batch, 1) if is_one_by_one else [batch]:
             check()
             with checking(module, check) if module is not None else nullcontext():
-                sample = self._made.decode(part)
+                try:
+                    sample = self._made.decode(part)
+                except SystemExit as error:  # code of others must not end the thread
+                    raise RuntimeError(f"{self.name} tried to end the process") from error
             self._check_sample(part, sample)
             samples.append(sample)
         whole = torch.cat(samples)

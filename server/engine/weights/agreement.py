@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import accelerate
@@ -15,7 +15,7 @@ from ...model_info import Direction
 from ..coders.video.tiny_layers import TINY_CLASSES
 from .headers import StoredTensor, UnreadableWeights
 from .key_maps import Tensors, to_diffusers
-from .stored import OTHER_PARTS, OWN_PART, Stored
+from .stored import OTHER_PARTS, OWN_PART, Stored, mistaken_for_a_vae, some
 
 # While diffusers builds a module without memory, it patches torch's modules. Two builds at the same time would leave
 # them patched forever.
@@ -33,18 +33,6 @@ DTYPES = {
 
 SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale", "scaled_fp8", "comfy_quant", "weight_scale_inv")
 """The last segments of the names of tensors that quantized weights must be multiplied by."""
-
-NAMES_SHOWN = 3
-NOT_A_VAE = {
-    "lora": "a LoRA",
-    "model.diffusion_model.": "a diffusion model without its VAE",
-    "double_blocks.": "a diffusion model",
-    "joint_blocks.": "a diffusion model",
-    "transformer_blocks.": "a diffusion model",
-    "text_model.": "a text encoder",
-    "self_attn.q_proj.": "a language model",
-}
-"""Parts of the names of tensors in files that people mistake for a VAE, and what these files are."""
 
 
 def vae_class(class_name: str) -> Any:
@@ -176,17 +164,10 @@ def _quantized(stored: Stored) -> str:
 
 
 def _of_another_architecture(vae: torch.nn.Module, stored: Stored, origin: str) -> str:
+    if other := mistaken_for_a_vae(stored):
+        return other
     names = [key for _, key, _ in stored.tensors.values()]
-    known = next((what for part, what in NOT_A_VAE.items() if any(part in name for name in names)), None)
-    if known:
-        return f"{stored.file} is {known} ({some(names)}); give the file of its VAE"
     return (
         f"the tensors of {stored.file} ({some(names)}) are of another architecture than {type(vae).__name__}, "
         f"which {origin} names; give the config of this file, or the file of this config"
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first names as text, and how many more there are."""
-    shown = ", ".join(names[:NAMES_SHOWN])
-    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

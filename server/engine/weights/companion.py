@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from .agreement import skeleton, some
+from .agreement import skeleton
 from .headers import UnreadableWeights
 from .hub import Source
 from .loading import prepared, reading
-from .stored import read_stored
+from .stored import read_stored, some
 from .which_config import companion_config
 
 

@@ -55,6 +55,8 @@ def read_info(source: Source, *, is_local_only: bool = False) -> ModelInfo:
         whole = whole_config(class_name, config) | beside
         spec: LatentSpec = family.describe(whole)
         check_spec(spec)
+        if entry.custom_decoder and spec.kind == "audio":
+            raise ValueError("a decoder of another package can only be one of images or videos")
         if entry.custom_decoder:
             spec = replace(spec, takes_timestep=False, takes_seed=False)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...model_info import Direction, ModelInfo
-from .agreement import directions_in, skeleton, some, translated
+from .agreement import directions_in, skeleton, translated
 from .defaults import whole_config
 from .headers import UnreadableWeights
 from .hub import Source
 from .key_maps import Tensors
-from .stored import OTHER_PARTS, Stored, read_stored
+from .stored import OTHER_PARTS, Stored, read_stored, some
 from .which_config import configuration_of
 
 # diffusers warns of entries in a config.json that the class does not have.
@@ -70,7 +70,8 @@ def reading(source: Source) -> Iterator[None]:
     except UnreadableWeights as error:
         raise source.failure(str(error)) from error
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).strip().splitlines()]  # torch names the tensor in the second line
+        reason = " ".join(lines[:2])[:300] or type(error).__name__
         advice = "let this user read them" if isinstance(error, PermissionError) else "download the model again"
         raise source.failure(f"the weights do not load ({reason}); {advice}") from error
 

@@ -21,6 +21,19 @@ OWN_PART = {Direction.DECODE: "decoder.", Direction.ENCODE: "encoder."}
 """For each direction, how the names of its own tensors begin. A file of one direction may have `quant_conv` of both."""
 
 
+NAMES_SHOWN = 3
+NOT_A_VAE = {
+    "lora": "a LoRA",
+    "model.diffusion_model.": "a diffusion model without its VAE",
+    "double_blocks.": "a diffusion model",
+    "joint_blocks.": "a diffusion model",
+    "transformer_blocks.": "a diffusion model",
+    "text_model.": "a text encoder",
+    "self_attn.q_proj.": "a language model",
+}
+"""Parts of the names of tensors in files that people mistake for a VAE, and what these files are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """The headers of all files of a VAE, or of the checkpoint that contains it.
@@ -65,3 +78,19 @@ def _check_index(index: Path, headers: Iterable[Header]) -> None:
     if missing := sorted(wanted - found):
         key, file = missing[0]
         raise UnreadableWeights(f"{index.name} says that {key} is in {file}, and it is not; download the model again")
+
+
+def mistaken_for_a_vae(stored: Stored) -> str | None:
+    """Return a sentence that says what a file is that people mistake for a VAE; None if it may be a VAE."""
+    names = [*(key for _, key, _ in stored.tensors.values()), *stored.others]
+    is_vae = any(name.startswith(("encoder.", "decoder.", "first_stage_model.", "vae.")) for name in names)
+    known = next((what for part, what in NOT_A_VAE.items() if any(part in name for name in names)), None)
+    if known is None or is_vae:
+        return None
+    return f"{stored.file} is {known} ({some(names)}); give the file of its VAE"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names as text, and how many more there are."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

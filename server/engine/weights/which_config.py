@@ -17,7 +17,7 @@ from ...families.named import NamedConfig, named_config, named_configs
 from .defaults import has_class, is_vae_class, whole_config
 from .headers import UnreadableWeights
 from .hub import CONFIG, Source
-from .stored import Stored, read_stored
+from .stored import Stored, mistaken_for_a_vae, read_stored
 from .tensor_names import form_of
 
 ARCHITECTURES = {
@@ -179,6 +179,8 @@ def _nothing_fits(stored: Stored) -> str:
                 f"{stored.file} has {form_of(stored.tensors)} and no {CONFIG}, and fits none of the well-known "
                 f"configurations; put its {CONFIG} beside it, or set config, or --vae-config, to the path of one"
             )
+    if other := mistaken_for_a_vae(stored):
+        return other
     first = next(iter(stored.tensors.values()))[1]
     return (
         f"{stored.file} has no {CONFIG}, and no tensors of a VAE that this server knows (the first is {first}); "

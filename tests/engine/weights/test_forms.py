@@ -422,6 +422,8 @@ OTHERS = {
 def test_files_of_something_else_are_told_what_they_are(key: str, kl: Any, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {key: torch.zeros(2)}, "thing.safetensors")
     assert f"thing.safetensors is {OTHERS[key]} ({key})" in refused(lambda: check_weights(source(folder)))
+    (folder / "config.json").unlink()
+    assert f"thing.safetensors is {OTHERS[key]} ({key})" in refused(lambda: read_info(source(folder)))
 
 
 def test_tensors_of_another_architecture(kl: Any, tmp_path: Path) -> None:
