@@ -102,11 +102,21 @@ def _weights(settings: Settings, name: str) -> Finding:
         directions = check_weights(source)
     except ModelUnavailable as error:
         return problem(error.detail)
+    if entry.audio and (kind := _kind_of(settings, entry.audio)) not in ("audio", None):
+        return problem(f"{name}: audio: '{entry.audio}' is a model of {kind}s; name an audio model")
     only = f", only to {directions[0]}" if len(directions) == 1 else ""
     return ok(
         f"{name}: weights are on disk, {info.class_name}, family {info.latents.family}, "
         f"{info.latents.channels} channels{only}"
     )
+
+
+def _kind_of(settings: Settings, name: str) -> str | None:
+    """Return what a model decodes to; None if that is not known here yet."""
+    try:
+        return read_info(source_of(settings, name), is_local_only=True).latents.kind
+    except ModelUnavailable:
+        return None
 
 
 def _runs(settings: Settings, name: str) -> Finding:

@@ -226,6 +226,13 @@ def test_models_lists_each_model_in_one_kind() -> None:
     assert "\n".join(kinds) == invoke("models", "--format", "markdown").stdout
 
 
+def test_check_finds_an_audio_model_that_is_none(vaes: dict[str, LocalVae], tmp_path: Path) -> None:
+    models = {"hunyuan": {"repo": str(vaes["hunyuan"].folder), "audio": "sd"}, "sd": {"repo": str(vaes["sd"].folder)}}
+    ran = invoke("check", "--config", write_models_yaml(tmp_path / "models.yaml", models, "sd"))
+    assert ran.returncode == 1
+    assert "hunyuan: audio: 'sd' is a model of images; name an audio model" in ran.stdout
+
+
 def test_models_says_that_none_matches() -> None:
     assert_one_sentence(run("models", "nobody"), "no model of models.yaml matches; run", 1)
 
