@@ -1,4 +1,4 @@
-"""Compare the rate at which many clients get images encoded with the rate of the device alone, in one run.
+"""Compare the rate at which many clients get images encoded with the device's own rate, in one run.
 
     python -m benchmarks.trainers [--clients 64] [--side 512] [--model demo] [--seconds 20] [--rounds 3]
 
@@ -59,7 +59,7 @@ def main() -> None:
                 device.append(loop(direct, jobs, arguments.seconds))
                 with peer.measured():
                     served.append(uvloop.run(closed_loop(peer.port, sent, arguments.clients, arguments.seconds, check)))
-    print("| images | device alone, per second | clients | served, per second | share of the device's rate | refused |")
+    print("| images | device, per second | clients | served, per second | share of the device's rate | refused |")
     print("| --- | --- | --- | --- | --- | --- |")
     rates, refused = (per_second(device), per_second(served)), sum(tally.refused for tally in served)
     size = f"{arguments.model}, {arguments.side}x{arguments.side}"

@@ -58,7 +58,7 @@ class Node:
     FUNCTION = "run"
     KINDS: tuple[str, ...] = ("image", "video")
     INPUTS: dict[str, Any] = {}  # noqa: RUF012  # as ComfyUI has it
-    OPTIONS: dict[str, Any] = {}  # noqa: RUF012
+    OPTIONS: dict[str, Any] = {}  # noqa: RUF012  # never changed
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's name
@@ -66,12 +66,12 @@ class Node:
         return {"required": {**cls.INPUTS, "model": model_input(cls.KINDS)}, "optional": {**cls.OPTIONS, **SERVER}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str) -> bool:  # noqa: N802
+    def VALIDATE_INPUTS(cls, model: str) -> bool:  # noqa: N802  # the name that ComfyUI calls
         """Accept any name, because the address may be of another server. A wrong name gets the server's sentence."""
         return True
 
     @classmethod
-    def IS_CHANGED(cls, model: str = DEFAULT, address: str = "", key: str = "", **_: Any) -> str:  # noqa: N802
+    def IS_CHANGED(cls, model: str = DEFAULT, address: str = "", key: str = "", **_: Any) -> str:  # noqa: N802  # the name that ComfyUI calls
         """Return another value when the settings name another server, so that the node runs again."""
         return str(hash(server_of(model, address, key)))
 
@@ -104,7 +104,7 @@ class Decode(Node):
     """Latents to images."""
 
     DESCRIPTION = "Decodes latents on a VAE decode server. A video becomes a batch of images."
-    INPUTS = {"samples": ("LATENT",)}  # noqa: RUF012
+    INPUTS = {"samples": ("LATENT",)}  # noqa: RUF012  # never changed
     RETURN_TYPES = ("IMAGE",)
 
     def run(self, samples: dict[str, Any], model: str, address: str = "", key: str = "") -> tuple[Any]:
@@ -122,7 +122,7 @@ class Encode(Node):
     """Images to latents."""
 
     DESCRIPTION = "Encodes images on a VAE decode server. A video model takes the whole batch for one video."
-    INPUTS = {"pixels": ("IMAGE",)}  # noqa: RUF012
+    INPUTS = {"pixels": ("IMAGE",)}  # noqa: RUF012  # never changed
     RETURN_TYPES = ("LATENT",)
 
     def run(self, pixels: Any, model: str, address: str = "", key: str = "") -> tuple[dict[str, Any]]:
@@ -146,8 +146,8 @@ class DecodeToVideo(Node):
     """Latents to an MP4."""
 
     DESCRIPTION = "Decodes the latents of a video on a VAE decode server, which sends an MP4 instead of every pixel."
-    INPUTS = {"samples": ("LATENT",)}  # noqa: RUF012
-    OPTIONS = {  # noqa: RUF012
+    INPUTS = {"samples": ("LATENT",)}  # noqa: RUF012  # never changed
+    OPTIONS = {  # noqa: RUF012  # never changed
         "fps": ("FLOAT", {"default": 0, "min": 0, "max": 120, "tooltip": "Frames per second. 0: those of the model."}),
         "quality": ("INT", {"default": 5, "min": 1, "max": 10, "tooltip": "10 is best and largest."}),
     }
@@ -186,7 +186,7 @@ class Preview(Node):
     """Previews while sampling."""
 
     DESCRIPTION = "Shows what a preview model of the server makes of the latents while they are sampled."
-    INPUTS = {"diffusion_model": ("MODEL",)}  # noqa: RUF012
+    INPUTS = {"diffusion_model": ("MODEL",)}  # noqa: RUF012  # never changed
     KINDS = ("preview", "image", "video")
     RETURN_TYPES = ("MODEL",)
 

@@ -146,7 +146,10 @@ def _origin(base: str) -> tuple[str, str | None, int]:
 
 @dataclass(frozen=True)
 class Request:
-    """One POST. route: after the server's address. params: of the query. body: the tensor to send."""
+    """One POST request.
+
+    route: the parts of the path after the server's address. params: the query. body: the tensor to send.
+    """
 
     route: Sequence[str]
     params: Params
@@ -231,7 +234,7 @@ class Connection:
                 with contextlib.suppress(TimeoutError):
                     outcome.exception(LOOK_S)
                 self._show((self._done + self._share) / self.count)
-        except BaseException:
+        except BaseException:  # also ComfyUI's own, when the user cancels
             with contextlib.suppress(RuntimeError):  # the loop has just ended by itself
                 loop.call_soon_threadsafe(task.cancel)
             worker.join(CONNECT_S)  # the connection is closed, so that the server stops too

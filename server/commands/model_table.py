@@ -19,9 +19,9 @@ GAP = "  "
 
 
 def describe_all(settings: Settings, names: Sequence[str] | None = None) -> dict[str, ModelInfo]:
-    """Return what is known of models without the network. Models of which nothing is known are left out.
+    """Return the descriptions of models, by name, without using the network.
 
-    names: the models; None for all.
+    The result lacks the models that nothing on this machine describes. names: the models; None for all.
     """
     infos = {}
     for name in settings.models if names is None else names:
@@ -57,7 +57,7 @@ def _row(settings: Settings, name: str, info: ModelInfo | None) -> tuple[str, ..
 
 
 def details(settings: Settings, name: str, info: ModelInfo | None) -> str:
-    """Return everything about one model, a line for each fact. info: what is known of it; None for nothing."""
+    """Return everything about one model, a line for each fact. info: its description; None if there is none."""
     entry = settings.models[name]
     parts = {"subfolder": entry.subfolder, "file": entry.file, "revision": entry.revision}
     facts = {"repository": ", ".join([entry.repo, *(f"{key} {value}" for key, value in parts.items() if value)])}

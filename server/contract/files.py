@@ -65,7 +65,8 @@ def sound_in(data: bytes | bytearray) -> RawTensor | None:
 def sound_job(parameters: Parameters, video: Job, latents: RawTensor, audio: ModelInfo | None) -> Request:
     """Return the request for the sound of a video, whose latents are in the same file.
 
-    parameters, video: of the video. latents: from `sound_in`. audio: the model that decodes the sound.
+    parameters: those that were sent. video: the job of the video. latents: what `sound_in` returned. audio: the model
+        that decodes the sound; None if the entry of the video's model names none.
     Raises Impossible if the answer cannot hold sound, or what `decode_job` raises, with the name of the tensor.
     """
     if audio is not None and audio.latents.kind != "audio":

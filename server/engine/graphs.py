@@ -70,7 +70,8 @@ class CudaRecorder:
     def record(self, function: Function, x: Tensor) -> Recording:
         """Record a function.
 
-        Raises what torch raises if that fails. What was allocated until then stays in the pool until `forget`.
+        Raises what torch raises if that fails. Memory that was allocated before the failure stays in the pool until
+        `forget`.
         """
         with torch.cuda.device(self.device):
             current, stream = torch.cuda.current_stream(), self._stream

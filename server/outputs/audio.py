@@ -40,7 +40,7 @@ def render_flac(waveform: RawTensor, options: RenderOptions) -> Rendered:
         with ffmpeg.start(command, stdin=subprocess.PIPE, files=inherited) as running:
             try:
                 running.communicate(bytes(wav))
-            except BaseException:  # nobody waits for it any more
+            except BaseException:  # this thread was interrupted; ffmpeg must not outlive it
                 running.kill()
                 raise
         if running.returncode:

@@ -81,7 +81,7 @@ def with_sound(mp4: memoryview, wav: memoryview) -> memoryview:
         with ffmpeg.start(command, stderr=errors, files=inherited) as running:
             try:
                 running.wait()
-            except BaseException:  # nobody waits for it any more
+            except BaseException:  # this thread was interrupted; ffmpeg must not outlive it
                 running.kill()
                 raise
         _check(running, errors)

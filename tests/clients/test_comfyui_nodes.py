@@ -114,7 +114,7 @@ def cosmos_scaled(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return (latents - mean) / std * 0.5
 
 
-AS_IS: Callable[[Any, torch.Tensor], torch.Tensor] = lambda vae, latents: latents  # noqa: E731
+AS_IS: Callable[[Any, torch.Tensor], torch.Tensor] = lambda vae, latents: latents  # noqa: E731  # a value beside others of its kind
 
 # The VAE, the size of its latents, and how ComfyUI has these.
 FAMILIES: dict[str, tuple[Callable[[], Any], tuple[int, ...], Callable[[Any, torch.Tensor], torch.Tensor]]] = {

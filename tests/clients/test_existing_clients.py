@@ -34,32 +34,17 @@ def unit_of(sample: torch.Tensor) -> torch.Tensor:
 
 def node_of_kijai(endpoint: str, latents: torch.Tensor) -> torch.Tensor:
     """HFRemoteVAEDecode: no factor, no `do_scaling`, a width without a height, which for a video is no width at all."""
-    query = {
-        "do_scaling": False,
-        "output_type": "pt",
-        "partial_postprocess": False,
-        "shape": list(latents.shape),
-        "dtype": "float32",
-        "width": latents.shape[3] * 8,
-    }
-    return node_answer(endpoint, latents, query)
+    return node_answer(endpoint, latents, width=latents.shape[3] * 8)
 
 
 def node_of_visionatrix(endpoint: str, latents: torch.Tensor) -> torch.Tensor:
     """RemoteVAEDecode: a height and a width too, from the wrong axes for a video."""
-    query = {
-        "do_scaling": False,
-        "output_type": "pt",
-        "partial_postprocess": False,
-        "shape": list(latents.shape),
-        "dtype": "float32",
-        "height": latents.shape[2] * 8,
-        "width": latents.shape[3] * 8,
-    }
-    return node_answer(endpoint, latents, query)
+    return node_answer(endpoint, latents, height=latents.shape[2] * 8, width=latents.shape[3] * 8)
 
 
-def node_answer(endpoint: str, latents: torch.Tensor, query: dict[str, Any]) -> torch.Tensor:
+def node_answer(endpoint: str, latents: torch.Tensor, **size: int) -> torch.Tensor:
+    query: dict[str, Any] = {"do_scaling": False, "output_type": "pt", "partial_postprocess": False}
+    query |= {"shape": list(latents.shape), "dtype": "float32", **size}
     headers = {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
     answer = requests.post(endpoint, params=query, data=latents.numpy().tobytes(), headers=headers, timeout=300)
     assert answer.ok, answer.json()

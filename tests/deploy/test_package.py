@@ -206,7 +206,7 @@ def test_it_decodes_and_encodes_without_a_server(elsewhere: Any, tmp_path: Path)
     assert load_file(tmp_path / "again.safetensors")["latents"].shape == (1, 4, 64, 64)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash, which completes the words")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

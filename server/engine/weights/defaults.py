@@ -89,8 +89,8 @@ def _value(default: ast.expr, file: Path) -> Any:
     try:
         return ast.literal_eval(default)
     except ValueError:
-        # This is the code of an installed package, which is also run when the model is loaded.
-        return eval(compile(ast.Expression(default), file, "eval"), {"__builtins__": {}}, _constants(file))  # noqa: S307
+        code = compile(ast.Expression(default), file, "eval")
+        return eval(code, {"__builtins__": {}}, _constants(file))  # noqa: S307  # installed code, which a load runs too
 
 
 @cache

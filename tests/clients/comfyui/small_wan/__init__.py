@@ -14,7 +14,7 @@ class SmallWan:
     RETURN_TYPES = ("MODEL", "CONDITIONING", "LATENT")
 
     @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
+    def INPUT_TYPES(cls):  # noqa: N802  # the name that ComfyUI calls
         return {"required": {"frames": ("INT", {"default": 3})}}
 
     def run(self, frames):
