@@ -70,3 +70,8 @@ def test_the_sizes_are_those_of_the_index(tmp_path: Path) -> None:
     said = summary([{"metadata": metadata, "download_info": {"url": local}}], Path(".venv"))
     assert "1 packages, 5 MB to download unless they are cached, about 11 MB in .venv" in said
     assert "torch 2.13.0 for CUDA GPUs; a build for CPUs: TORCH_INDEX_URL=… make serve" in said
+    said = summary(
+        [{"metadata": {**metadata, "version": "2.13.0+cpu"}, "download_info": {"url": local}}], Path(".venv")
+    )
+    assert "about 20 MB in .venv" in said
+    assert "a build for other devices" in said
