@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -27,12 +28,14 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import requests
 import torch
 
-__all__ = ["RemoteDecodeStep", "RemoteEncodeStep", "RemoteVAE", "RemoteVAEError", "Timeout"]
+__all__ = ["FoundServer", "RemoteDecodeStep", "RemoteEncodeStep", "RemoteVAE", "RemoteVAEError", "Timeout"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "uint8")}
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHUNK_BYTES = 1 << 18
+SERVICE_TYPE = "_vae-server._tcp.local."
+"""Under which servers advertise themselves on the local network."""
 
 # Classes whose statistics are in their weights. The server knows those only once it has loaded the model.
 KEEP_STATISTICS = (
@@ -195,6 +198,52 @@ class Server(NamedTuple):
     def route(self, *segments: str) -> str:
         """Return the address of a route of the model."""
         return "/".join([self.base, *([self.model] if self.model else []), *segments]) + ("" if segments else "/")
+
+
+class FoundServer(NamedTuple):
+    """A server that advertises itself on the local network.
+
+    address: for RemoteVAE, with the server's default model; append the name of another one. needs_key: whether it
+    refuses requests without an API key. version: of the server.
+    """
+
+    name: str
+    address: str
+    needs_key: bool
+    version: str
+
+    @staticmethod
+    def of(info: Any) -> FoundServer | None:
+        """Read a zeroconf.ServiceInfo. Return None if it does not describe a server."""
+        told = {(key or b"").decode(errors="replace"): (value or b"").decode(errors="replace")
+                for key, value in info.properties.items()}  # fmt: skip
+        host = told.get("host") or next(iter(info.parsed_addresses()), "")
+        host = f"[{host}]" if ":" in host else host
+        address = f"http{'s' * (told.get('tls') == '1')}://{host}:{info.port}{told.get('path', '/')}"
+        parts = urlsplit(address)
+        if not host or parts.netloc != f"{host}:{info.port}" or "@" in host:
+            return None
+        name = info.name.removesuffix(f".{SERVICE_TYPE}")
+        return FoundServer(name, address, told.get("key") == "1", told.get("version", ""))
+
+
+def _browse(seconds: float, interfaces: Sequence[str] | None) -> list[FoundServer]:
+    """Listen for servers. It may not run in the thread of an event loop, which zeroconf would use."""
+    try:
+        from zeroconf import InterfaceChoice, ServiceBrowser, ServiceStateChange, Zeroconf
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("to find servers, install the package zeroconf: pip install zeroconf") from None
+    names: set[str] = set()
+
+    def on_change(zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
+        (names.discard if state_change is ServiceStateChange.Removed else names.add)(name)
+
+    with Zeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
+        ServiceBrowser(network, SERVICE_TYPE, handlers=[on_change])
+        time.sleep(seconds)
+        infos = [network.get_service_info(SERVICE_TYPE, name) for name in sorted(names)]
+    found = [FoundServer.of(info) for info in infos if info is not None]
+    return [server for server in found if server is not None]
 
 
 class Answer(NamedTuple):
@@ -490,6 +539,19 @@ class RemoteVAE(torch.nn.Module):
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         """Save nothing, with a warning, so that the other parts of a pipeline can be saved."""
         warnings.warn("a RemoteVAE is not saved; load the pipeline with vae=RemoteVAE(…)", stacklevel=2)
+
+    @staticmethod
+    def servers(timeout: float = 2.0, interfaces: Sequence[str] | None = None) -> list[FoundServer]:
+        """Return the servers that advertise themselves on the local network (`serve --advertise`), by name.
+
+        timeout: how long to listen for them, in seconds. interfaces: IP addresses of this machine, on whose networks to
+            listen; default: on all.
+
+        Any machine of the network can advertise a server, so check the address before you send it a key.
+        Raises ModuleNotFoundError if the package zeroconf is not installed, and OSError if the network cannot be used.
+        """
+        with ThreadPoolExecutor(1) as own_thread:
+            return own_thread.submit(_browse, timeout, interfaces).result()
 
     # Decode and encode.
 

@@ -52,6 +52,10 @@ class ServerOptions(BaseSettings):
         validation_alias=AliasChoices("VAE_SERVER_PORT", "AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
         description="port to listen on; 0 for any free port",
     )
+    advertise: bool = Field(
+        False,
+        description="tell the local network the server's address, so that clients find it; needs the package zeroconf",
+    )
     health_route: Route | None = Field(
         None,
         validation_alias=AliasChoices("VAE_SERVER_HEALTH_ROUTE", "AIP_HEALTH_ROUTE"),

@@ -87,7 +87,7 @@ def load(comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in [name for name in sys.modules if name.startswith("clients.comfyui")]:
         monkeypatch.delitem(sys.modules, name)
     package = importlib.import_module("clients.comfyui")
-    for part in ("remote", "latents", "vae", "preview", "nodes", "host"):
+    for part in ("remote", "found", "latents", "vae", "preview", "nodes", "host"):
         monkeypatch.setitem(sys.modules, f"clients.comfyui.{part}", sys.modules[f"clients.comfyui.{part}"])
     monkeypatch.setitem(sys.modules, "clients.comfyui", package)
     return package
