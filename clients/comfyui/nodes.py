@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from . import host
@@ -170,8 +169,6 @@ class DecodeToVideo(Node):
         key: str = "",
     ) -> tuple[list[Any]]:
         """Decode each video of the batch."""
-        from comfy_api.input_impl import VideoFromFile  # ComfyUI before May 2025 has the other nodes only
-
         latents = first_of(samples)
         params = [
             ("output_type", "mp4"),
@@ -184,7 +181,7 @@ class DecodeToVideo(Node):
             files = decode_to_file(found, latents, params, "video/mp4", host.Bar().show)
         except RemoteError as error:
             fail(error, latents)
-        return ([VideoFromFile(io.BytesIO(file)) for file in files],)
+        return ([host.video(file) for file in files],)
 
 
 class Find:
