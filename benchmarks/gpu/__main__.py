@@ -32,14 +32,15 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 # The modules of the sections, and the share of the minutes that each has. Time that is left goes to those that follow.
 SHARES = {
     "hardware": 25,
-    "suite": 60,
+    "suite": 100,
     "images": 130,
     "videos": 130,
     "shapes": 30,
     "memory": 70,
     "four_models": 40,
+    "overlap": 15,
     "serving": 75,
-    "lost_device": 35,
+    "lost_device": 45,
 }
 # On a CPU the sizes are small, and most of the time goes to the starts of two servers.
 CPU_SHARES = {
@@ -50,6 +51,7 @@ CPU_SHARES = {
     "shapes": 3,
     "memory": 6,
     "four_models": 4,
+    "overlap": 3,
     "serving": 16,
     "lost_device": 12,
 }
