@@ -269,6 +269,20 @@ def test_an_exact_coder_with_little_memory_takes_its_measures_one_after_the_othe
     assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
+def test_a_server_starts_where_an_import_makes_cuda_unusable_in_forked_processes(
+    locals_: dict[str, Local], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers asks torch for a CUDA device while it is imported. Usually torch then asks NVML; here it asks CUDA."""
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    config = tmp_path / "models.yaml"
+    locals_["kl"].vae.save_pretrained(tmp_path / "kl")
+    config.write_text(yaml.safe_dump({"models": {"kl": {"repo": str(tmp_path / "kl"), **FLOAT32}}}))
+    latents = locals_["kl"].latents(1, 8, 8)
+    with process(config, "--device", DEVICE) as (url, _):
+        got = tensor_of(ask(url, latents))
+    torch.testing.assert_close(got, locals_["kl"].decode(latents), atol=1e-3, rtol=1e-3)
+
+
 def test_the_handler_of_endpoints_decodes(vaes: Vaes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAE_SERVER_DTYPE", "float32")
     monkeypatch.setenv("VAE_SERVER_DEVICE", DEVICE)
