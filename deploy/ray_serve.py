@@ -32,7 +32,7 @@ from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.engines import Pending
 from server.scheduling.service import Service, State
 from server.web.app import create_app
-from server.workers.process import SPIN_COUNT
+from server.workers.starting import SPIN_COUNT
 
 if TYPE_CHECKING:  # the front never imports torch
     from server.engine.local import LocalEngine

@@ -75,7 +75,7 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     from ..web.app import create_app
     from ..web.drain import DrainingServer
     from ..workers.devices import engines_for
-    from ..workers.process import start_forkserver
+    from ..workers.starting import start_forkserver
     from .advertising import Advertisement
 
     advertisement = Advertisement(settings, listener) if settings.options.advertise else None

@@ -141,7 +141,12 @@ class ServerOptions(BaseSettings):
         description="frames per second of every MP4, if the request does not set them; "
         f"default: the fps of the model in models.yaml, else {USUAL_FPS:g}",
     )
-    render_threads: int = Field(2, ge=1, description="threads of each worker that render JPEG, PNG and MP4")
+    render_threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads of each worker that render images, and as many that render videos; "
+        "default: half of the cores, 2 to 8",
+    )
     tls_cert: Path | None = Field(
         None, description="certificate chain in a PEM file; the server then speaks HTTPS and no HTTP"
     )
