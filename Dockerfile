@@ -48,5 +48,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["py
 # With this label, a multi-container endpoint of SageMaker tells each container its port. SageMaker runs each with `serve`.
 LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
 
+# The code's licence, and that of the ffmpeg in imageio-ffmpeg. `make sbom` lists the licences of all packages.
+LABEL org.opencontainers.image.licenses="Apache-2.0 AND GPL-3.0-or-later"
+
 ENTRYPOINT ["python", "-m", "server"]
 CMD ["serve"]

@@ -9,7 +9,7 @@ ARGS ?=
 export ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test torture soak figures test-gpu test-hub test-sdnext test-contract test-image test-endpoints test-ray test-comfyui check format bench bench-server gpu-report screenshots demo browser prometheus nginx clean
+.PHONY: help setup serve test torture soak figures test-gpu test-hub test-sdnext test-contract test-image test-endpoints test-ray test-comfyui check format bench bench-server gpu-report screenshots demo browser prometheus nginx generated-clients sbom clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,30 @@ prometheus: ## Install Prometheus for the tests of deploy/compose (Debian)
 nginx: ## Install nginx for the tests of deploy/proxies, without starting it (Debian)
 	command -v nginx >/dev/null || test -x /usr/sbin/nginx || \
 		{ apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends nginx-light; }
+
+# In a folder of their own, because their requirements conflict with constraints.txt.
+CLIENTS := $(VENV)/clients
+GENERATORS := tests/clients/generated
+
+generated-clients: $(CLIENTS)/.installed ## Install the generators of clients for the tests of /openapi.json (PyPI, npm)
+
+$(CLIENTS)/.installed: $(GENERATORS)/requirements.txt $(GENERATORS)/package.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(GENERATORS)/requirements.txt
+	cp $(GENERATORS)/package.json $(CLIENTS)/package.json
+	$(CLIENTS)/bin/npm install --prefix $(CLIENTS) --no-audit --no-fund --no-package-lock --ignore-scripts --loglevel=error
+	@touch $@
+
+# Likewise. It reads the packages of the environment for serving from outside.
+SBOM := $(VENV)/sbom
+
+sbom: $(SERVING) $(SBOM)/.installed ## Write sbom.spdx.json: the packages that serving needs, with versions and licences
+	@$(SBOM)/bin/python -m deploy.sbom "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" sbom.spdx.json
+
+$(SBOM)/.installed: deploy/sbom-requirements.txt
+	$(PYTHON) -m venv $(SBOM)
+	$(SBOM)/bin/python -m pip install --quiet --disable-pip-version-check -r deploy/sbom-requirements.txt
+	@touch $@
 
 clean: ## Remove the environment and every cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
+from urllib3.exceptions import InsecureRequestWarning
 
 from ..config import paths
 from ..errors import ConfigError
@@ -17,6 +20,7 @@ from .status_line import StatusLine
 
 CONNECT_S, WATCH_S = 10, 1
 FIND_S = (1, 5)  # to connect, and to answer
+OTHERWISE = "; without this server: --no-server"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Place:
         try:
             with (
                 line.doing(f"waiting for {self.shown}", lambda: self._progress(request_id)),
-                self._session() as session,
+                self.session() as session,
             ):
                 response = session.post(
                     self.url.rstrip("/") + path if path else self.url,
@@ -66,18 +70,27 @@ class Place:
         except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
             raise ConfigError(f"{self.shown}: not a URL; write http://{self.shown}") from None
         except requests.exceptions.SSLError:
-            raise ConfigError(
-                f"{self.shown}: its certificate is not trusted here; set REQUESTS_CA_BUNDLE to that of its issuer"
-            ) from None
+            raise ConfigError(self.not_trusted()) from None
         except requests.RequestException as error:
             raise ConfigError(f"{self.shown}: no answer ({type(error).__name__}); is the server running?") from None
         if not response.ok:
             raise ConfigError(f"{self.shown}: {self._sentence(response)}")
         return response
 
-    def _session(self) -> requests.Session:
+    def not_trusted(self) -> str:
+        """Return what to do when the certificate of the server cannot be verified."""
+        return (
+            f"{self.shown}: its certificate is not trusted here, or is for another name; set REQUESTS_CA_BUNDLE to the "
+            "file of its issuer's certificate (a self-signed one is its own issuer's), and give the address with the "
+            "certificate's name: --server https://NAME:PORT/" + OTHERWISE * self.is_found
+        )
+
+    def session(self) -> requests.Session:
+        """Return a session for requests to the server."""
         session = requests.Session()
-        session.trust_env = not self.is_found  # a proxy is not for this machine
+        if self.is_found:
+            session.trust_env = False  # a proxy is not for this machine
+            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         return session
 
     def _sentence(self, response: requests.Response) -> str:
@@ -85,12 +98,12 @@ class Place:
             sentence = str(response.json()["error"])
         except (json.JSONDecodeError, KeyError, TypeError):
             sentence = f"it answered with status {response.status_code}; is this a VAE decode server?"
-        return sentence + "; without this server: --no-server" * self.is_found
+        return sentence + OTHERWISE * self.is_found
 
     def _progress(self, request_id: str) -> str:
         """Return how far a request is, as text; empty if the server does not tell."""
         try:
-            with self._session() as session:
+            with self.session() as session:
                 answer = session.get(f"{self._origin}{paths.REQUESTS}/{request_id}/progress", timeout=WATCH_S)
                 known = answer.json()
             if known["state"] == "queued":
@@ -105,15 +118,45 @@ def find(port: int, model: str | None) -> Place | None:
     """Return the server of this project that listens on a port of this machine and has a model; None if none does.
 
     model: the name or an alias of a model; None for the server's default model. A server that asks for a key is not
-    used, because this program knows none.
+    used, because this program knows none. Raises ConfigError if the certificate of such a server is not trusted.
     """
-    url = f"http://127.0.0.1:{port}/"
+    for scheme in ("http", "https"):
+        place = Place(f"{scheme}://127.0.0.1:{port}/", is_found=True)
+        with place.session() as session:
+            try:
+                name = _name_of(model, session, place)
+            except requests.exceptions.SSLError:
+                if _has_untrusted(model, session, place):
+                    raise ConfigError(place.not_trusted()) from None
+                return None
+            except requests.exceptions.Timeout:
+                return None
+            except requests.RequestException:
+                continue  # nothing listens there, or not with this scheme
+        return replace(place, model=name) if name else None
+    return None
+
+
+def _name_of(model: str | None, session: requests.Session, place: Place) -> str | None:
+    """Return the name of a model at a server; None if it does not have it, or is another program.
+
+    Raises RequestException if it does not answer.
+    """
+    answer = session.get(place.url.rstrip("/") + paths.MODELS, timeout=FIND_S)
     try:
-        with requests.Session() as session:
-            session.trust_env = False
-            known = session.get(url.rstrip("/") + paths.MODELS, timeout=FIND_S).json()
+        known = answer.json()
         names = {word: str(each["name"]) for each in known["models"] for word in (each["name"], *each["aliases"])}
-        name = names.get((model or known["default"]).lower())
-    except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
-        return None  # nothing listens there, or something else
-    return Place(url, name, is_found=True) if name else None
+        return names.get((model or known["default"]).lower())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _has_untrusted(model: str | None, session: requests.Session, place: Place) -> bool:
+    """Return whether a server whose certificate is not trusted has a model. Nothing but this question is sent to it."""
+    session.verify = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InsecureRequestWarning)
+        try:
+            return _name_of(model, session, place) is not None
+        except requests.RequestException:
+            return False

@@ -18,7 +18,7 @@ from .mistakes import nearest
 from .models_yaml import ModelEntry, ModelsFile, Strict, check_name, parse_models
 from .on_disk import absolute, entry_of, vae_at
 from .options import REFUSED_SHARE, SLOWEST_BYTES_PER_S, USUAL_FPS, ServerOptions, read_options
-from .tls import check_tls
+from .tls import tls_context
 
 # In an installed package, models.yaml is inside it; in the repository, beside it.
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def load_settings(only: tuple[str, ...] = (), **flags: Any) -> Settings:
     models = {**file.models, **dict(found for found in given.values() if found is not None)}
     names = list(file.models)
     default = file.default or names[0]
-    check_tls(options)
+    tls_context(options)  # raises ConfigError
     settings = Settings(options=options, source=source, default=default, models=models, api_keys=read_keys(options))
     if options.vae_config and vae_at(source) is None and not any(given.values()):
         raise ConfigError(
@@ -176,4 +176,5 @@ __all__ = [
     "forget_keys",
     "load_settings",
     "shipped_models",
+    "tls_context",
 ]

@@ -10,14 +10,13 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
 
 from ..scheduling.service import Service
-from .protocol import MOST_CREDIT_S, uvicorn_config
+from .protocol import uvicorn_config
 
 # How long uvicorn waits for open connections when it stops. All answers have been sent by then, so only idle
 # connections and incomplete uploads are open.
@@ -54,20 +53,6 @@ class DrainingServer(uvicorn.Server):
         with super().capture_signals():
             yield
         signal.signal(signal.SIGHUP, usual)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn does, but bound the handshakes of TLS, during which a connection is not counted yet.
-
-        The end of a TLS connection waits as long as an answer may take to be read.
-        """
-        if self.config.ssl:
-            options, loop = self._service.settings.options, asyncio.get_running_loop()
-            loop.create_server = partial(  # type: ignore[method-assign]  # uvicorn has no option for it
-                loop.create_server,
-                ssl_handshake_timeout=options.head_timeout_s,
-                ssl_shutdown_timeout=options.send_timeout_s + MOST_CREDIT_S,
-            )
-        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, but close the application after a second signal too, which releases the workers."""

@@ -9,7 +9,6 @@ an upgrade changes them. The module knows no route. A route that reads a body bo
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
 import select
@@ -21,10 +20,11 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from ..config import REFUSED_SHARE, SLOWEST_BYTES_PER_S, ServerOptions
+from ..config import REFUSED_SHARE, SLOWEST_BYTES_PER_S, ServerOptions, tls_context
 from ..errors import HeadTooLarge, MalformedRequest, RequestTooSlow, ServerError, TooManyConnections, UpgradeRefused
 from ..metrics import Metrics
 from .auth import is_probe
+from .connections import TURNS, Tls, close_longest_idle
 from .failures import as_json
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ TICK_S = 0.25  # the time between two checks of a connection
 # The most credit, in seconds of not reading, that a client can build up by reading faster than 64 KiB per second.
 # Without a bound, it could stop reading for hours after a fast start.
 MOST_CREDIT_S = 60.0
-TURNS = itertools.count()  # orders events, because several may have the same time on the event loop's clock
 
 
 def uvicorn_config(app: Starlette) -> uvicorn.Config:
@@ -50,22 +49,37 @@ def uvicorn_config(app: Starlette) -> uvicorn.Config:
     Only httptools is used: h11 accepts a request with two different lengths, and has no time limit for a slow head.
     """
     service = app.state.service
+    options: ServerOptions = service.settings.options
+    context = tls_context(options)
 
-    class Protocol(BoundedProtocol):
-        options = service.settings.options
+    class Http(BoundedProtocol):
         metrics = service.metrics
+
+    Http.options = options
+
+    def protocol(**known: Any) -> BoundedProtocol | Tls:
+        """Return the protocol of a new connection."""
+        http = Http(**known)
+        if context is None:
+            return http
+        return Tls(
+            http,
+            http.connections,
+            context,
+            most=most_connections(options),
+            timeout_s=options.head_timeout_s,
+            shutdown_timeout_s=options.send_timeout_s + MOST_CREDIT_S,
+        )
 
     return uvicorn.Config(
         app,
-        http=Protocol,
+        http=protocol,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         proxy_headers=False,
         log_config=None,
         access_log=False,
         server_header=False,
         date_header=False,
-        ssl_certfile=Protocol.options.tls_cert,
-        ssl_keyfile=Protocol.options.tls_key,
     )
 
 
@@ -131,19 +145,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
         If none is idle, serve this connection only if it sends a health check.
         """
-        others = (other for other in self.connections if other is not self and isinstance(other, BoundedProtocol))
-        idle = [other for other in others if other.is_idle]
-        if idle:
-            min(idle, key=lambda other: other.became_idle).transport.close()
-        elif len(self.connections) <= self._most_connections:
+        if close_longest_idle(self.connections, self):
+            return
+        if len(self.connections) <= most_connections(self.options):
             self._is_spare = True
         else:
             self._refuse(_too_many_connections())
 
-    @property
-    def _most_connections(self) -> int:
-        """The most open connections, including those over the limit that get a refusal or send a health check."""
-        return self.options.max_connections + max(4, self.options.max_connections // REFUSED_SHARE)
+    def close(self) -> None:
+        """End the connection after what is being sent."""
+        self.transport.close()
 
     @property
     def is_idle(self) -> bool:
@@ -290,8 +301,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():  # TLS cannot close one direction
             self.transport.write_eof()
         self._hang_up_at = self.loop.time() + LINGER_S
-        if len(self.connections) > self._most_connections:
-            self.transport.close()  # the next connection must be answered too, and may need the file descriptor
+        if len(self.connections) > most_connections(self.options):
+            self.close()  # the next connection must be answered too, and may need the file descriptor
         return error
 
     def _owes_answer(self) -> bool:
@@ -369,6 +380,11 @@ class BoundedProtocol(HttpToolsProtocol):
     @property
     def _head_timeout_s(self) -> float:
         return min(SPARE_HEAD_S, self.options.head_timeout_s) if self._is_spare else self.options.head_timeout_s
+
+
+def most_connections(options: ServerOptions) -> int:
+    """Return the most open connections, including those over the limit that get a refusal or send a health check."""
+    return options.max_connections + max(4, options.max_connections // REFUSED_SHARE)
 
 
 def _too_many_connections() -> TooManyConnections:

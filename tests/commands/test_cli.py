@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+import trustme
 from click.testing import CliRunner
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
@@ -383,6 +384,26 @@ def test_another_program_at_the_port_is_not_used(body: bytes) -> None:
 def test_a_server_that_asks_for_a_key_is_not_used(serve: Serve, vaes: Vaes) -> None:
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}}, api_key="secret")
     assert find(int(port_of(address)), None) is None
+
+
+def test_a_server_on_this_machine_with_a_certificate_is_used_if_that_is_trusted(
+    serve: Serve, vaes: Vaes, latents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issuer, certificate, out = tmp_path / "issuer", tmp_path / "certificate", tmp_path / "out.png"
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(issuer))
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(certificate))
+    address = serve({"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32"}}, tls_cert=certificate)
+    monkeypatch.setenv("VAE_SERVER_PORT", port_of(address))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(issuer))
+    shown = invoke("decode", latents_file, out).stdout
+    assert re.fullmatch(rf"{out}: 96x64 pixels, \d+ bytes, [\d.]+ s by sd at {address}\n", shown)
+    assert f" by sd at {address}" in invoke("encode", out, tmp_path / "again.safetensors").stdout
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    refused = invoke("decode", latents_file, out)
+    assert_one_sentence(refused, "not trusted here.* set REQUESTS_CA_BUNDLE to .*; without this server: --no-server", 2)
+    assert_one_sentence(invoke("decode", latents_file, out, "--server", address), "set REQUESTS_CA_BUNDLE", 2)
+    assert find(int(port_of(address)), "another-model") is None, "then its certificate does not matter"
 
 
 def test_a_key_in_the_address_is_sent_and_not_shown(

@@ -163,6 +163,41 @@ def test_a_page_of_another_site_can_do_nothing_unless_it_is_listed(
     assert count(url) == before, "a request that needs no preflight decodes nothing either"
 
 
+@pytest.mark.parametrize(
+    "key", [{"X-API-Key": "secret"}, {"Authorization": "Bearer secret"}], ids=lambda key: next(iter(key))
+)
+def test_a_listed_page_of_another_site_sends_its_key(
+    browser: Any,
+    serve: Serve,
+    vaes: dict[str, LocalVae],
+    monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    key: dict[str, str],
+) -> None:
+    """The browser first asks by a preflight, which has no key, whether the page may send the header."""
+    monkeypatch.setenv("VAE_SERVER_API_KEY", "secret")
+    foreign = url.replace("127.0.0.1", "localhost")
+    listed = serve({"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32"}}, cors_origins=foreign.rstrip("/"))
+    ask = """async ([url, key]) => {
+        const query = 'shape=1,4,8,8&dtype=float32&output_type=pt&output_dtype=float32';
+        const headers = { 'Content-Type': 'tensor/binary', ...key };
+        try {
+            const answer = await fetch(url + '?' + query, { method: 'POST', body: new Uint8Array(1024), headers });
+            const error = answer.ok ? null : (await answer.clone().json()).code;
+            return [answer.status, answer.headers.get('shape'), (await answer.arrayBuffer()).byteLength, error];
+        } catch (error) {
+            return [error.name];
+        }
+    }"""
+    page = browser.new_page()
+    page.goto(foreign + "health")
+    assert page.evaluate(ask, [listed, key]) == [200, "[1, 3, 64, 64]", 4 * 3 * 64 * 64, None]
+    status, shape, _, code = page.evaluate(ask, [listed, {}])
+    assert (status, shape, code) == (401, None, "unauthorized"), "the page can read why it is refused"
+    page.goto(url + "health")  # the same server by its other name, which is not listed
+    assert page.evaluate(ask, [listed, key]) == ["TypeError"]
+
+
 def count(url: str) -> float:
     """How many decodes there were."""
     told = requests.get(url + "metrics", timeout=10).text

@@ -6,7 +6,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -22,8 +22,9 @@ from server.config import load_settings
 from server.errors import ConfigError
 from server.web import protocol
 from tests.conftest import REPOSITORY, Serve, write_models_yaml
+from tests.load import process
 from tests.vaes import LocalVae
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 from tests.web.test_remote_decode import decode_quietly
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -83,7 +84,7 @@ def test_a_client_that_does_not_trust_it_or_speaks_http_gets_no_answer(url: str)
 def test_a_head_that_never_ends_is_closed(files: Files, serve: Serve, vaes: dict[str, LocalVae]) -> None:
     """The limits of slow clients hold behind TLS too."""
     models = {"sd": {"repo": str(vaes["sd"].folder)}}
-    place = urlsplit(serve(models, tls_cert=files.both, head_timeout_s=0.5))
+    place = urlsplit(serve(models, tls_cert=files.both, head_timeout_s=3))  # the handshake must be done by then too
     context = ssl.create_default_context(cafile=files.issuer)
     with connected(place, context) as secure:
         secure.sendall(b"GET /health HTTP/1.1\r\n")
@@ -142,6 +143,68 @@ def test_a_handshake_that_never_comes_is_ended(files: Files, models_yaml: Path) 
         finally:
             process.terminate()
             process.communicate(timeout=300)
+
+
+@pytest.mark.slow
+def test_silent_connections_are_counted_before_their_handshake(files: Files, models_yaml: Path) -> None:
+    """However many there are, the newest client is served, and the oldest of them are closed."""
+    most = 8 + 4  # --max-connections, and those that may get a refusal
+    flags = ("--tls-cert", str(files.both), "--max-connections", "8", "--head-timeout-s", str(10 * PATIENCE_S))
+    with process(models_yaml, *flags) as (address, server), ExitStack() as stack:
+        place = urlsplit(address)
+        silent = [
+            stack.enter_context(socket.create_connection((str(place.hostname), place.port or 0))) for _ in range(40)
+        ]
+        for _ in range(3):
+            answer = requests.get(f"{address}health", verify=str(files.issuer), timeout=PATIENCE_S)
+            assert answer.status_code == 200
+        until(lambda: sum(map(is_closed, silent)) >= len(silent) - most, "the end of the oldest")
+        assert not is_closed(silent[-1]), "the newest may still begin"
+        context = ssl.create_default_context(cafile=files.issuer)
+        with context.wrap_socket(silent[-1], server_hostname="127.0.0.1") as begun:
+            begun.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            assert everything(begun).startswith(b"HTTP/1.1 200")
+        server.terminate()
+        assert server.wait(PATIENCE_S) == 0, "it does not wait for those that are silent"
+
+
+def is_closed(plain: socket.socket) -> bool:
+    """Whether the other side has closed a connection on which it has sent nothing."""
+    plain.setblocking(False)
+    try:
+        return plain.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        plain.setblocking(True)
+
+
+def test_a_request_that_comes_with_the_end_of_the_handshake_is_answered(url: str, files: Files) -> None:
+    """In one packet, so that the server has the request before it knows that the handshake is complete."""
+    place = urlsplit(url)
+    received, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.create_default_context(cafile=files.issuer)
+    secure = context.wrap_bio(received, to_send, server_hostname="127.0.0.1")
+    with socket.create_connection((str(place.hostname), place.port or 0), timeout=PATIENCE_S) as plain:
+        while True:
+            try:
+                secure.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                plain.sendall(to_send.read())
+                received.write(plain.recv(65536))
+        secure.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        plain.sendall(to_send.read())  # the client's last part of the handshake, and the request
+        while True:
+            try:
+                assert secure.read(65536).startswith(b"HTTP/1.1 200")
+                break
+            except ssl.SSLWantReadError:
+                piece = plain.recv(65536)
+                assert piece, "an answer"
+                received.write(piece)
 
 
 WRONG: dict[str, tuple[dict[str, str], str]] = {
