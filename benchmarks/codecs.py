@@ -1,5 +1,8 @@
 """Compare this server's image and video encoders with others, alternating, on a photograph with sensor noise.
 
+Beside the time, it measures how long another thread of Python waits at most: an encoder that keeps Python's global lock
+also stops the thread that gives the device its work.
+
 `python -m benchmarks.codecs [--size 1024] [--frames 61] [--repeats 7]`. Other libraries are measured if they are
 installed; `make bench` installs them with `pip install -r benchmarks/requirements.txt`.
 """
@@ -12,6 +15,7 @@ import importlib.util
 import io
 import statistics
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,6 +33,7 @@ from server.values import RawTensor, RenderOptions
 
 Pixels = NDArray[np.uint8]
 Encoder = Callable[[Pixels], bytes]
+SLEEP_S = 0.0005
 
 
 def ours(name: str) -> Encoder:
@@ -152,26 +157,64 @@ def main() -> None:
         "PNG Pillow, its default (6)": pillow("PNG"),
         "PNG Pillow, level 1": pillow("PNG", compress_level=1),
         "PNG Average filter + zlib 1": our_png_with(zlib.compress),
-        "JPEG ours (Pillow)": ours("jpg"),
+        "JPEG ours (Pillow, into a file in memory)": ours("jpg"),
+        "JPEG Pillow, into a BytesIO": pillow("JPEG", quality=75, subsampling="4:2:0"),
         **dict(others()),
     }
     print(f"images of {arguments.size}x{arguments.size}, and videos of {arguments.frames} frames of 320x512\n")
-    print("| codec | ms | KiB |\n| --- | --- | --- |")
-    table(encoders, photo(arguments.size), arguments.repeats)
-    table(dict(video_encoders()), film(arguments.frames, 320, 512), max(1, arguments.repeats // 2))
+    print("| codec | ms | another thread waits ms | KiB |\n| --- | --- | --- | --- |")
+    with Bystander() as bystander:
+        table(encoders, photo(arguments.size), arguments.repeats, bystander)
+        videos = dict(video_encoders())
+        table(videos, film(arguments.frames, 320, 512), max(1, arguments.repeats // 2), bystander)
 
 
-def table(encoders: dict[str, Encoder], pixels: Pixels, repeats: int) -> None:
-    """Measure the encoders, and print a row for each with the median time and the size."""
+class Bystander:
+    """A thread that sleeps and wakes while it is entered, and notes how late it could go on."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._late_ms: list[float] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Bystander:
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def longest_ms(self) -> float:
+        """Return by how much it was late at most since the last call."""
+        late, self._late_ms = self._late_ms, []
+        return max(late, default=0.0)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            started = time.perf_counter()
+            time.sleep(SLEEP_S)
+            self._late_ms.append((time.perf_counter() - started - SLEEP_S) * 1e3)
+
+
+def table(encoders: dict[str, Encoder], pixels: Pixels, repeats: int, bystander: Bystander) -> None:
+    """Measure the encoders, and print a row for each with the median times and the size."""
     times: dict[str, list[float]] = {name: [] for name in encoders}
+    waits: dict[str, list[float]] = {name: [] for name in encoders}
     sizes = {}
     for _ in range(repeats):
         for name, encode in encoders.items():
+            bystander.longest_ms()
             started = time.perf_counter()
             sizes[name] = len(encode(pixels))
             times[name].append((time.perf_counter() - started) * 1e3)
+            time.sleep(2 * SLEEP_S)  # so that a wait is noted that lasted until the end
+            waits[name].append(bystander.longest_ms())
     for name in sorted(encoders):
-        print(f"| {name} | {statistics.median(times[name]):.1f} | {sizes[name] >> 10} |")
+        took, waited = statistics.median(times[name]), statistics.median(waits[name])
+        print(f"| {name} | {took:.1f} | {waited:.1f} | {sizes[name] >> 10} |")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def ours(decoder: ExactKLDecoder, change: Callable[[Plan, int], Plan]) -> Varian
         batch, _, height, width = latents.shape
         plan = change(decoder.plan(batch, height, width), footprint(decoder.network, height, width).largest)
         with torch.inference_mode():
-            return decoder.run(plan, latents.to(torch.bfloat16), Layout.SAMPLE)[0]
+            return decoder.run(plan, latents.to(torch.bfloat16), layout=Layout.SAMPLE)[0]
 
     return decode
 
@@ -200,7 +200,7 @@ def at_budget(decoder: ExactKLDecoder, budget_bytes: int) -> Variant:
     def decode(latents: Tensor) -> Tensor:
         plan = decoder.plan(latents.shape[0], *latents.shape[2:], budget_bytes=budget_bytes)
         with torch.inference_mode():
-            return decoder.run(plan, latents.to(torch.bfloat16), Layout.SAMPLE)[0]
+            return decoder.run(plan, latents.to(torch.bfloat16), layout=Layout.SAMPLE)[0]
 
     return decode
 

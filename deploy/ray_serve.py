@@ -1,4 +1,6 @@
-"""The server on Ray Serve: a front that speaks HTTP, and replicas with one device each. Ray's router connects them.
+"""The server on Ray Serve: fronts that speak HTTP, replicas with one device each, and a process that has the jobs.
+
+Ray's router connects them.
 
 `serve run deploy.ray_serve:app` runs it on this machine, `serve run deploy/ray_serve.yaml` on GPUs. See ray.md.
 """
@@ -8,6 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,7 +22,8 @@ from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
 from deploy.ray_devices import Ask, RayDevices, Reply, coder_of, id_of
-from deploy.ray_proxy import BehindProxy
+from deploy.ray_jobs import ToJobs, answer
+from deploy.ray_proxy import START_S, BehindProxy
 from server.config import Settings, load_settings
 from server.logs import write_logs
 from server.metrics import Metrics
@@ -28,7 +32,7 @@ from server.scheduling.dispatcher import Dispatcher
 from server.scheduling.engines import Pending
 from server.scheduling.service import Service, State
 from server.web.app import create_app
-from server.workers.process import SPIN_COUNT
+from server.workers.starting import SPIN_COUNT
 
 if TYPE_CHECKING:  # the front never imports torch
     from server.engine.local import LocalEngine
@@ -52,7 +56,8 @@ def app(arguments: Arguments) -> Application:
     """Return the application. Raises ConfigError if the configuration is wrong."""
     load_settings(config=arguments.config)  # so that a mistake ends the command that deploys
     replicas = VAE.bind(arguments.config, arguments.models_per_replica)  # type: ignore[attr-defined]  # by Ray's decorator
-    front: Application = Front.bind(arguments.config, replicas)  # type: ignore[attr-defined]  # likewise
+    jobs = Jobs.bind(arguments.config, replicas)  # type: ignore[attr-defined]  # likewise
+    front: Application = Front.bind(arguments.config, replicas, jobs)  # type: ignore[attr-defined]  # likewise
     return front
 
 
@@ -155,24 +160,57 @@ def end(reason: str) -> None:
     os._exit(1)
 
 
+def service_of(config: str | None, vae: DeploymentHandle[Any]) -> Service:
+    """Return the service of a process that admits requests. vae: the handle of the replicas."""
+    settings = settings_of(config)
+    return Service(settings, RayDevices(vae, list(settings.models)), Metrics())
+
+
+def check_start(service: Service) -> None:
+    """Raise RuntimeError if the start failed, so that Ray replaces the process."""
+    if service.state is State.FAILED:
+        raise RuntimeError(f"the start failed: {service.failure}")
+
+
+@serve.deployment(num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, **ALIKE)
+class Jobs:
+    """The process with the jobs of all fronts. It admits and answers what they pass on, as a front does."""
+
+    async def __init__(self, config: str | None, vae: DeploymentHandle[Any]) -> None:  # type: ignore[misc]  # Ray awaits it
+        """Start the service. vae: the handle of the replicas."""
+        self._service, self._started = service_of(config, vae), asyncio.Event()
+        self._app = create_app(self._service, self._started.set)
+        self._running = AsyncExitStack()
+        await self._running.enter_async_context(self._app.router.lifespan_context(self._app))
+
+    async def answer(self, message: bytes) -> bytes:
+        """Return the answer to a request that a front passes on. See `ray_jobs.answer`."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._started.wait(), START_S)
+        return await answer(self._app, message)
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the start failed."""
+        check_start(self._service)
+
+
 @serve.deployment(max_ongoing_requests=1000, max_queued_requests=1000, **ALIKE)
 @serve.ingress()
 class Front:
     """The HTTP side. It parses, admits and answers requests like the front process of `python -m server serve`."""
 
-    def __init__(self, config: str | None, vae: DeploymentHandle[Any]) -> None:
-        """Make the service. vae: the handle of the replicas."""
-        settings = settings_of(config)
-        self._service = Service(settings, RayDevices(vae, list(settings.models)), Metrics())
+    def __init__(self, config: str | None, vae: DeploymentHandle[Any], jobs: DeploymentHandle[Any]) -> None:
+        """Make the service. vae: the handle of the replicas. jobs: the handle of the process with the jobs."""
+        self._service, self._jobs = service_of(config, vae), jobs
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Return the application that Ray serves."""
         started = asyncio.Event()
         app = create_app(self._service, started.set)
+        app.add_middleware(ToJobs, jobs=self._jobs, max_body_bytes=self._service.settings.options.max_body_mb << 20)
         app.add_middleware(BehindProxy, started=started)
         return app
 
     def check_health(self) -> None:
-        """Raise RuntimeError if the start failed, so that Ray replaces this front."""
-        if self._service.state is State.FAILED:
-            raise RuntimeError(f"the start failed: {self._service.failure}")
+        """Raise RuntimeError if the start failed."""
+        check_start(self._service)

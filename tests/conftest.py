@@ -18,6 +18,7 @@ import yaml
 from server.commands.serving import bind
 from server.config import Settings, load_settings
 from server.engine.local import LocalEngine
+from server.engine.runner import Runner
 from server.engine.video_render import VideoRender
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
@@ -140,6 +141,20 @@ def held_video(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
             assert event.wait(PATIENCE_S)
 
     monkeypatch.setattr(VideoRender, "write", holds)
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def held_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is computed until this is set."""
+    event, compute = threading.Event(), Runner._compute
+
+    def waits(self: Any, *arguments: Any) -> Any:
+        assert event.wait(PATIENCE_S)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(Runner, "_compute", waits)
     yield event
     event.set()
 

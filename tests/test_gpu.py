@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,13 +23,13 @@ from server.engine.coders.stock import StockDecoder, StockEncoder
 from server.engine.models import LoadedModels
 from server.errors import TooLargeForDevice
 from server.families import FAMILIES, family_of_class
-from server.values import Geometry, Layout, Request
+from server.values import Geometry, Layout, Request, Result
 from tests.conftest import Serve, write_models_yaml
 from tests.load import process
 from tests.pipelines import vaes as builders
 from tests.requests import decode_job
 from tests.vaes import LocalVae
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 DEVICE = os.environ.get("VAE_TEST_DEVICE", "cuda")  # cpu: a test of these tests
 pytestmark = [
@@ -159,7 +160,7 @@ def test_every_family_decodes_over_http_as_diffusers_on_a_cpu(
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", [name for name in FAMILIES_HERE if name not in ("ltx", "ltx2")])
+@pytest.mark.parametrize("name", FAMILIES_HERE)
 def test_every_family_encodes_over_http_as_diffusers_on_a_cpu(
     everything: str, locals_: dict[str, Local], name: str, size: tuple[int, int, int]
 ) -> None:
@@ -196,6 +197,90 @@ def test_requests_for_two_models_at_once_are_those_of_each_alone(everything: str
         together = list(clients.map(one, asked))
     for pair, got in zip(asked, together, strict=True):
         torch.testing.assert_close(got, one(pair), atol=1e-4, rtol=1e-4)
+
+
+def test_requests_that_wait_for_a_gpu_are_decoded_in_one_batch(everything: str, locals_: dict[str, Local]) -> None:
+    latents = [locals_["kl"].latents(1, 24, 24, seed) for seed in range(16)]
+    expected = [locals_["kl"].decode(each) for each in latents]
+
+    def a_batch_was_formed() -> bool:
+        with ThreadPoolExecutor(len(latents)) as clients:
+            made = list(clients.map(lambda each: tensor_of(ask(everything + "kl", each)), latents))
+        for got, each in zip(made, expected, strict=True):
+            torch.testing.assert_close(got, each, atol=1e-3, rtol=1e-3)
+        metrics = requests.get(everything + "metrics", timeout=PATIENCE_S).text
+        alone, all_ = (
+            float(re.search(rf"^vae_batch_size_{which} (.+)$", metrics, re.M)[1])
+            for which in ('bucket{le="1.0"}', "count")
+        )
+        return alone < all_
+
+    until(a_batch_was_formed)
+
+
+def test_what_overflows_float16_is_decoded_again_in_float32(tmp_path: Path) -> None:
+    vae = builders.kl16()
+    vae.post_quant_conv = torch.nn.Conv2d(16, 16, 1)
+    vae.register_to_config(use_post_quant_conv=True, force_upcast=False)
+    torch.nn.init.constant_(vae.post_quant_conv.weight, 3e4)  # float16 ends at 65,504
+    vae.save_pretrained(tmp_path / "kl")
+    models = {"kl": {"repo": str(tmp_path / "kl"), "device": DEVICE, "dtype": "float16"}}
+    engine = LoadedModels(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "kl")))
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    geometry: Geometry = FAMILIES["kl"].decode_geometry(engine.describe("kl").latents, latents.shape, Parameters([]))
+    request = Request(decode_job("kl", geometry), memoryview(latents.numpy().tobytes()))
+    for _ in range(3):  # at first without a CUDA graph, then recorded, then replayed
+        result = engine.run([request])[0]
+        assert isinstance(result, Result), result
+        assert result.is_upcast
+        family = family_of_class("AutoencoderKL")
+        assert family is not None
+        expected = StockDecoder(vae, family).decode(latents, Layout.PIXELS).tensor
+        got = torch.frombuffer(bytearray(result.body.data), dtype=torch.uint8).reshape(expected.shape)
+        assert (got.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_exact_coder_with_little_memory_takes_its_measures_one_after_the_other(tmp_path: Path) -> None:
+    """It plans for the memory of the device, of which this process then gets only a part."""
+    side = 256  # latent pixels
+    vae = builders.kl16()
+    vae.save_pretrained(tmp_path / "kl")
+    models = {"kl": {"repo": str(tmp_path / "kl"), "device": "cuda", **FLOAT32}}
+    engine = LoadedModels(load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "kl")))
+    latents = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(0))
+    geometry: Geometry = FAMILIES["kl"].decode_geometry(engine.describe("kl").latents, latents.shape, Parameters([]))
+    request = Request(decode_job("kl", geometry), memoryview(latents.numpy().tobytes()))
+    coder: Any = engine.load("kl").coder
+    expected = engine.run([request])[0]
+    assert isinstance(expected, Result), expected
+    assert not expected.oom_steps
+    ample, least = (coder.peak_bytes(1, side, side, budget) for budget in (1 << 60, 1))
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_allocated() + least + (ample - least) // 2
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        got = engine.run([request])[0]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert isinstance(got, Result), got
+    assert got.oom_steps
+    pixels = [np.frombuffer(each.body.data, np.uint8).astype(int) for each in (got, expected)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_a_server_starts_where_an_import_makes_cuda_unusable_in_forked_processes(
+    locals_: dict[str, Local], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers asks torch for a CUDA device while it is imported. Usually torch then asks NVML; here it asks CUDA."""
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    config = tmp_path / "models.yaml"
+    locals_["kl"].vae.save_pretrained(tmp_path / "kl")
+    config.write_text(yaml.safe_dump({"models": {"kl": {"repo": str(tmp_path / "kl"), **FLOAT32}}}))
+    latents = locals_["kl"].latents(1, 8, 8)
+    with process(config, "--device", DEVICE) as (url, _):
+        got = tensor_of(ask(url, latents))
+    torch.testing.assert_close(got, locals_["kl"].decode(latents), atol=1e-3, rtol=1e-3)
 
 
 def test_the_handler_of_endpoints_decodes(vaes: Vaes, monkeypatch: pytest.MonkeyPatch) -> None:

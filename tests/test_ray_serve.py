@@ -347,6 +347,70 @@ def test_queued_requests_bring_a_second_replica_and_it_leaves_with_them(scaling:
     assert set(answered) == {200}
 
 
+@pytest.fixture(scope="module")
+def fronts(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two fronts, between which the requests of one client are divided."""
+    config = config_of(models, num_replicas=1)
+    config["applications"][0]["deployments"][0]["num_replicas"] = 2
+    del config["applications"][0]["deployments"][1]["autoscaling_config"]
+    with cluster(tmp_path_factory.mktemp("fronts"), config) as running:
+        until_ready(running)
+        running.wait_for("Front", 2)
+        yield running
+
+
+def job_of(running: Cluster, key: str, **params: str) -> str:
+    """Start a job, or find it by its key, and return its address."""
+    headers = {"Prefer": "respond-async", "Idempotency-Key": key, "X-Request-Id": "mine"}
+    answer = requests.post(running.url + "demo", LATENTS, params=PICTURE | params, headers=headers, timeout=300)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (202, "mine"), answer.text
+    return running.url.rstrip("/") + answer.headers["location"]
+
+
+def test_a_job_is_found_through_every_front(fronts: Cluster) -> None:
+    jobs = {job_of(fronts, "a", image_format="png") for _ in range(12)}
+    assert len(jobs) == 1, "a key names one job, whichever front the request reached"
+    (job,) = jobs
+    until(lambda: requests.get(job, timeout=300).json()["state"] == "done", "the end of the job")
+    expected = fronts.decode(image_format="png").content
+    for _ in range(12):
+        answer = requests.get(job + "/result", timeout=300)
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+        assert answer.content == expected
+    assert requests.delete(job, timeout=300).status_code == 204
+    for _ in range(12):
+        assert_refused(requests.get(job, timeout=300), 404, "not_found", "no such job")
+
+
+def test_what_is_refused_on_the_way_to_a_job_is_refused_as_usual(fronts: Cluster) -> None:
+    headers = {"Prefer": "respond-async"}
+    wrong = requests.post(fronts.url + "demo", LATENTS[1:], params=PICTURE, headers=headers, timeout=300)
+    assert_refused(wrong, 400, "wrong_length", "bytes")
+    large = requests.post(fronts.url + "demo", bytes(129 << 20), params=PICTURE, headers=headers, timeout=300)
+    assert large.status_code in (400, 413), large.text
+
+
+def test_a_job_outlives_the_fronts_and_not_the_process_that_has_it(fronts: Cluster) -> None:
+    job = job_of(fronts, "b")
+    before = fronts.pids("Front")
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: len(set(fronts.pids("Front")) - set(before)) == 2, "two other fronts")
+    until_ready(fronts)
+
+    def answer() -> requests.Response:
+        return requests.get(job + "/result", timeout=300)
+
+    until(lambda: answer().status_code == 200, "the answer of the job")
+    (old,) = fronts.pids("Jobs")
+    os.kill(old, signal.SIGKILL)
+    until(lambda: answer().status_code == 404, "another process for jobs")
+    assert_refused(answer(), 404, "not_found", "send the request again")
+    again = job_of(fronts, "b")
+    assert again != job
+    until(lambda: requests.get(again + "/result", timeout=300).status_code == 200, "the answer of the other job")
+
+
 def test_the_shipped_config_is_one_that_ray_takes() -> None:
     shipped = yaml.safe_load(SHIPPED.read_text())
     serve_schema.ServeDeploySchema.model_validate(shipped)

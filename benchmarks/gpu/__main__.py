@@ -31,15 +31,16 @@ from benchmarks.gpu.report import HEADER, Report, append
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 # The modules of the sections, and the share of the minutes that each has. Time that is left goes to those that follow.
 SHARES = {
-    "hardware": 25,
-    "suite": 60,
-    "images": 130,
-    "videos": 130,
-    "shapes": 30,
-    "memory": 70,
-    "four_models": 40,
-    "serving": 75,
-    "lost_device": 35,
+    "hardware": 15,
+    "suite": 130,
+    "images": 90,
+    "videos": 150,
+    "shapes": 20,
+    "memory": 45,
+    "four_models": 25,
+    "overlap": 15,
+    "serving": 60,
+    "lost_device": 45,
 }
 # On a CPU the sizes are small, and most of the time goes to the starts of two servers.
 CPU_SHARES = {
@@ -50,6 +51,7 @@ CPU_SHARES = {
     "shapes": 3,
     "memory": 6,
     "four_models": 4,
+    "overlap": 3,
     "serving": 16,
     "lost_device": 12,
 }

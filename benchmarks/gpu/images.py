@@ -130,8 +130,8 @@ def eager(coder: Any, direction: Direction, values: Tensor) -> Tensor:
     """Run our coder as planned for the memory that is free, without a graph."""
     values = values.to(coder.network.dtype)  # [1, C, ...]
     plan = coder.plan(values.shape[0], *values.shape[2:])
-    rest = (Layout.SAMPLE,) if direction is Direction.DECODE else ()
-    result: Tensor = coder.run(plan, values, *rest)[0]
+    rest = {"layout": Layout.SAMPLE} if direction is Direction.DECODE else {}
+    result: Tensor = coder.run(plan, values, **rest)[0]
     return result
 
 

@@ -53,8 +53,8 @@ def run(report: Report) -> None:
             if report.device == "cpu":
                 killed(report, url, engines[0])
             else:
-                lost(report, url, ILLEGAL, "a kernel writes outside of the memory")
-                lost(report, url, ASSERTED, "an index is out of range")
+                write(report, url, "a kernel writes outside of the memory", ILLEGAL)
+                write(report, url, "an index is out of range", ASSERTED)
 
 
 def save_vae(device: str, folder: Path) -> None:
@@ -74,13 +74,11 @@ def killed(report: Report, url: str, engine: ProcessEngine) -> None:
     write(report, url, "the worker is killed", 0.5)
 
 
-def lost(report: Report, url: str, mark: float, case: str) -> None:
-    """Send the latents that lose the device, and write when they and the next ones are answered."""
-    write(report, url, case, mark)
-
-
 def write(report: Report, url: str, case: str, first: float) -> None:
-    """Ask until the server answers, ask once more, and write how long both took and how the worker ended."""
+    """Ask until the server answers, ask once more, and write how long both took and how the worker ended.
+
+    first: the first value of the latents that are sent, by which the worker knows whether to lose the device.
+    """
     began, refusals = time.perf_counter(), 0
     while (answer := post(report, url, first)).status_code != requests.codes.ok:
         refusals += 1
@@ -107,4 +105,7 @@ def post(report: Report, url: str, first: float) -> requests.Response:
     if report.left_s <= 0:
         raise OutOfTime
     sent = {"shape": latents.shape, "dtype": "float32", "image_format": "png"}
-    return requests.post(url, params=sent, data=latents.tobytes(), timeout=max(1.0, report.left_s))
+    try:
+        return requests.post(url, params=sent, data=latents.tobytes(), timeout=max(1.0, report.left_s))
+    except requests.Timeout:
+        raise OutOfTime from None

@@ -1,4 +1,7 @@
-"""The tests that are marked `gpu`, each with its outcome and time."""
+"""The tests that are marked `gpu`, each with its outcome and time.
+
+The cases of the Triton kernels, which take a minute to compile, are left to `make test-gpu`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,11 @@ def run(report: Report) -> None:
     """Write the lines of this section."""
     report.check_time()
     tests = (REPOSITORY / "tests").rglob("test_*.py")
-    files = [str(path) for path in sorted(tests) if MARK in path.read_text(encoding="utf-8")]
+    files = [
+        str(path)
+        for path in sorted(tests)
+        if path.name != "test_triton.py" and MARK in path.read_text(encoding="utf-8")
+    ]
     flags = ["-m", "gpu", "-p", "no:cacheprovider", "-p", "no:terminal", "-o", "addopts=", f"--rootdir={REPOSITORY}"]
     flags += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # this process has imported some of them already
     status = pytest.main([*flags, *files], plugins=[Lines(report)])

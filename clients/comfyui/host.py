@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ class Bar:
         if step > self._shown:
             self._shown = step
             self._bar.update_absolute(step, STEPS)
+
+
+def video(mp4: bytes | bytearray) -> Any:
+    """Return the VIDEO of an MP4."""
+    try:
+        from comfy_api.latest import InputImpl
+    except ModuleNotFoundError:  # an older ComfyUI
+        from comfy_api.input_impl import VideoFromFile
+    else:
+        VideoFromFile = InputImpl.VideoFromFile  # noqa: N806  # a class
+    return VideoFromFile(io.BytesIO(mp4))
 
 
 def settings_file() -> Path:

@@ -1,7 +1,8 @@
 """The latents and images of ComfyUI, and the tensors that the server takes and returns.
 
 ComfyUI gives a VAE latents that its model's `latent_format` has unscaled. The server takes them as they are. For a few
-VAEs the scaling is a part of the VAE in ComfyUI: for these, the server is asked to scale.
+VAEs the scaling is a part of the VAE in ComfyUI, and `latent_format` changes nothing: for these, the server is asked to
+scale.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from .remote import Connection, Params, RemoteError, Request, Server, Show
 
 PACKED = ("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video", "LTX2VideoDiffusionDecoderModel")
 """Their scaled latents are sent packed, because the server takes unpacked ones of LTX-2 for unscaled."""
-SCALED = (*PACKED, "AutoencoderKLFlux2", "AutoencoderKLCosmos")
+SCALED = (*PACKED, "AutoencoderKLFlux2", "AutoencoderKLCosmos", "AutoencoderKLMiniMaxH3")
 FRAMES_FIRST = ("AutoencoderKLCogVideoX", "TAECVX")
 CLIPS_OF_17 = ("AutoencoderKLMiniMaxH3", "TAEH3")
+CHANNELS_LAST = ("ideogram4",)
+"""Families whose patches have their channels last at the server, and as those of FLUX.2 in ComfyUI."""
 ONE_VIDEO = ("AutoencoderKLTemporalDecoder",)
 """Their latents are those of images in ComfyUI, and a batch is one video."""
-FRAME_AXIS = ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21")
+FRAME_AXIS = ("AutoencoderKLQwenImage",)
 """Image models whose latents have an axis of one frame in ComfyUI."""
 
 NOISE, NOISE_TIME = 0.025, 0.05  # what ComfyUI mixes into the latents of LTX-Video's decoder that removes noise
@@ -175,15 +178,18 @@ def _wires(model: Model, samples: torch.Tensor, most: int | None = None) -> Iter
         h, w = sent.shape[-2:]
         params += [("height", h * model.ratio), ("width", w * model.ratio)]
         sent = sent.reshape(*sent.shape[:2], -1).transpose(1, 2)  # [B, C, F, h, w] -> [B, F h w, C]
+    if model.entry["latents"]["family"] in CHANNELS_LAST:
+        sent = sent.unflatten(1, (-1, 2, 2)).movedim(1, 3).flatten(1, 3)  # [B, C 2 2, h, w] -> [B, 2 2 C, h, w]
     for part in sent.split(most or model.max_batch):
         yield part.contiguous(), params
 
 
-def encode(model: Model, pixels: torch.Tensor, show: Show) -> torch.Tensor:
+def encode(model: Model, pixels: torch.Tensor, show: Show, are_images: bool = False) -> torch.Tensor:
     """Encode pixels as ComfyUI's `VAE.encode` does, to the most likely latents. Raises RemoteError.
 
     pixels: `[B, H, W, C]` in [0, 1], cropped to whole latent pixels; a video model takes the batch for one video and
-    leaves out the last frames if they do not fill a latent frame. Or `[B, F, H, W, C]`.
+        leaves out the last frames if they do not fill a latent frame. Or `[B, F, H, W, C]`.
+    are_images: a video model takes each image of the batch for a video of one frame.
 
     Returns float32 latents on the CPU, with the axes of the model's latents in ComfyUI.
     """
@@ -191,7 +197,7 @@ def encode(model: Model, pixels: torch.Tensor, show: Show) -> torch.Tensor:
         raise RemoteError(f"{model.name} is a model of sound; it cannot encode images", 400, "wrong_kind")
     is_video = model.kind == "video"
     if is_video and pixels.ndim == 4:
-        pixels = pixels.unsqueeze(0)  # [F, H, W, C] -> [1, F, H, W, C]
+        pixels = pixels.unsqueeze(1 if are_images else 0)  # [F, H, W, C] -> [1, F, H, W, C] or [B, 1, H, W, C]
     elif not is_video and pixels.ndim == 5:
         pixels = pixels.flatten(0, 1)  # [B, F, H, W, C] -> [B F, H, W, C]
     if is_video and model.class_name not in CLIPS_OF_17:
@@ -204,6 +210,8 @@ def encode(model: Model, pixels: torch.Tensor, show: Show) -> torch.Tensor:
     connection = Connection(model.server, show, len(parts))
     encoded = [connection.post(Request((model.name, "encode"), params, part)).tensor() for part in parts]
     latents = torch.cat(encoded).float()
+    if model.entry["latents"]["family"] in CHANNELS_LAST:  # they come without patches
+        latents = torch.nn.functional.pixel_unshuffle(latents, 2)  # [B, C, 2 h, 2 w] -> [B, 4 C, h, w]
     if model.class_name in ONE_VIDEO and latents.ndim == 5:
         return latents.transpose(1, 2).flatten(0, 1)  # [B, C, F, h, w] -> [B F, C, h, w]
     if model.has_frame_axis and latents.ndim == 4:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from . import host
+from .found import Neighbors
 from .latents import Model, decode_to_file, encode, find_model
 from .preview import with_previews
 from .remote import Menu, RemoteError, Server, find_server
@@ -15,6 +15,7 @@ DEFAULT = "default"
 """In the place of a model: the one that the address names, or else the server's own default."""
 
 menu = Menu(lambda: find_server("", "", host.settings_file()))
+neighbors = Neighbors()
 
 
 def model_input(kinds: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
@@ -71,9 +72,12 @@ class Node:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, model: str = DEFAULT, address: str = "", key: str = "", **_: Any) -> str:  # noqa: N802  # the name that ComfyUI calls
-        """Return another value when the settings name another server, so that the node runs again."""
-        return str(hash(server_of(model, address, key)))
+    def IS_CHANGED(cls, model: str = DEFAULT, address: str | None = "", key: str | None = "", **_: Any) -> str:  # noqa: N802  # the name that ComfyUI calls
+        """Return another value when the settings name another server, so that the node runs again.
+
+        An input that another node gives is None here; ComfyUI then compares that node.
+        """
+        return str(hash(server_of(model, address or "", key or "")))
 
     @classmethod
     def model_of(cls, model: str, address: str, key: str) -> Model:
@@ -165,8 +169,6 @@ class DecodeToVideo(Node):
         key: str = "",
     ) -> tuple[list[Any]]:
         """Decode each video of the batch."""
-        from comfy_api.input_impl import VideoFromFile  # ComfyUI before May 2025 has the other nodes only
-
         latents = first_of(samples)
         params = [
             ("output_type", "mp4"),
@@ -179,7 +181,37 @@ class DecodeToVideo(Node):
             files = decode_to_file(found, latents, params, "video/mp4", host.Bar().show)
         except RemoteError as error:
             fail(error, latents)
-        return ([VideoFromFile(io.BytesIO(file)) for file in files],)
+        return ([host.video(file) for file in files],)
+
+
+class Find:
+    """The address of a server of the local network."""
+
+    DESCRIPTION = "The address of a server on the local network that was started with --advertise, for other nodes."
+    CATEGORY = Node.CATEGORY
+    FUNCTION = "run"
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("address",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's name
+        """Return the input: a menu of the servers that were found until now."""
+        tooltip = "Servers that were found on the local network. Anyone in it can offer one."
+        return {"required": {"server": (neighbors.names(), {"tooltip": tooltip})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, server: str) -> bool:  # noqa: N802  # the name that ComfyUI calls
+        """Accept any name, because the server may be found when the node runs."""
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, server: str) -> str:  # noqa: N802  # the name that ComfyUI calls
+        """Return the address, so that the nodes that use it run again when it has changed. Raises RemoteError."""
+        return neighbors.address(server)
+
+    def run(self, server: str) -> tuple[str]:
+        """Return the address. Raises RemoteError."""
+        return (neighbors.address(server),)
 
 
 class Preview(Node):
@@ -200,6 +232,7 @@ NODES = {
     "VAEServerEncode": (Encode, "Remote VAE Encode"),
     "VAEServerLoad": (Load, "Remote VAE"),
     "VAEServerDecodeToVideo": (DecodeToVideo, "Remote VAE Decode to Video"),
+    "VAEServerFind": (Find, "Remote VAE Server on the Network"),
     "VAEServerPreview": (Preview, "Remote VAE Preview"),
 }
 NODE_CLASS_MAPPINGS = {name: node for name, (node, _) in NODES.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import comfy.patcher_extension
@@ -76,6 +77,18 @@ class Previews:
         return picture
 
 
+def video_of(latents: torch.Tensor, shapes: Sequence[Sequence[int]] | None) -> torch.Tensor:
+    """Return the latents of the images or the video.
+
+    ComfyUI samples a video with its sound as one tensor `[B, 1, N]`. shapes: of the latents that it consists of, those
+    of the video first.
+    """
+    if shapes is None or len(shapes) < 2:
+        return latents
+    shape = shapes[0][1:]
+    return latents[:, 0, : prod(shape)].unflatten(1, list(shape))  # [B, 1, N] -> [B, C, F, h, w]
+
+
 def with_previews(patcher: Any, model: Model) -> Any:
     """Return a clone of ComfyUI's model that shows previews while it samples."""
     clone = patcher.clone()
@@ -87,7 +100,7 @@ def with_previews(patcher: Any, model: Model) -> Any:
         def callback(step: int, x0: torch.Tensor, x: torch.Tensor, steps: int) -> None:
             if before is not None:
                 before(step, x0, x, steps)
-            previews.step(step, x0, steps)
+            previews.step(step, video_of(x0, named.get("latent_shapes")), steps)
 
         if len(given) > 5:
             given = (*given[:5], callback, *given[6:])

@@ -115,7 +115,7 @@ def find_server(
     stored = read_settings(file)
     configured = environment.get("VAE_SERVER_URL") or stored.get("url") or DEFAULT_ADDRESS
     own_key = environment.get("VAE_SERVER_KEY") or stored.get("key") or None
-    used, home = _read(address.strip() or configured), _read(configured)
+    used, home = read_address(address.strip() or configured), read_address(configured)
     inherited = used.key or (own_key if _origin(used.base) == _origin(home.base) else None)
     timeout_s = stored.get("timeout_s", DEFAULT_TIMEOUT_S)
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or timeout_s <= 0:
@@ -123,8 +123,11 @@ def find_server(
     return Server(used.base, key.strip() or inherited, model or used.model, used.query, float(timeout_s))
 
 
-def _read(address: str) -> Server:
-    """Read an address such as `http://host:8000/flux`, whose last segment is the name of the model."""
+def read_address(address: str) -> Server:
+    """Read an address such as `http://host:8000/flux`, whose last segment is the name of the model.
+
+    Raises RemoteError.
+    """
     try:
         parts = urlsplit(address)
         port = f":{parts.port}" if parts.port else ""

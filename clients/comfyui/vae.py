@@ -46,6 +46,10 @@ class RemoteVAE:
         self.downscale_ratio = self.upscale_ratio = model.ratio
         self.latent_channels = model.channels
         self.latent_dim = {"image": 2, "video": 3, "audio": 1}[model.kind] if not model.has_frame_axis else 3
+        # From latents to frames and pixels; a few nodes for LTX-Video read it.
+        is_video = self.latent_dim == 3 and model.kind == "video"
+        formula = (model.time_ratio, model.ratio, model.ratio) if is_video else None
+        self.downscale_index_formula = self.upscale_index_formula = formula
         self.output_channels = int(model.entry["latents"]["image_channels"])
         self.device = self.output_device = torch.device("cpu")
         if model.kind == "audio":
@@ -66,13 +70,15 @@ class RemoteVAE:
         """Decode latents, without tiles."""
         return decode_or_keep(self.model, samples)
 
-    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
-        """Encode pixels. Parameters and result as in `latents.encode`."""
-        return encode(self.model, pixel_samples, host.Bar().show)
+    def encode(self, pixel_samples: torch.Tensor, not_video: bool | None = None) -> torch.Tensor:
+        """Encode pixels. Result as in `latents.encode`. not_video: its `are_images`."""
+        return encode(self.model, pixel_samples, host.Bar().show, bool(not_video))
 
-    def encode_tiled(self, pixel_samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def encode_tiled(
+        self, pixel_samples: torch.Tensor, *_: Any, not_video: bool | None = None, **__: Any
+    ) -> torch.Tensor:
         """Encode pixels, without tiles."""
-        return self.encode(pixel_samples)
+        return self.encode(pixel_samples, not_video)
 
     def spacial_compression_decode(self) -> int:
         """Return how many pixels a latent pixel covers."""

@@ -18,21 +18,29 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import requests
 import torch
 
-__all__ = ["RemoteDecodeStep", "RemoteEncodeStep", "RemoteVAE", "RemoteVAEError", "Timeout"]
+__all__ = ["FoundServer", "RemoteDecodeStep", "RemoteEncodeStep", "RemoteVAE", "RemoteVAEError", "Timeout"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "uint8")}
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHUNK_BYTES = 1 << 18
+POLL_S = (0.1, 2.0)  # the shortest and the longest pause between two questions for the progress of a job
+CANCEL_S = 2.0
+SERVICE_TYPE = "_vae-server._tcp.local."
+"""Under which servers advertise themselves on the local network."""
 
 # Classes whose statistics are in their weights. The server knows those only once it has loaded the model.
 KEEP_STATISTICS = (
@@ -43,7 +51,10 @@ KEEP_STATISTICS = (
 )
 
 Progress = Callable[[str, float, float | None], None]
-"""Called with the stage, what is done, and the total or None. `send` and `receive` count bytes, `wait` seconds."""
+"""Called with the stage, what is done, and the total or None.
+
+`send` and `receive` count bytes, `wait` seconds; `compute` is the share of a job that is done, of 1.
+"""
 
 
 class Timeout(NamedTuple):
@@ -197,11 +208,81 @@ class Server(NamedTuple):
         return "/".join([self.base, *([self.model] if self.model else []), *segments]) + ("" if segments else "/")
 
 
-class Answer(NamedTuple):
-    """A complete answer with status 200."""
+class FoundServer(NamedTuple):
+    """A server that advertises itself on the local network.
 
+    address: for RemoteVAE, with the server's default model; append the name of another one. needs_key: whether it
+    refuses requests without an API key. version: of the server.
+    """
+
+    name: str
+    address: str
+    needs_key: bool
+    version: str
+
+    @staticmethod
+    def of(info: Any) -> FoundServer | None:
+        """Read a zeroconf.ServiceInfo. Return None if it does not describe a server."""
+        told = {(key or b"").decode(errors="replace"): (value or b"").decode(errors="replace")
+                for key, value in info.properties.items()}  # fmt: skip
+        host = told.get("host") or next(iter(info.parsed_addresses()), "")
+        host = f"[{host}]" if ":" in host else host
+        address = f"http{'s' * (told.get('tls') == '1')}://{host}:{info.port}{told.get('path', '/')}"
+        parts = urlsplit(address)
+        if not host or parts.netloc != f"{host}:{info.port}" or "@" in host:
+            return None
+        name = info.name.removesuffix(f".{SERVICE_TYPE}")
+        return FoundServer(name, address, told.get("key") == "1", told.get("version", ""))
+
+
+def _browse(seconds: float, interfaces: Sequence[str] | None) -> list[FoundServer]:
+    """Listen for servers. It may not run in the thread of an event loop, which zeroconf would use."""
+    try:
+        from zeroconf import InterfaceChoice, ServiceBrowser, ServiceStateChange, Zeroconf
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("to find servers, install the package zeroconf: pip install zeroconf") from None
+    names: set[str] = set()
+
+    def on_change(zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
+        (names.discard if state_change is ServiceStateChange.Removed else names.add)(name)
+
+    with Zeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
+        ServiceBrowser(network, SERVICE_TYPE, handlers=[on_change])
+        time.sleep(seconds)
+        infos = [network.get_service_info(SERVICE_TYPE, name) for name in sorted(names)]
+    found = [FoundServer.of(info) for info in infos if info is not None]
+    return [server for server in found if server is not None]
+
+
+class Call(NamedTuple):
+    """One HTTP request. tensor: its body. is_quiet: its bytes are not reported as progress."""
+
+    method: str
+    url: str
+    params: Sequence[tuple[str, Any]] = ()
+    tensor: torch.Tensor | None = None
+    headers: Mapping[str, str] = MappingProxyType({})
+    is_quiet: bool = False
+
+
+class Answer(NamedTuple):
+    """A complete answer with a status below 400."""
+
+    status: int
     body: bytearray
     headers: Any
+
+
+class Job:
+    """A request that the server computes while the client asks for its progress.
+
+    address: None until the server has accepted it. is_unwanted: nobody waits for it any more.
+    """
+
+    def __init__(self) -> None:
+        """Note that there is no job yet."""
+        self.address: str | None = None
+        self.is_unwanted = False
 
 
 class Attempt(Exception):
@@ -261,10 +342,20 @@ class Pool:
     """Asks one of several servers: another one if a server fails, and the same one later if it is busy."""
 
     def __init__(
-        self, servers: list[Server], key: str | None, timeout: Timeout, retries: int, progress: Progress
+        self,
+        servers: list[Server],
+        key: str | None,
+        timeout: Timeout,
+        retries: int,
+        progress: Progress,
+        has_jobs: bool = False,
     ) -> None:
-        """Make a pool. retries: how often all servers are asked again after a failure."""
+        """Make a pool.
+
+        retries: how often all servers are asked again after a failure. has_jobs: whether tensors are sent as jobs.
+        """
         self.servers, self.timeout, self.retries, self.progress = servers, timeout, retries, progress
+        self.has_jobs = has_jobs
         self.session = requests.Session()
         if key is not None or not any("@" in server.base for server in servers):
             self.session.auth = KeyAuth(key)
@@ -282,11 +373,13 @@ class Pool:
         """
         deadline, failures = time.monotonic() + self.timeout.total, 0
         servers = list(self.servers)
+        keys: dict[Server, str] = {}  # by which a server finds the job of an attempt whose connection was lost
         while True:
             notes: list[Attempt] = []
             for server in list(servers):
                 try:
-                    answer = self._attempt(server, method, route(server), params, tensor, deadline)
+                    call = Call(method, route(server), [*server.query, *params], tensor)
+                    answer = self._attempt(server, call, deadline, keys)
                 except Attempt as note:
                     notes.append(note)
                     if note.wait_s is None:
@@ -309,21 +402,17 @@ class Pool:
         time.sleep(seconds)
         self.progress("wait", seconds, seconds)
 
-    def _attempt(
-        self,
-        server: Server,
-        method: str,
-        url: str,
-        params: Sequence[tuple[str, Any]],
-        tensor: torch.Tensor | None,
-        deadline: float,
-    ) -> Answer:
+    def _attempt(self, server: Server, call: Call, deadline: float, keys: dict[Server, str]) -> Answer:
         """Ask one server, in a thread of its own, so that nothing takes longer than the deadline."""
         outcomes: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        job = Job()
 
         def work() -> None:
             try:
-                outcomes.put(self._exchange(server, method, url, params, tensor, deadline))
+                if self.has_jobs and call.tensor is not None:
+                    outcomes.put(self._as_job(server, call, deadline, keys, job))
+                else:
+                    outcomes.put(self._exchange(server, call, deadline))
             except BaseException as error:  # noqa: BLE001  # it is raised again in the thread that waits
                 outcomes.put(error)
 
@@ -331,44 +420,96 @@ class Pool:
         try:
             outcome = outcomes.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
+            self._cancel(job)
             sentence = f"{server.label} did not answer within {self.timeout.total:g} s."
             raise Attempt(RemoteVAEError(sentence, code="timeout"), None) from None
+        except BaseException:  # Ctrl-C
+            self._cancel(job)
+            raise
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    def _exchange(
-        self,
-        server: Server,
-        method: str,
-        url: str,
-        params: Sequence[tuple[str, Any]],
-        tensor: torch.Tensor | None,
-        deadline: float,
-    ) -> Answer:
+    def _as_job(self, server: Server, call: Call, deadline: float, keys: dict[Server, str], job: Job) -> Answer:
+        """Send a request as a job, follow it, and return its answer. Raises as `_exchange`.
+
+        If the connection is lost, the job goes on, and the next attempt finds it by its key in `keys`. In every other
+        case the server forgets it.
+        """
+        wanted = {"Prefer": "respond-async", "Idempotency-Key": keys.setdefault(server, uuid.uuid4().hex)}
+        answer = self._exchange(server, call._replace(headers=wanted), deadline)
+        if answer.status != 202:  # a server without jobs has answered the request
+            return answer
+        is_lost = False
+        job.address = server.base + urlsplit(answer.headers.get("Location", "")).path
+        try:
+            self._follow(server, job, deadline)
+            return self._exchange(server, Call("GET", f"{job.address}/result"), deadline)
+        except Attempt as note:
+            is_lost = note.error.code == "unreachable"
+            raise
+        except RemoteVAEError as error:
+            if error.code == "not_found":  # the server was restarted, or had no room for its answer
+                raise Attempt(error, 0.0) from error
+            raise
+        finally:
+            if not is_lost:
+                del keys[server]
+                self._cancel(job)
+
+    def _follow(self, server: Server, job: Job, deadline: float) -> None:
+        """Report the progress of a job until it has ended. Raises as `_exchange`."""
+        began, failures = time.monotonic(), 0
+        while not job.is_unwanted:
+            try:
+                told = self._exchange(server, Call("GET", str(job.address), is_quiet=True), deadline)
+                known = json.loads(told.body)
+                state, share, failures = known["state"], float(known["progress"]), 0
+            except Attempt as note:
+                failures += 1
+                if failures > self.retries:
+                    raise
+                time.sleep(note.wait_s or 1.0)
+                continue
+            except (ValueError, KeyError, TypeError) as error:
+                raise RemoteVAEError(f"{server.label} sent something else than a job; check the address") from error
+            self.progress("compute", share, 1.0)
+            if state not in ("queued", "running"):
+                return
+            time.sleep(min(POLL_S[1], max(POLL_S[0], (time.monotonic() - began) / 10)))
+
+    def _cancel(self, job: Job) -> None:
+        """Make the server stop a job, or forget its answer. If that fails, it does so itself some time later."""
+        job.is_unwanted = True
+        if job.address is not None:
+            with suppress(requests.RequestException):
+                self.session.delete(job.address, timeout=CANCEL_S).close()
+
+    def _exchange(self, server: Server, call: Call, deadline: float) -> Answer:
         """Send one request and read its answer. Raises Attempt, RemoteVAEError."""
         left = max(0.001, deadline - time.monotonic())
-        headers = {"X-Request-Timeout": f"{left:.3f}"}
+        headers = {"X-Request-Timeout": f"{left:.3f}", **call.headers}
+        report: Progress = (lambda *_: None) if call.is_quiet else self.progress
         body = None
-        if tensor is not None:
+        if call.tensor is not None:
             headers |= {"Content-Type": "tensor/binary", "Accept": "tensor/binary"}
-            # numpy keeps `tensor` alive, and the tensor its memory, until the body is sent.
-            body = Upload(memoryview(tensor.view(torch.uint8).numpy()).cast("B"), self.progress)
+            # numpy keeps the tensor alive, and the tensor its memory, until the body is sent.
+            body = Upload(memoryview(call.tensor.view(torch.uint8).numpy()).cast("B"), report)
         limits = min(self.timeout.connect, left), min(self.timeout.read, left)
         try:
             with self.session.request(
-                method, url, params=[*server.query, *params], data=body, headers=headers, timeout=limits, stream=True
+                call.method, call.url, params=call.params, data=body, headers=headers, timeout=limits, stream=True
             ) as response:
                 content = bytearray()
                 total = int(response.headers.get("Content-Length") or 0) or None
                 for chunk in response.iter_content(CHUNK_BYTES):
                     content += chunk
-                    self.progress("receive", len(content), total)
+                    report("receive", len(content), total)
         except requests.RequestException as error:
             sentence = f"{server.label} cannot be reached or broke off ({_reason(error)})."
             raise Attempt(RemoteVAEError(sentence, code="unreachable"), 1.0) from error
         if response.ok:
-            return Answer(content, response.headers)
+            return Answer(response.status_code, content, response.headers)
         raise _refusal(server, response, content)
 
 
@@ -414,6 +555,7 @@ class RemoteVAE(torch.nn.Module):
         timeout: Timeout | Sequence[float] = Timeout(),  # noqa: B008  # it is immutable
         receive: str = "uint8",
         retries: int = 2,
+        jobs: bool = False,
         progress: Progress | None = None,
         fallback: str | torch.nn.Module | Callable[[], Any] | None = None,
         save_latents: str | os.PathLike[str] | None = ".",
@@ -429,6 +571,8 @@ class RemoteVAE(torch.nn.Module):
         receive: the dtype in which decoded pixels are sent: `uint8`, 3 bytes a pixel and what an image file holds, or
             `float16` or `float32`.
         retries: how often to ask again if no server can be reached. A busy server is asked until the total timeout.
+        jobs: send each decode and encode as a job and ask for its progress, so that no single HTTP request is long, and
+            a proxy's time limit or a lost connection does not end the work. The address must lead to one server.
         progress: called with the stage, what is done, and the total; in a thread of its own.
         fallback: a local VAE to use, with a warning, while no server can. `local`: from the repository that the server
             names. Another text: from this repository or folder. Or a VAE, or a function that returns one when it is
@@ -448,7 +592,7 @@ class RemoteVAE(torch.nn.Module):
         self._fallback = (lambda: fallback) if isinstance(fallback, torch.nn.Module) else fallback
         self._save_latents = None if save_latents is None else Path(save_latents)
         key = os.environ.get("REMOTE_VAE_KEY") if key is None else key
-        self._pool = Pool(servers, key, Timeout(*timeout), retries, progress or (lambda *_: None))
+        self._pool = Pool(servers, key, Timeout(*timeout), retries, progress or (lambda *_: None), jobs)
         # A weight without values, which `to()` and the hooks of accelerate move, as they expect of a module.
         self._placed = torch.nn.Parameter(torch.zeros(0, dtype=dtype), requires_grad=False)
         self._entry = self._describe()
@@ -490,6 +634,19 @@ class RemoteVAE(torch.nn.Module):
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         """Save nothing, with a warning, so that the other parts of a pipeline can be saved."""
         warnings.warn("a RemoteVAE is not saved; load the pipeline with vae=RemoteVAE(…)", stacklevel=2)
+
+    @staticmethod
+    def servers(timeout: float = 2.0, interfaces: Sequence[str] | None = None) -> list[FoundServer]:
+        """Return the servers that advertise themselves on the local network (`serve --advertise`), by name.
+
+        timeout: how long to listen for them, in seconds. interfaces: IP addresses of this machine, on whose networks to
+            listen; default: on all.
+
+        Any machine of the network can advertise a server, so check the address before you send it a key.
+        Raises ModuleNotFoundError if the package zeroconf is not installed, and OSError if the network cannot be used.
+        """
+        with ThreadPoolExecutor(1) as own_thread:
+            return own_thread.submit(_browse, timeout, interfaces).result()
 
     # Decode and encode.
 

@@ -271,11 +271,14 @@ def decode(
     tensor = found.tensor
     parameters = {
         **{name: value for name, value in given.items() if value is not None},
-        "do_scaling": scaled and not found.is_unscaled,
+        "do_scaling": scaled,
         "output_type": output_type,
     }
-    if found.has_sound and key is None and output_type == "mp4":
-        data = latents.read_bytes()  # the whole file, for a video with its sound
+    is_with_sound = found.has_sound and key is None and output_type == "mp4"
+    if is_with_sound or found.is_comfyuis:
+        data = (
+            latents.read_bytes()
+        )  # the whole file, for a video with its sound, or latents that are scaled as in ComfyUI
     else:
         data = bytes(tensor.data)
         parameters |= {"shape": list(tensor.shape), "dtype": tensor.dtype}

@@ -18,7 +18,7 @@ OTHERS = "Other options"
 MODELS_AND_DEVICE = "Models and device"
 GROUPS = {
     MODELS_AND_DEVICE: ("config", "vae_config", "device", "dtype", "threads", "allow_custom_decoders"),
-    "Address": ("host", "port", "health_route", "predict_route"),
+    "Address": ("host", "port", "advertise", "health_route", "predict_route"),
     "Access": ("tls_cert", "tls_key", "api_key_file", "allowed_hosts", "cors_origins"),
     "Memory": ("memory_budget_mb", "model_memory_mb", "max_loaded", "idle_unload_s"),
     "Queue, batches and jobs": (

@@ -75,8 +75,10 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
     from ..web.app import create_app
     from ..web.drain import DrainingServer
     from ..workers.devices import engines_for
-    from ..workers.process import start_forkserver
+    from ..workers.starting import start_forkserver
+    from .advertising import Advertisement
 
+    advertisement = Advertisement(settings, listener) if settings.options.advertise else None
     start_forkserver()
     with suppress(RuntimeError):  # images need no ffmpeg, and `check` reports that there is none
         ffmpeg.executable()
@@ -89,9 +91,11 @@ def run_server(settings: Settings, listener: socket.socket) -> None:
             server.should_exit = True
         elif service.state is State.READY:
             announce(settings, listener)
+            if advertisement:
+                advertisement.start()
 
     app = create_app(service, on_started)
-    server = DrainingServer(service, app)
+    server = DrainingServer(service, app, advertisement.end if advertisement else None)
     try:
         server.run(sockets=[listener])
     finally:

@@ -52,6 +52,10 @@ class ServerOptions(BaseSettings):
         validation_alias=AliasChoices("VAE_SERVER_PORT", "AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT"),
         description="port to listen on; 0 for any free port",
     )
+    advertise: bool = Field(
+        False,
+        description="tell the local network the server's address, so that clients find it; needs the package zeroconf",
+    )
     health_route: Route | None = Field(
         None,
         validation_alias=AliasChoices("VAE_SERVER_HEALTH_ROUTE", "AIP_HEALTH_ROUTE"),
@@ -137,7 +141,12 @@ class ServerOptions(BaseSettings):
         description="frames per second of every MP4, if the request does not set them; "
         f"default: the fps of the model in models.yaml, else {USUAL_FPS:g}",
     )
-    render_threads: int = Field(2, ge=1, description="threads of each worker that render JPEG, PNG and MP4")
+    render_threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads of each worker that render images, and as many that render videos; "
+        "default: half of the cores, 2 to 8",
+    )
     tls_cert: Path | None = Field(
         None, description="certificate chain in a PEM file; the server then speaks HTTPS and no HTTP"
     )

@@ -23,8 +23,8 @@ NOT_READ = {
 def opened(parameters: Parameters, data: bytes | bytearray) -> tuple[Parameters, Bytes]:
     """Return the parameters with the shape and dtype of a safetensors file, and the bytes of its tensor.
 
-    Other parameters and bytes are returned unchanged. The tensor of a ComfyUI .latent file is already unscaled, so
-    `do_scaling` is ignored for it.
+    Other parameters and bytes are returned unchanged. The model's family knows whether the tensor of a
+    ComfyUI .latent file is scaled, so `do_scaling` is ignored for it.
 
     Raises BadRequest for a damaged file and for parameters that contradict it, UnsupportedBody for a NumPy, zip or
     pickle file.
@@ -44,7 +44,7 @@ def opened(parameters: Parameters, data: bytes | bytearray) -> tuple[Parameters,
     except FileError as error:
         raise BadRequest(f"the .safetensors file {error}") from None
     tensor = found.tensor
-    return parameters.of_tensor(tensor.shape, tensor.dtype, is_unscaled=found.is_unscaled), tensor.data
+    return parameters.of_tensor(tensor.shape, tensor.dtype, is_comfyuis=found.is_comfyuis), tensor.data
 
 
 def sound_in(data: bytes | bytearray) -> RawTensor | None:

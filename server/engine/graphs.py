@@ -24,7 +24,10 @@ FAILED = -1
 GRAPH_PIXELS = 1 << 20
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Launches the kernels that a graph records. It must not wait for the GPU."""
+"""Launches the kernels that a graph records. It must not wait for the GPU.
+
+It takes one tensor of any shape and returns two: the result, and whether all of its values are finite, one bool [].
+"""
 
 _all: WeakSet[Graphs] = WeakSet()
 
@@ -100,13 +103,16 @@ class CudaRecorder:
 
 
 class Recorder(Protocol):
-    """Records functions on one device, as `CudaRecorder` does."""
+    """Records functions on one device, as `CudaRecorder` does.
+
+    held_bytes: the memory that its recordings hold, which nothing else can use.
+    """
 
     device: torch.device
     held_bytes: int
 
     def record(self, function: Function, x: Tensor) -> Recording:
-        """Record a function for inputs of the shape of x."""
+        """Record a function for inputs of the shape and dtype of x. Raises what torch raises if that fails."""
         ...
 
     def forget(self) -> None:
@@ -134,6 +140,10 @@ class Graphs:
     def __len__(self) -> int:
         """Return how many recordings are kept."""
         return len(self._recordings)
+
+    def has(self, key: Hashable) -> bool:
+        """Return whether a recording of this key is kept."""
+        return key in self._recordings
 
     def clear(self) -> None:
         """Drop all recordings, so that torch can free their memory."""

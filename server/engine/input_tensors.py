@@ -29,7 +29,10 @@ def input_tensor(model: LoadedModel[Any], request: Request) -> torch.Tensor | Ba
 def _latents(model: LoadedModel[Any], request: Request) -> torch.Tensor | BadRequest:
     job = request.job
     sent = to_device(request.tensor, model.device)
-    latents = model.family.latents_in(sent, model.spec, job.geometry, job.scaling).to(model.dtype)
+    if job.scaling.is_comfyuis:
+        latents = model.family.comfyui_latents_in(sent, model.spec, job.geometry).to(model.dtype)
+    else:
+        latents = model.family.latents_in(sent, model.spec, job.geometry, job.scaling).to(model.dtype)
     if is_finite(sent) and looks_freed(request.tensor, sent):
         return _freed("latents")
     if is_finite(latents):

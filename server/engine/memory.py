@@ -13,14 +13,17 @@ FREE_MEMORY_SHARE = 0.8  # other processes need some of the free memory too
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return how many bytes a run may plan to use on a device: a share of what is free, or cached by torch."""
+def free_bytes(device: torch.device, own_bytes: int = 0) -> int:
+    """Return how many bytes a run may plan to use on a device: a share of what is free, or cached by torch.
+
+    own_bytes: of CUDA graphs, memory that the run uses itself.
+    """
     if device.type != "cuda":
         return int(FREE_MEMORY_SHARE * min(psutil.virtual_memory().available, container_bytes()))
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # The memory of CUDA graphs counts as cached, but no other tensor can use it.
-    return int(FREE_MEMORY_SHARE * (free + max(0, cached - graph_bytes(device))))
+    return int(FREE_MEMORY_SHARE * (free + max(0, cached - graph_bytes(device) + own_bytes)))
 
 
 def container_bytes(root: Path = CGROUP) -> float:

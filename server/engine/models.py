@@ -54,6 +54,10 @@ class Key(NamedTuple):
     is_upcast: bool = False
 
 
+class WeightsDoNotFit(ModelUnavailable):
+    """The device has too little memory for a model's weights, even after the other models were unloaded."""
+
+
 class NotLoaded(ServerError):
     """Work that runs between the steps of other work needs a model that is not loaded."""
 
@@ -188,6 +192,9 @@ class LoadedModels:
             return NonFiniteInput(overflow.format(" even in float32"))
         try:
             model = self._get(key)
+        except WeightsDoNotFit:
+            told = overflow.format(" in half precision, and its copy in float32 does not fit this server's memory")
+            return TooLargeForDevice(told)
         except ModelUnavailable as error:
             if is_lost_device(error.__cause__):
                 raise
@@ -281,7 +288,7 @@ class LoadedModels:
                 if self._free_for(key, located.device):
                     return self._load(key)
                 detail = f"{key.name}: its weights do not fit the memory of {located.device}"
-                raise ModelUnavailable(key.name, detail) from None
+                raise WeightsDoNotFit(key.name, detail) from None
             log.debug("%s failed to load", key.name, exc_info=True)
             detail = f"{key.name}: {key.direction} does not load or warm up: {where(error)}"
             raise ModelUnavailable(key.name, detail) from error

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from ..config import Settings
+from ..cores import usable_cores
 from ..errors import ServerError, TooLargeForDevice
 from ..model_info import CoderId
 from ..outputs import format_named
@@ -114,9 +115,10 @@ class Runner:
         self.steps = 0
         self._models = models
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._renders = ThreadPoolExecutor(settings.options.render_threads, thread_name_prefix="render")
+        renders = settings.options.render_threads or min(8, max(2, usable_cores() // 2))
+        self._renders = ThreadPoolExecutor(renders, thread_name_prefix="render")
         # Threads of their own, because they are busy as long as the decode, and other answers must not wait for them.
-        self._video_renders = ThreadPoolExecutor(2, thread_name_prefix="video")
+        self._video_renders = ThreadPoolExecutor(renders, thread_name_prefix="video")
         self._taking = threading.Lock()
         self._short: deque[Work] = deque()  # may run between the steps of longer work
         self._on_device: list[CoderId] = []  # what runs, and what runs between its steps

@@ -18,6 +18,7 @@ from ..logs import write_logs
 from ..model_info import LoadedInfo, ModelInfo
 from ..values import RenderedResult
 from ..workers import messages
+from ..workers.starting import ASKS_NVML, UNUSABLE_FORK_STATUS
 from .device_errors import is_lost_device
 from .host import Host
 from .weights.placement import choose_device
@@ -52,6 +53,9 @@ class Worker:
 
     def serve(self) -> None:
         """Receive messages until the front process closes the connection."""
+        os.environ.pop(ASKS_NVML, None)
+        if self._settings.options.device != "cpu" and torch.cuda._is_in_bad_fork():
+            os._exit(UNUSABLE_FORK_STATUS)  # torch would find no CUDA device, or raise
         try:
             device = choose_device(self._settings.options.device)
         except ValueError as error:

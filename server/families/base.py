@@ -53,6 +53,8 @@ class Family(ABC):
     is_usually_packed: the latents of the pipelines are packed, `[B, S, D]`.
     has_posterior: encoding returns a distribution; otherwise it returns latents.
     patch_size: side of a packed patch, in latent pixels.
+    is_scaled_in_comfyui: the latents that ComfyUI gives to its VAE, and saves in .latent files, are scaled. For most
+        families, `latent_format.process_out` of ComfyUI has unscaled them.
     takes_batches: diffusers' own decode and encode can run several images or videos together.
     gpu_dtype: the dtype that `dtype: auto` means on a GPU.
     companion: the component of the pipeline without which the VAE cannot decode. It is loaded from the folder of this
@@ -66,6 +68,7 @@ class Family(ABC):
     is_usually_packed: ClassVar[bool] = False
     has_posterior: ClassVar[bool] = True
     patch_size: ClassVar[int] = 2
+    is_scaled_in_comfyui: ClassVar[bool] = False
     takes_batches: ClassVar[bool] = True
     gpu_dtype: ClassVar[str] = "float16"
     companion: ClassVar[str | None] = None
@@ -134,6 +137,13 @@ class Family(ABC):
         A family whose pipeline scales latents before it packs them overrides this.
         """
         return self.unscale(self.unpack(latents, geometry), spec, scaling)
+
+    def comfyui_latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry) -> torch.Tensor:
+        """Return the latents of a ComfyUI .latent file as the VAE takes them.
+
+        A family whose pipeline orders or scales them in another way than ComfyUI overrides this.
+        """
+        return self.latents_in(latents, spec, geometry, Scaling(from_model=self.is_scaled_in_comfyui))
 
     def decode(self, vae: Any, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Run diffusers' own decode as the pipelines call it.

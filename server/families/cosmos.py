@@ -22,6 +22,7 @@ class Cosmos(Video):
     name = "cosmos"
     class_names = ("AutoencoderKLCosmos",)
     has_posterior = False
+    is_scaled_in_comfyui = True  # ComfyUI's VAE unscales them; latent_formats.Cosmos1CV8x8x8 changes nothing
     gpu_dtype = "bfloat16"
     sigma_data = 0.5
 

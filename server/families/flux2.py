@@ -21,6 +21,7 @@ class Flux2(KL):
     name = "flux2"
     class_names = ("AutoencoderKLFlux2",)
     is_usually_packed = True
+    is_scaled_in_comfyui = True  # ComfyUI's VAE has the batch norm; latent_formats.Flux2 changes nothing
     gpu_dtype = "bfloat16"
     fixed_eps: ClassVar[float | None] = None  # used in place of the config's `batch_norm_eps`
 

@@ -39,6 +39,10 @@ class Ideogram4(Flux2):
             latents = channels_first(latents.movedim(depth, -1), spec.channels).movedim(-1, depth)
         return super().latents_in(latents, spec, geometry, scaling)
 
+    def comfyui_latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry) -> torch.Tensor:
+        """Unscale patches in the order of FLUX.2's, whose VAE ComfyUI uses unchanged."""
+        return super().latents_in(latents, spec, geometry, Scaling(from_model=True))
+
     def latents_out(self, latents: torch.Tensor, spec: LatentSpec, scaling: Scaling) -> torch.Tensor:
         """Return unpatched latents, which `Ideogram4DecodeStep` takes. The model's own statistics are for patches."""
         if not scaling.from_model:

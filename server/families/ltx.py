@@ -22,6 +22,7 @@ class LTX(Video):
     name = "ltx"
     class_names = ("AutoencoderKLLTXVideo",)
     is_usually_packed = True
+    is_scaled_in_comfyui = True  # ComfyUI's VAE unscales them; latent_formats.LTXV changes nothing
     gpu_dtype = "bfloat16"
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -103,6 +104,10 @@ class LTX2(LTX):
         return super().latents_in(
             latents, spec, geometry, replace(scaling, from_model=False) if is_unscaled else scaling
         )
+
+    def comfyui_latents_in(self, latents: torch.Tensor, spec: LatentSpec, geometry: Geometry) -> torch.Tensor:
+        """Unscale the latents, although they are not packed."""
+        return super().latents_in(latents, spec, geometry, Scaling(from_model=True))
 
 
 class ScaledLTX2(LTX2):

@@ -72,6 +72,7 @@ class MiniMaxH3(H3Clips):
 
     name = "minimax_h3"
     class_names = ("AutoencoderKLMiniMaxH3",)
+    is_scaled_in_comfyui = True  # ComfyUI's VAE unscales them; latent_formats.MiniMaxH3Video changes nothing
     gpu_dtype = "bfloat16"
 
     def scale_factors(self, config: Mapping[str, Any]) -> tuple[int, int]:

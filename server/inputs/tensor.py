@@ -30,12 +30,12 @@ class NoSuchTensor(FileError):
 class TensorFile:
     """One tensor of a file.
 
-    is_unscaled: the latents are as `vae.decode` takes them, because the file is a .latent of ComfyUI.
+    is_comfyuis: the file is a .latent of ComfyUI, and the tensor its latents.
     has_sound: the file also has the latents of a video's sound, under the name SOUND.
     """
 
     tensor: RawTensor
-    is_unscaled: bool
+    is_comfyuis: bool
     has_sound: bool = False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -29,11 +29,15 @@ class DrainingServer(uvicorn.Server):
     The process exits with status 0 after a signal; uvicorn's own class would raise the signal again.
     """
 
-    def __init__(self, service: Service, app: Starlette) -> None:
-        """Make a server that has not started. app: the application of the service."""
+    def __init__(self, service: Service, app: Starlette, on_drain: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Make a server that has not started.
+
+        app: the application of the service. on_drain: called when the drain begins; the server waits for it too.
+        """
         super().__init__(uvicorn_config(app))
         self.config.timeout_graceful_shutdown = CLOSE_S
         self._service = service
+        self._on_drain = on_drain
         self._is_told = False
         self._drain: asyncio.Task[None] | None = None
 
@@ -71,5 +75,6 @@ class DrainingServer(uvicorn.Server):
             self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop())
 
     async def _drain_and_stop(self) -> None:
-        await self._service.drain()
+        waited = [self._service.drain(), *([self._on_drain()] if self._on_drain else [])]
+        await asyncio.gather(*waited)
         self.should_exit = True

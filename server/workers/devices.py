@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 from ..config import Settings
+from ..cores import allowed_cores, usable_cores
 from ..metrics import Metrics
 from .process import ProcessEngine, full_name
-
-CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 def threads_for(devices: Sequence[str]) -> int | None:
@@ -20,13 +16,9 @@ def threads_for(devices: Sequence[str]) -> int | None:
     The workers on the CPU share the cores. A container's limit on CPU time, which torch does not consider, counts like
     a smaller number of cores. devices: the devices of all workers.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = allowed
-    with suppress(OSError, ValueError):  # ValueError: "max"
-        quota, period = map(int, CGROUP_LIMIT.read_text().split())
-        cores = min(allowed, round(quota / period))
+    cores = usable_cores()
     threads = max(1, cores // max(1, sum(device in ("auto", "cpu") for device in devices)))
-    return threads if threads < allowed else None
+    return threads if threads < allowed_cores() else None
 
 
 def engines_for(settings: Settings, metrics: Metrics) -> list[ProcessEngine]:

@@ -8,16 +8,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import multiprocessing
-import multiprocessing.forkserver as forkserver
-import multiprocessing.resource_tracker as resource_tracker
-import os
-import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -28,10 +24,10 @@ from ..model_info import CoderId, Direction, LoadedInfo, ModelInfo
 from ..scheduling.engines import Batch, WorkerDied
 from . import messages
 from .endings import count_oom_kills, how_it_ended
+from .starting import FORKED, SPAWNED, UNUSABLE_FORK_STATUS, WORKER, start_process
 
 log = logging.getLogger(__name__)
 
-WORKER = f"{__package__.partition('.')[0]}.engine.worker"
 READ_AHEAD_BYTES = 16 << 20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0  # before a restart; the pause doubles with each worker that answers nothing
 DEATHS_AT_START = 3  # the number of workers in a row that may end before the first one is ready
@@ -39,31 +35,6 @@ CLOSE_S = 2.0  # the time that a worker has to end by itself, before it is kille
 # A worker that misses this many pings is stuck: it is stopped or swapped out, or one thread blocks all others. Python
 # code never blocks the other threads for so long, even on a busy machine.
 BEAT_S, BEATS_MISSED = 1.0, 15
-
-# How often an OpenMP thread checks for work before it sleeps. libgomp's default of 300,000 checks takes about 10 ms.
-# When another process takes a core, every parallel region of a decode waits that long for its preempted thread. On two
-# cores and with 8,000 checks, a 512x512 decode of the demo takes 7 % longer on an idle machine, and half as long beside
-# a busy process.
-SPIN_COUNT = "8000"
-
-# Workers are forked from a process that has imported torch but has not used a device. So a worker restarts within a
-# second, and all workers share the memory of the libraries.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([WORKER])
-
-
-def start_forkserver() -> None:
-    """Start the process that forks the workers, before the first worker needs it, because its imports take seconds.
-
-    Must be called on the main thread. The fork server and its workers block SIGINT, SIGTERM and SIGHUP, because a
-    signal to the process group is meant for the front process. Signals that are blocked here stay blocked in the new
-    process. Ignoring the signals instead would lose one that this process gets in the meantime.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # libgomp reads it when it is loaded
-    resource_tracker.ensure_running()  # otherwise the fork server would start it, which unblocks the signals
-    usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, usual)
 
 
 class ProcessEngine:
@@ -118,6 +89,7 @@ class ProcessEngine:
         self._has_answered = False  # whether the current worker has answered a request; if not, the pauses get longer
         self._ended_because: str | None = None  # why this process killed the worker
         self._beats_missed = 0
+        self._processes: BaseContext = FORKED
 
     @property
     def pid(self) -> int | None:
@@ -247,6 +219,10 @@ class ProcessEngine:
                 log.exception("the worker of %s could not be started, or sent something unexpected", self.device)
             finally:
                 self._bury()
+            if self._processes is FORKED and await self._exit_code() == UNUSABLE_FORK_STATUS:
+                log.info("CUDA is unusable in forked processes here, so the workers of %s start slower", self.device)
+                self._processes = SPAWNED
+                continue
             deaths = 0 if self._has_answered else deaths + 1
             assert self._first is not None
             if self._first.done() and self._first.exception():  # the device does not exist
@@ -263,10 +239,12 @@ class ProcessEngine:
         """Start one worker and handle its messages until it ends."""
         ours, theirs = socket.socketpair()
         arguments = theirs, self._settings, self._worker
-        process = processes.Process(target=run_worker, args=arguments, name=f"worker-{self.device}", daemon=True)
+        name = f"worker-{self.device}"
+        # BaseContext has no Process for the type checker, but each context has one.
+        process = self._processes.Process(target=run_worker, args=arguments, name=name, daemon=True)  # type: ignore[attr-defined]
         try:
             with theirs:
-                await asyncio.to_thread(process.start)
+                await asyncio.to_thread(start_process, process)
         except BaseException:  # when this is cancelled, the worker may still start; it then finds its connection closed
             ours.close()
             raise
@@ -398,16 +376,22 @@ class ProcessEngine:
 
         oom_kills: what `count_oom_kills` returned before the worker started.
         """
-        if self._process is None:
+        code = await self._exit_code()
+        if self._process is None or code is None:
             return "not_started"
+        how = self._ended_because or how_it_ended(code, count_oom_kills() > oom_kills)
+        log.error("worker %d of %s ended: %s; another one is started", self._process.pid, self.device, how)
+        return f"signal_{-code}" if code < 0 else f"exit_{code}"
+
+    async def _exit_code(self) -> int | None:
+        """Wait until the last worker has ended, and return its exit code. Returns None if none was started."""
+        if self._process is None:
+            return None
         await asyncio.to_thread(self._process.join, CLOSE_S)
         if self._process.exitcode is None:  # it closed its connection and hangs
             self._process.kill()
             await asyncio.to_thread(self._process.join)
-        code = self._process.exitcode or 0
-        how = self._ended_because or how_it_ended(code, count_oom_kills() > oom_kills)
-        log.error("worker %d of %s ended: %s; another one is started", self._process.pid, self.device, how)
-        return f"signal_{-code}" if code < 0 else f"exit_{code}"
+        return self._process.exitcode
 
 
 def run_worker(connection: socket.socket, settings: Settings, module: str) -> None:

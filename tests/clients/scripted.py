@@ -11,18 +11,25 @@ from typing import Any
 
 import requests
 
-SILENT, BROKEN, ENDLESS = "silent", "broken", "endless"
-"""In place of a status: no answer, an answer that ends early, and one that never ends."""
+SILENT, BROKEN, ENDLESS, LOST = "silent", "broken", "endless", "lost"
+"""In place of a status: no answer, an answer that ends early, one that never ends, and the loss of the server's answer."""
 
 
 class Proxy:
-    """script: what becomes of the next POSTs, each a status, with Retry-After or None, or one of the words above."""
+    """script: what becomes of the next POSTs, each a status, with Retry-After or None, or one of the words above.
+
+    limit_s: the server must answer within it, else the proxy answers 504. hidden: headers that are not passed on.
+    jobs: the addresses of the jobs that the server accepted.
+    """
 
     def __init__(self, target: str) -> None:
         self.target, self.script, self.posts = target.rstrip("/"), [], []
         self.script: list[tuple[int, str | None] | str]
         self.posts: list[dict[str, str]]  # the headers of each
         self.ended = threading.Event()
+        self.limit_s, self.hidden, self.jobs = 300.0, {"Host", "Content-Length"}, []
+        self.hidden: set[str]
+        self.jobs: list[str]
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
         proxy = self
@@ -34,29 +41,46 @@ class Proxy:
             def do_GET(self) -> None:
                 proxy.forward(self, None)
 
+            def do_DELETE(self) -> None:
+                proxy.forward(self, None)
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 proxy.posts.append(dict(self.headers))
                 if proxy.script:
-                    proxy.perform(self, proxy.script.pop(0))
+                    proxy.perform(self, proxy.script.pop(0), body)
                 else:
                     proxy.forward(self, body)
 
         return Handler
 
     def forward(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
-        headers = {key: value for key, value in handler.headers.items() if key not in ("Host", "Content-Length")}
-        answer = requests.request(handler.command, self.target + handler.path, data=body, headers=headers, timeout=300)
+        try:
+            answer = self.ask(handler, body)
+        except requests.Timeout:
+            self.perform(handler, (504, None), body)
+            return
         handler.send_response(answer.status_code)
-        for key in ("shape", "dtype", "Content-Type", "Retry-After"):
+        for key in ("shape", "dtype", "Content-Type", "Retry-After", "Location"):
             if key in answer.headers:
                 handler.send_header(key, answer.headers[key])
         handler.send_header("Content-Length", str(len(answer.content)))
         handler.end_headers()
         handler.wfile.write(answer.content)
 
-    def perform(self, handler: BaseHTTPRequestHandler, act: tuple[int, str | None] | str) -> None:
+    def ask(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> requests.Response:
+        headers = {key: value for key, value in handler.headers.items() if key not in self.hidden}
+        url = self.target + handler.path
+        answer = requests.request(handler.command, url, data=body, headers=headers, timeout=(300, self.limit_s))
+        if "Location" in answer.headers:
+            self.jobs.append(self.target + answer.headers["Location"])
+        return answer
+
+    def perform(self, handler: BaseHTTPRequestHandler, act: tuple[int, str | None] | str, body: bytes | None) -> None:
         handler.close_connection = True
+        if act == LOST:
+            self.ask(handler, body)
+            return
         if act == SILENT:
             self.ended.wait()
             return

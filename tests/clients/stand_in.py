@@ -64,8 +64,8 @@ class ComfyUI:
 
         found = {name: ModuleType(name) for name in ("comfy", "comfy.utils", "comfy.model_management")}
         found |= {name: ModuleType(name) for name in ("comfy.patcher_extension", "folder_paths")}
-        found |= {name: ModuleType(name) for name in ("comfy_api", "comfy_api.input_impl")}
-        found["comfy_api.input_impl"].__dict__["VideoFromFile"] = VideoFromFile
+        found |= {name: ModuleType(name) for name in ("comfy_api", "comfy_api.latest")}
+        found["comfy_api.latest"].__dict__["InputImpl"] = SimpleNamespace(VideoFromFile=VideoFromFile)
         found["comfy.utils"].__dict__.update(ProgressBar=ProgressBar, save_torch_file=save_torch_file)
         looks = {"throw_exception_if_processing_interrupted": lambda: comfy.on_look()}
         found["comfy.model_management"].__dict__.update(looks)
@@ -87,7 +87,7 @@ def load(comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in [name for name in sys.modules if name.startswith("clients.comfyui")]:
         monkeypatch.delitem(sys.modules, name)
     package = importlib.import_module("clients.comfyui")
-    for part in ("remote", "latents", "vae", "preview", "nodes", "host"):
+    for part in ("remote", "found", "latents", "vae", "preview", "nodes", "host"):
         monkeypatch.setitem(sys.modules, f"clients.comfyui.{part}", sys.modules[f"clients.comfyui.{part}"])
     monkeypatch.setitem(sys.modules, "clients.comfyui", package)
     return package

@@ -169,6 +169,50 @@ def test_qwen_image_has_an_axis_of_one_frame(nodes: dict[str, Any], serve: Serve
     assert loaded.encode(expected[:, 0]).shape == latents.shape
 
 
+def test_ideogram_has_the_patches_of_flux_2_in_comfyui(nodes: dict[str, Any], serve: Serve, tmp_path: Path) -> None:
+    vae = small.flux2()
+    vae.save_pretrained(tmp_path / "vae")
+    entry = {"repo": str(tmp_path / "vae"), "dtype": "float32", "family": "ideogram4"}
+    loaded = run(nodes["VAEServerLoad"], "ideogram", serve({"ideogram": entry}))
+    for buffer in (vae.bn.running_mean, vae.bn.running_var):  # [2 * 2 * C] -> [C * 2 * 2]
+        buffer.copy_(buffer.clone().view(2, 2, 32).movedim(2, 0).flatten())
+    latents = torch.randn(1, 32, 4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pixels_of(vae.decode(latents, return_dict=False)[0])
+        pixels = (255 * expected).round() / 255
+        known = vae.encode((2 * pixels - 1).movedim(-1, 1)).latent_dist.mode()
+    torch.testing.assert_close(loaded.decode(patches(vae, latents)), expected, atol=2 * HALF_LEVEL, rtol=0)
+    torch.testing.assert_close(loaded.encode(pixels), patches(vae, known), atol=2e-3, rtol=1e-3)
+
+
+def test_qwen_image_2_1_has_no_axis_of_frames(nodes: dict[str, Any], serve: Serve, tmp_path: Path) -> None:
+    small.qwen_image_21().save_pretrained(tmp_path / "vae")
+    loaded = run(nodes["VAEServerLoad"], "qwen", serve({"qwen": {"repo": str(tmp_path / "vae"), "dtype": "float32"}}))
+    latents = loaded.encode(torch.rand(2, 32, 48, 3))
+    assert latents.shape == (2, loaded.latent_channels, 2, 3)
+    assert loaded.latent_dim == 2
+    images = loaded.decode(latents)
+    assert images.shape == (2, 32, 48, 4)
+    assert torch.equal(loaded.decode(latents.unsqueeze(2))[:, 0], images)
+
+
+def test_latents_of_minimax_h3_are_scaled_in_comfyui(nodes: dict[str, Any], serve: Serve, tmp_path: Path) -> None:
+    vae = small.minimax_h3()
+    vae.save_pretrained(tmp_path / "vae")
+    loaded = run(nodes["VAEServerLoad"], "h3", serve({"h3": {"repo": str(tmp_path / "vae"), "dtype": "float32"}}))
+    mean, std = (torch.tensor(each).view(1, -1, 1, 1, 1) for each in (vae.config.latents_mean, vae.config.latents_std))
+    latents = torch.randn(1, 8, 7, 4, 6, generator=torch.Generator().manual_seed(0))
+    pixel_mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1, 1)
+    pixel_std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1, 1)
+    with torch.no_grad():
+        expected = vae.decode(latents * std + mean).sample * pixel_std + pixel_mean
+        frames = (255 * expected.clamp(0, 1)).round() / 255  # [1, 3, F, H, W]
+        known = vae.encode((frames - pixel_mean) / pixel_std).latent_dist.mode()
+    found = loaded.decode(latents)
+    torch.testing.assert_close(found, expected.clamp(0, 1).movedim(1, -1), atol=2 * HALF_LEVEL, rtol=0)
+    torch.testing.assert_close(loaded.encode(frames[0].movedim(0, -1)), (known - mean) / std, atol=5e-3, rtol=5e-3)
+
+
 def test_a_batch_of_stable_video_diffusion_is_one_video(nodes: dict[str, Any], serve: Serve, tmp_path: Path) -> None:
     vae = small.temporal()
     vae.save_pretrained(tmp_path / "vae")
@@ -273,6 +317,11 @@ def test_the_last_frames_of_a_video_that_fill_no_latent_frame_are_left_out(nodes
     assert found.shape == (1, 16, 2, 6, 8)
     shorter = run(nodes["VAEServerEncode"], pixels[:5], "hunyuan", url)["samples"]
     assert torch.equal(found, shorter)
+    vae = run(nodes["VAEServerLoad"], "hunyuan", url)
+    images = vae.encode(pixels[:2], not_video=True)
+    assert images.shape == (2, 16, 1, 6, 8)
+    assert torch.equal(images[:1], vae.encode(pixels[:1]))
+    assert torch.equal(vae.encode_tiled(pixels[:2], tile_x=8, not_video=True), images)
 
 
 def test_the_vae_has_what_comfyuis_nodes_read(nodes: dict[str, Any], url: str) -> None:
@@ -281,6 +330,7 @@ def test_the_vae_has_what_comfyuis_nodes_read(nodes: dict[str, Any], url: str) -
     assert (video.latent_channels, video.latent_dim, video.downscale_ratio) == (16, 3, 8)
     assert (image.spacial_compression_decode(), image.temporal_compression_decode()) == (8, None)
     assert (video.spacial_compression_encode(), video.temporal_compression_decode()) == (8, 4)
+    assert (image.downscale_index_formula, video.downscale_index_formula) == (None, (4, 8, 8))
     with pytest.raises(AttributeError, match="a remote VAE has no 'first_stage_model'; use a local VAE"):
         _ = image.first_stage_model
 
@@ -359,6 +409,11 @@ def models_in(node: Any) -> Any:
     return node.INPUT_TYPES()["required"]["model"][0]
 
 
+def menus_of(nodes: dict[str, Any]) -> set[Any]:
+    """What the nodes that have a model show for it."""
+    return {models_in(node) for name, node in nodes.items() if name != "VAEServerFind"}
+
+
 def test_the_menus_list_the_models_of_the_server(
     comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch, serve: Serve, tmp_path: Path, vaes: dict[str, LocalVae]
 ) -> None:
@@ -381,7 +436,7 @@ def test_a_lost_server_leaves_a_free_text(
         pass
     monkeypatch.setenv("VAE_SERVER_URL", lost)
     nodes = load(comfy, monkeypatch).NODE_CLASS_MAPPINGS
-    assert {models_in(node) for node in nodes.values()} == {"STRING"}
+    assert menus_of(nodes) == {"STRING"}
     assert nodes["VAEServerDecode"].VALIDATE_INPUTS(model="anything") is True
 
 
@@ -394,7 +449,7 @@ def test_a_silent_server_does_not_hold_comfyui_up(comfy: ComfyUI, monkeypatch: p
         import clients.comfyui.nodes as module
 
         threads = threading.active_count()
-        assert {models_in(node) for node in nodes.values()} == {"STRING"}
+        assert menus_of(nodes) == {"STRING"}
         assert threading.active_count() - threads <= 2  # one question for all of them
         monkeypatch.setattr(module.menu, "_known", [{"name": "later", "kind": "image"}])
         assert models_in(nodes["VAEServerDecode"]) == ["default", "later"]
@@ -631,6 +686,36 @@ def test_the_preview_of_a_video_is_its_middle_frame(
 ) -> None:
     x0 = vaes["hunyuan"].latents(3, 6, 8)
     sampled(url, "hunyuan", x0, 1.0)
+    sample = pixels_of(vaes["hunyuan"].decode(x0[:, :, 1:2]))[0, 0]
+    found = torch.frombuffer(bytearray(comfy.previews[-1].tobytes()), dtype=torch.uint8).view(48, 64, 3) / 255
+    assert (found - sample).abs().mean() < 0.08
+
+
+def test_a_video_that_is_sampled_with_its_sound_has_previews(
+    nodes: dict[str, Any], comfy: ComfyUI, url: str, vaes: dict[str, LocalVae]
+) -> None:
+    """ComfyUI packs both into one tensor, and tells their shapes."""
+    x0, sound = vaes["hunyuan"].latents(3, 6, 8), torch.zeros(1, 8, 5, 16)
+    packed = torch.cat([each.reshape(1, 1, -1) for each in (x0, sound)], dim=-1)
+
+    class Patcher:
+        model = SimpleNamespace(process_latent_out=lambda latents: latents)
+
+        def clone(self) -> Patcher:
+            return self
+
+        def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
+            self.wrapper = wrapper
+
+    class Guider:
+        class_obj = SimpleNamespace(model_patcher=Patcher())
+
+        def __call__(self, *given: Any, latent_shapes: Any) -> None:
+            until(lambda: given[5](0, packed, packed, 3) or bool(comfy.previews), "a preview")
+
+    patcher = run(nodes["VAEServerPreview"], Patcher(), "hunyuan", url)
+    given = ("noise", "latents", "sampler", "sigmas", None, None, False, 0)
+    patcher.wrapper(Guider(), *given, latent_shapes=[x0.shape, sound.shape])
     sample = pixels_of(vaes["hunyuan"].decode(x0[:, :, 1:2]))[0, 0]
     found = torch.frombuffer(bytearray(comfy.previews[-1].tobytes()), dtype=torch.uint8).view(48, 64, 3) / 255
     assert (found - sample).abs().mean() < 0.08

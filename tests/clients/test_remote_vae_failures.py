@@ -235,6 +235,6 @@ def test_an_answer_that_is_no_tensor_is_told(proxy: tuple[Proxy, str], latents: 
 
 def test_something_else_than_this_server_is_told(tmp_path: Path) -> None:
     with scripted("http://127.0.0.1:9/") as (script, address):
-        script.forward = lambda handler, body: script.perform(handler, (200, None))  # type: ignore[method-assign]  # the script is replaced on purpose
+        script.forward = lambda handler, body: script.perform(handler, (200, None), body)  # type: ignore[method-assign]  # the script is replaced on purpose
         with pytest.raises(RemoteVAEError, match="is not a VAE decode server"):
             RemoteVAE(address + "sd")

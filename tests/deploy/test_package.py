@@ -128,6 +128,7 @@ def without_marker(line: str) -> str:
     ("extra", "files"),
     [
         (None, ("requirements.txt",)),
+        ("advertise", ("requirements-advertise.txt",)),
         ("otel", ("requirements-otel.txt",)),
         ("ray", ("deploy/ray-requirements.txt",)),
         ("dev", ("requirements-dev.txt", "deploy/ray-requirements.txt")),

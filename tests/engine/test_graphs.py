@@ -8,28 +8,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.coders.image import exact_coder
 from server.engine.coders.image import plan as plans
 from server.engine.coders.image.plan import fit, footprint, wanted
 from server.engine.graphs import Function, Graphs, Recording, clear_graphs, graph_bytes
-from tests.engine.coders.image.networks import build, exact
+from server.values import Layout
+from tests.engine.coders.image.networks import build, exact, latents_for
 
 DEVICE = torch.device("cpu")
 POOL = 1 << 20
 
 
 class CountingRecorder:
-    """Its recordings compute the function again; each holds POOL bytes. broken: recording raises."""
+    """Its recordings compute the function again; each holds `size` bytes. broken: recording raises."""
 
     def __init__(self) -> None:
         self.device, self.held_bytes = DEVICE, 0
-        self.recorded = 0
+        self.recorded, self.size = 0, POOL
         self.broken = False
 
     def record(self, function: Function, x: Tensor) -> Recording:
         self.recorded += 1
         if self.broken:
             raise RuntimeError("operation not permitted when stream is capturing")
-        self.held_bytes += POOL
+        self.held_bytes += self.size
         return function
 
     def forget(self) -> None:
@@ -123,6 +125,22 @@ def test_budgets_that_differ_a_little_give_few_plans() -> None:
     found = {fit(need, ideal, budget) for budget in budgets}
     assert len(budgets) == 100
     assert len(found) <= 8
+
+
+def test_a_recording_does_not_shrink_the_plan_of_its_own_shape(
+    recorder: CountingRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a small GPU the memory of a recording is missing to the next plan, but the recording already has it."""
+    vae = build("sd")
+    coder, latents = exact(vae), latents_for(vae, 1, 8, 8)
+    coder.graphs = Graphs(recorder)
+    ample = coder.peak_bytes(1, 8, 8, 1 << 40)
+    recorder.size = ample
+    monkeypatch.setattr(exact_coder, "free_bytes", lambda _device, own=0: ample - graph_bytes(DEVICE) + own)
+    for _ in range(5):
+        coder.decode(latents, Layout.SAMPLE)
+    assert recorder.recorded == 1
+    assert coder.plan(1, 8, 8) != coder.plan(1, 8, 8, ample)  # which another shape gets meanwhile
 
 
 def test_a_band_on_a_gpu_has_at_most_a_gigabyte() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from server.config import load_settings
 from server.engine.models import LoadedModels, NotLoaded
+from server.engine.pipeline import NonFiniteOutput
 from server.engine.weights import loading
 from server.errors import ModelUnavailable, TooLargeForDevice
 from server.model_info import CoderId, Direction
@@ -225,3 +226,25 @@ def test_a_load_without_memory_and_without_other_models_says_so(
     with pytest.raises(ModelUnavailable) as caught:
         engine.load("sd")
     assert "its weights do not fit the memory of cpu" in caught.value.detail
+
+
+def test_a_float32_copy_without_memory_is_too_large_and_no_fault_of_the_latents(
+    engine: LoadedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = engine._settings.models["sd"].model_copy(update={"dtype": "bfloat16"})
+    half = LoadedModels(engine._settings.model_copy(update={"models": {"sd": entry}}))
+    read = loading.load_vae
+
+    def load_vae(info: Any, source: Any, dtype: torch.dtype, *rest: Any) -> Any:
+        if dtype is torch.float32:
+            raise torch.OutOfMemoryError("out of memory")
+        return read(info, source, dtype, *rest)
+
+    monkeypatch.setattr(loading, "load_vae", load_vae)
+    monkeypatch.setattr("server.engine.models.run", lambda *_: [NonFiniteOutput()])
+    (outcome,) = half.run([request()])
+    assert isinstance(outcome, TooLargeForDevice)
+    assert str(outcome) == (
+        "these latents overflow the VAE in half precision, and its copy in float32 does not fit this server's memory; "
+        "check scaling_factor and dtype"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,6 @@ ASYNC = {"Prefer": "respond-async"}
 @pytest.fixture
 def url(serve: Serve, vaes: dict[str, LocalVae]) -> str:
     return serve({name: {"repo": str(vaes[name].folder)} for name in ("sd", "hunyuan")})
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Nothing is computed until this is set."""
-    event, compute = threading.Event(), runner.Runner._compute
-
-    def waits(self: Any, *arguments: Any) -> Any:
-        assert event.wait(PATIENCE_S)
-        return compute(self, *arguments)
-
-    monkeypatch.setattr(runner.Runner, "_compute", waits)
-    yield event
-    event.set()
 
 
 def post(url: str, headers: Any = ASYNC, side: int = 8, **query: Any) -> requests.Response:
@@ -74,7 +59,7 @@ def test_a_job_has_the_answer_that_the_request_would_have_got(url: str) -> None:
     assert get(url, answer.headers["location"] + "/result").content == waited.content, "it can be fetched again"
 
 
-def test_a_job_that_waits_tells_its_place_and_is_not_done(url: str, held: threading.Event) -> None:
+def test_a_job_that_waits_tells_its_place_and_is_not_done(url: str, held_device: threading.Event) -> None:
     answers = [post(url, side=side) for side in (8, 16, 24)]
     until(lambda: state_of(url, answers[0]) == "running", "the first job")
     last = get(url, answers[2].headers["location"]).json()
@@ -82,7 +67,7 @@ def test_a_job_that_waits_tells_its_place_and_is_not_done(url: str, held: thread
     assert last["seconds_left"] > 0
     early = get(url, answers[2].headers["location"] + "/result")
     assert (early.status_code, early.json()["code"], early.headers["retry-after"]) == (409, "not_done", "1")
-    held.set()
+    held_device.set()
     assert all(result_of(url, answer).ok for answer in answers)
 
 
@@ -101,17 +86,17 @@ def test_a_video_tells_the_frames_that_are_done(
     assert result_of(url, streamed).content.count(b"moof") == 17, "a job's answer is whole"
 
 
-def test_the_progress_of_a_request_that_a_client_waits_for(url: str, held: threading.Event) -> None:
+def test_the_progress_of_a_request_that_a_client_waits_for(url: str, held_device: threading.Event) -> None:
     thread = threading.Thread(target=post, args=(url, {"X-Request-Id": "mine"}))
     thread.start()
     until(lambda: get(url, "/requests/mine/progress").ok, "the request")
     assert get(url, "/requests/mine/progress").json()["state"] in ("queued", "running")
-    held.set()
+    held_device.set()
     thread.join(PATIENCE_S)
     assert get(url, "/requests/mine/progress").status_code == 404
 
 
-def test_a_job_that_is_deleted_is_cancelled_and_forgotten(url: str, held: threading.Event) -> None:
+def test_a_job_that_is_deleted_is_cancelled_and_forgotten(url: str, held_device: threading.Event) -> None:
     first, second = post(url), post(url, side=16)
     place = url.rstrip("/") + second.headers["location"]
     assert requests.delete(place, timeout=PATIENCE_S).status_code == 204
@@ -119,7 +104,7 @@ def test_a_job_that_is_deleted_is_cancelled_and_forgotten(url: str, held: thread
     assert gone.status_code == 404
     assert "the server was restarted" in gone.json()["error"]
     assert requests.delete(place, timeout=PATIENCE_S).status_code == 404
-    held.set()
+    held_device.set()
     assert result_of(url, first).ok
     until(lambda: "vae_jobs 1.0" in get(url, "/metrics").text, "the end of the second job")
 
@@ -132,7 +117,7 @@ def test_an_idempotency_key_names_the_same_job(url: str) -> None:
     assert (conflict.status_code, conflict.json()["code"]) == (409, "idempotency_conflict")
 
 
-def test_every_state_is_as_the_description_says(url: str, held: threading.Event) -> None:
+def test_every_state_is_as_the_description_says(url: str, held_device: threading.Event) -> None:
     def fits(name: str, body: Any) -> None:
         schema = {**DESCRIPTION["components"]["schemas"][name], "components": DESCRIPTION["components"]}
         Draft202012Validator(schema).validate(body)
@@ -142,7 +127,7 @@ def test_every_state_is_as_the_description_says(url: str, held: threading.Event)
         fits("Job", answer.json())
         fits("Job", get(url, answer.headers["location"]).json())
     fits("Progress", get(url, "/requests/second/progress").json())
-    held.set()
+    held_device.set()
     for answer in answers:
         assert result_of(url, answer).ok
         fits("Job", get(url, answer.headers["location"]).json())
@@ -167,13 +152,13 @@ def test_a_job_that_fails_has_the_error_of_the_request(url: str, monkeypatch: py
 
 
 def test_jobs_are_bounded_in_number_bytes_and_age(
-    serve: Serve, vaes: dict[str, LocalVae], held: threading.Event
+    serve: Serve, vaes: dict[str, LocalVae], held_device: threading.Event
 ) -> None:
     url = serve({"sd": {"repo": str(vaes["sd"].folder)}}, max_jobs=2, job_ttl_s=1000, job_results_mb=1)
     first, second = post(url), post(url, side=16)
     full = post(url)
     assert (full.status_code, full.json()["code"]) == (429, "queue_full")
-    held.set()
+    held_device.set()
     assert result_of(url, first).ok
     assert result_of(url, second).ok
     third = post(url, output_type="pt", side=64)  # 3 MiB: more than all answers together may have

@@ -17,6 +17,10 @@ import torch
 from diffusers.utils.remote_utils import remote_encode
 from safetensors.torch import save
 
+from server.families.flux2_relatives import channels_first
+from tests.clients.test_comfyui_nodes import FAMILIES
+from tests.conftest import Serve
+from tests.pipelines import vaes as small
 from tests.vaes import LocalVae
 from tests.web.test_errors import assert_refused
 from tests.web.test_remote_encode import picture
@@ -69,7 +73,7 @@ def test_packed_latents_in_a_file_need_their_size_still(url: str, vaes: Vaes) ->
 
 
 @pytest.mark.parametrize("query", [{}, {"do_scaling": "True"}, {"do_scaling": "False"}])
-def test_a_comfyui_latent_is_unscaled_already(url: str, vaes: Vaes, query: dict[str, str]) -> None:
+def test_a_comfyui_latent_of_most_models_is_unscaled_already(url: str, vaes: Vaes, query: dict[str, str]) -> None:
     """What ComfyUI's SaveLatent writes."""
     latents = vaes["sd"].latents(8, 12)
     file = save({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])}, {"prompt": "x" * 100_000})
@@ -77,11 +81,46 @@ def test_a_comfyui_latent_is_unscaled_already(url: str, vaes: Vaes, query: dict[
     torch.testing.assert_close(sample, vaes["sd"].decode(latents), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "ideogram4", "ernie_image"])
+def test_a_comfyui_latent_is_scaled_as_in_comfyui(serve: Serve, tmp_path: Path, name: str) -> None:
+    """For some VAEs the scaling is a part of the VAE in ComfyUI, and its files hold scaled latents."""
+    make, shape, in_comfyui = FAMILIES.get(name, FAMILIES["flux-2"])
+    vae = make()
+    vae.save_pretrained(tmp_path / "vae")
+    if name == "ideogram4":  # the statistics of its VAE are for patches whose channels come last
+        for buffer in (vae.bn.running_mean, vae.bn.running_var):
+            buffer.copy_(channels_first(buffer.clone(), 32))
+    family = {} if name in FAMILIES else {"family": name}
+    url = serve({name: {"repo": str(tmp_path / "vae"), "dtype": "float32", **family}})
+    latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = vae.decode(latents, return_dict=False)[0]
+    saved = in_comfyui(vae, latents).contiguous()
+    file = save({"latent_tensor": saved, "latent_format_version_0": torch.tensor([])})
+    for query in ({}, {"do_scaling": "True"}):
+        found = tensor_of(post(url, file, **RAW, **query))
+        atol = 1e-3 if name == "ernie_image" else 1e-4  # its pipeline has another epsilon than the VAE
+        torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+def test_a_comfyui_latent_of_minimax_h3_is_scaled(serve: Serve, tmp_path: Path) -> None:
+    small.minimax_h3().save_pretrained(tmp_path / "vae")
+    url = serve({"h3": {"repo": str(tmp_path / "vae"), "dtype": "float32"}})
+    latents = torch.randn(1, 8, 7, 4, 6, generator=torch.Generator().manual_seed(0))
+    file = save({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])})
+    scaled = tensor_of(post(url, save({"latents": latents}), **RAW, do_scaling=True))
+    assert torch.equal(tensor_of(post(url, file, **RAW)), scaled)
+    assert not torch.equal(tensor_of(post(url, save({"latents": latents}), **RAW)), scaled)
+
+
 def test_factors_for_a_comfyui_latent_are_refused(url: str, vaes: Vaes) -> None:
     latents = vaes["sd"].latents(8, 12)
     file = save({"latent_tensor": latents, "latent_format_version_0": torch.tensor([])})
     assert_refused(
-        post(url, file, scaling_factor=0.18215), 400, "bad_request", "already unscaled; leave scaling_factor"
+        post(url, file, scaling_factor=0.18215),
+        400,
+        "bad_request",
+        "a ComfyUI .latent file are scaled; leave scaling_factor",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from server import cores
 from server.config import load_settings
 from server.metrics import Metrics
 from server.scheduling.dispatcher import Dispatcher
@@ -20,7 +21,7 @@ from tests.vaes import LocalVae
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(devices_module, "CGROUP_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "CGROUP_LIMIT", tmp_path / "cpu.max")
     return tmp_path / "cpu.max"
 
 

@@ -76,14 +76,14 @@ Start = Callable[..., Served]
 def start(vaes: dict[str, LocalVae], tmp_path: Path) -> Iterator[Start]:
     stops = []
 
-    def begin(**flags: Any) -> Served:
+    def begin(worker: str = "tests.workers.faults", device: str = "cpu", **flags: Any) -> Served:
         models = {"sd": {"repo": str(vaes["sd"].folder), "dtype": "float32", "preload": True}}
         models["half"] = {"repo": str(vaes["sd"].folder), "dtype": "bfloat16"}
         settings = load_settings(config=write_models_yaml(tmp_path / "models.yaml", models, "sd"), **flags)
         engines: list[ProcessEngine] = []
 
         def engine(settings: Settings, metrics: Metrics) -> ProcessEngine:
-            engines.append(ProcessEngine(settings, "cpu", metrics, worker="tests.workers.faults"))
+            engines.append(ProcessEngine(settings, device, metrics, worker=worker))
             return engines[-1]
 
         context = running(settings, engine)
@@ -118,6 +118,20 @@ def test_a_killed_worker_loses_nothing(start: Start) -> None:
         "kill -9 of the worker mid-request",
         f"{KILLS} kills, 0 of {6 * KILLS} requests lost; ready again after {np.median(back_s):.2f} s (median)",
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto would choose the CUDA device")
+def test_where_cuda_is_unusable_in_forked_processes_workers_are_new_ones(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "front").write_text(str(os.getpid()))
+    served = start("tests.workers.unusable_fork", "auto")
+    expected = served.post(0.5)
+    assert expected.status_code == requests.codes.ok
+    assert "vae_worker_restarts_total{" not in requests.get(served.url + "metrics", timeout=PATIENCE_S).text
+    pid = served.engine.pid
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    served.until(lambda: served.engine.is_alive and served.engine.pid != pid)
+    assert served.post(0.5).content == expected.content
 
 
 def test_both_directions_share_a_worker_and_come_back_after_its_death(start: Start, vaes: dict[str, LocalVae]) -> None:

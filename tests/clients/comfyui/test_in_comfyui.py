@@ -331,9 +331,20 @@ def test_a_refusal_is_shown_and_the_latents_are_kept(comfyui: Program, server: s
     assert comfyui.pictures(comfyui.run(again)["s"]).shape == (2, 64, 96, 3)
 
 
+def test_another_node_may_give_the_address(comfyui: Program, server: str) -> None:
+    flow: Flow = {
+        "address": node("PrimitiveString", value=server),
+        "l": node("LoadLatent", latent="sd.latent"),
+        "d": node("VAEServerDecode", samples=["l", 0], model="sd", address=["address", 0]),
+        "s": save("d"),
+    }
+    assert comfyui.pictures(comfyui.run(flow)["s"]).shape == (2, 64, 96, 3)
+
+
 def menus(comfyui: Program) -> dict[str, Any]:
     about = requests.get(comfyui.url + "object_info", timeout=PATIENCE_S).json()
-    return {name: each["input"]["required"]["model"][0] for name, each in about.items() if name.startswith("VAEServer")}
+    inputs = {name: each["input"]["required"] for name, each in about.items() if name.startswith("VAEServer")}
+    return {name: each["model"][0] for name, each in inputs.items() if "model" in each}
 
 
 def test_the_menus_list_the_servers_models(comfyui: Program) -> None:

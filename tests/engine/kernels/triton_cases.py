@@ -168,7 +168,7 @@ def test_a_whole_decode_in_bands_equals_diffusers(kernels: Kernels, recomputes: 
     decoder.kernels, decoder.network = kernels, DecoderWeights.take(build("one-block").to(DEVICE), kernels)
     latents = latents_for(vae, 2, 6, 5)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        got, _ = decoder.run(Plan(2, 4, 2000, 1 << 20, 1, recomputes), latents, Layout.SAMPLE)
+        got, _ = decoder.run(Plan(2, 4, 2000, 1 << 20, 1, recomputes), latents, layout=Layout.SAMPLE)
         torch.testing.assert_close(got, stock(vae, latents), atol=1e-4, rtol=0)
 
 

@@ -375,6 +375,12 @@ def test_the_dtype_on_a_gpu(
     assert chosen.reason.endswith(".")
 
 
+def test_a_dtype_that_an_old_gpu_lacks_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "has_bfloat16", lambda _: False)
+    with pytest.raises(ValueError, match="dtype bfloat16: this GPU is too old to compute in it; set dtype: auto"):
+        choose_precision("bfloat16", read_info(source(copy)), GPU, is_exact=True)
+
+
 @pytest.mark.parametrize("name", ["sd", "hunyuan"])
 @pytest.mark.parametrize(
     ("keys", "runs", "note"),

@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ....values import Layout
-from ...graphs import GRAPH_PIXELS
 from ..interface import Check, Coded, Emit, go_on
 from ..layouts import Output
 from .exact_coder import ExactCoder
@@ -54,18 +53,14 @@ class ExactKLDecoder(ExactCoder[DecoderWeights]):
         """
         latents = latents.to(self.network.device, self.network.dtype)  # [B, C, h, w]
         batch, _, height, width = latents.shape
-        plan = self.plan(batch, height, width, budget_bytes)
-        if self.graphs is None or batch * height * width * self.network.upsampling**2 > GRAPH_PIXELS:
-            image, finite = self.run(plan, latents, layout, check)
-        else:  # `check` must not raise while a graph is recorded, and nothing in Python runs while it is replayed
-            launch = partial(self.run, plan, layout=layout, check=go_on)
-            image, finite = self.graphs.run((latents.shape, layout, plan), launch, latents)
+        pixels = batch * height * width * self.network.upsampling**2
+        image, finite = self.compute(partial(self.run, layout=layout), latents, pixels, budget_bytes, check, layout)
         if emit is not None:
             emit(image, finite)
         return Coded(image, finite)
 
     def run(
-        self, plan: Plan, latents: Tensor, layout: Layout, check: Check = go_on
+        self, plan: Plan, latents: Tensor, check: Check = go_on, *, layout: Layout
     ) -> tuple[Tensor, Tensor]:  # [B, C, h, w]
         """Run one decode as planned, without a CUDA graph. Return the image in `layout`, and whether it is finite."""
         batch, _, height, width = latents.shape

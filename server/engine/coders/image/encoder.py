@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ....values import Layout
-from ...graphs import GRAPH_PIXELS
 from ..interface import Check, Coded, go_on
 from ..layouts import Output
 from .exact_coder import ExactCoder
@@ -44,11 +43,7 @@ class ExactKLEncoder(ExactCoder[EncoderWeights]):
         """Encode as `Encoder.encode` says. The parameters equal those of diffusers within the rounding of the dtype."""
         pixels = pixels.to(self.network.device, self.network.dtype)  # [B, 3, H, W]
         batch, _, height, width = pixels.shape
-        plan = self.plan(batch, height, width, budget_bytes)
-        if self.graphs is None or batch * height * width > GRAPH_PIXELS:
-            return Coded(*self.run(plan, pixels, check))
-        # `check` must not raise while a graph is recorded, and nothing in Python runs while it is replayed.
-        return Coded(*self.graphs.run((pixels.shape, plan), partial(self.run, plan, check=go_on), pixels))
+        return Coded(*self.compute(self.run, pixels, batch * height * width, budget_bytes, check))
 
     def run(self, plan: Plan, pixels: Tensor, check: Check = go_on) -> tuple[Tensor, Tensor]:  # [B, 3, H, W]
         """Run one encode as planned, without a CUDA graph.

@@ -232,8 +232,10 @@ def take_attention(attention: Any) -> Attention:
     bias = torch.zeros_like(weight[0]) if out.bias is None else precise(out.bias)  # [C]
     if value.bias is not None:
         bias = bias + precise(out.weight) @ precise(value.bias)  # [C]
-    folded = Linear(weight.to(query.weight), None)
-    return Attention(take_norm(attention.group_norm), query, Linear(key.weight, None), folded, bias.to(query.weight))
+    folded = Linear(rounded(weight, query.weight), None)
+    return Attention(
+        take_norm(attention.group_norm), query, Linear(key.weight, None), folded, rounded(bias, query.weight)
+    )
 
 
 def take_conv(conv: Any, kernels: Kernels) -> Conv:
@@ -270,6 +272,11 @@ def precise(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def rounded(x: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the dtype of another one and on its device. It is rounded before it gets there."""
+    return x.to(like.dtype).to(like.device)
+
+
 def empty(module: nn.Module) -> None:
     """Replace the module's own parameters, not those of its children, with empty tensors."""
     for parameter in module.parameters(recurse=False):
@@ -303,4 +310,4 @@ def fold_quant(weight: Tensor, bias: Tensor, quant: Linear) -> tuple[Tensor, Ten
     constant = mixing @ precise(bias)  # [O]
     if quant.bias is not None:
         constant = constant + precise(quant.bias)  # [O]
-    return mixed.to(weight), constant.to(weight)
+    return rounded(mixed, weight), rounded(constant, weight)

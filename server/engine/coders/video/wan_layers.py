@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...kernels.causal_kernels import CausalKernels
-from ..image.layers import Linear, empty, fold_upsample, precise, take_linear, take_weights
+from ..image.layers import Linear, empty, fold_upsample, precise, rounded, take_linear, take_weights
 from .causal_encoder_layers import Average, CausalEncoder, Downsample, EncoderBlock, EncoderStep
 from .causal_layers import Attention, Block, CausalConv, CausalDecoder, Duplicate, PixelNorm, Resnet, Step, Upsample
 from .causal_structure import class_reasons, conv_reasons, norm_reasons, silu_reasons, weights_reasons
@@ -317,13 +317,13 @@ def fold_attention(
     assert out.bias is not None
     weight = precise(out.weight) @ precise(value.weight)  # [C, C]
     bias = precise(out.weight) @ precise(value.bias) + precise(out.bias)  # [C]
-    folded = Linear(weight.to(query.weight), None)
+    folded = Linear(rounded(weight, query.weight), None)
     return Attention(
         norm,
         Linear(query.weight.contiguous(), query.bias),
         Linear(key.weight.contiguous(), None),
         folded,
-        bias.to(query.weight),
+        rounded(bias, query.weight),
         sees_past,
     )
 

@@ -43,7 +43,7 @@ def test_any_band_height_gives_the_float32_picture(
 ) -> None:
     made, latents = decoder(torch.float32, plain), latents_for(build("sd"), *shape)
     with torch.inference_mode():
-        banded, _ = made.run(Plan(shape[0], 4, band, scores, 1, recomputes), latents, Layout.SAMPLE)
+        banded, _ = made.run(Plan(shape[0], 4, band, scores, 1, recomputes), latents, layout=Layout.SAMPLE)
     torch.testing.assert_close(banded, stock(build("sd"), latents), atol=1e-4, rtol=0)
 
 
@@ -59,8 +59,8 @@ def test_any_band_height_gives_bfloat16_pixels_within_two_levels(
 ) -> None:
     made, latents = decoder(torch.bfloat16, False), latents_for(build("sd", torch.bfloat16), *shape)
     with torch.inference_mode():
-        banded, _ = made.run(Plan(1, 2, band, WHOLE, unit, recomputes), latents, Layout.PIXELS)
-        whole, _ = made.run(Plan(1, 2, WHOLE, WHOLE, unit), latents, Layout.PIXELS)
+        banded, _ = made.run(Plan(1, 2, band, WHOLE, unit, recomputes), latents, layout=Layout.PIXELS)
+        whole, _ = made.run(Plan(1, 2, WHOLE, WHOLE, unit), latents, layout=Layout.PIXELS)
     assert (banded.int() - whole.int()).abs().max() <= 2
 
 
@@ -104,7 +104,7 @@ def test_recomputing_keeps_half_of_what_bands_keep_and_bands_less_than_whole_ima
     ):
         counting.most = 0
         with torch.inference_mode():
-            made.run(plan, latents, Layout.PIXELS)
+            made.run(plan, latents, layout=Layout.PIXELS)
         most.append(counting.most)
     assert most[1] < 0.6 * most[0]
     assert most[2] < 0.7 * most[1]
