@@ -103,7 +103,7 @@ def install(folder: Path) -> int:
     if packages:
         print(summary(packages, folder), flush=True)
         names = [f"{package['metadata']['name']}=={package['metadata']['version']}" for package in packages]
-        # The first start compiles the modules that it imports, in 6 s. pip would compile all of them, in 27 s of one core.
+        # The first start compiles the modules that it imports in 6 s; pip would compile all of them in 27 s.
         command = [*pip, "install", "--no-deps", "--no-compile", *index, *names]
         status = subprocess.run(command, check=False).returncode
         if status:
