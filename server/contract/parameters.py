@@ -64,8 +64,8 @@ class Parameters:
     def of_tensor(self, shape: tuple[int, ...], dtype: str, *, is_from_comfyui: bool) -> Parameters:
         """Return a copy with the shape and the dtype of a file's tensor.
 
-        is_from_comfyui: the latents are those of a ComfyUI .latent file. The model's family knows whether they are scaled,
-            so `do_scaling` is ignored.
+        is_from_comfyui: the latents are those of a ComfyUI .latent file. The model's family knows whether they are
+            scaled, so `do_scaling` is ignored.
 
         Raises BadRequest if another dtype was sent, or scaling factors for a ComfyUI .latent file.
         """
