@@ -58,14 +58,14 @@ class Scaling:
 
     factor, shift: the values that the client sent. They take precedence.
     from_model: use the model's own statistics. If it is False and no factor was sent, latents are not scaled.
-    is_comfyuis: the latents are those of a ComfyUI .latent file, which `Family.comfyui_latents_in` reads. The other
+    is_from_comfyui: the latents are those of a ComfyUI .latent file, which `Family.comfyui_latents_in` reads. The other
         values are not set then.
     """
 
     factor: float | None = None
     shift: float | None = None
     from_model: bool = False
-    is_comfyuis: bool = False
+    is_from_comfyui: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,7 +275,7 @@ def decode(
         "output_type": output_type,
     }
     is_with_sound = found.has_sound and key is None and output_type == "mp4"
-    if is_with_sound or found.is_comfyuis:
+    if is_with_sound or found.is_from_comfyui:
         data = (
             latents.read_bytes()
         )  # the whole file, for a video with its sound, or latents that are scaled as in ComfyUI

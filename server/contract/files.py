@@ -44,7 +44,7 @@ def opened(parameters: Parameters, data: bytes | bytearray) -> tuple[Parameters,
     except FileError as error:
         raise BadRequest(f"the .safetensors file {error}") from None
     tensor = found.tensor
-    return parameters.of_tensor(tensor.shape, tensor.dtype, is_comfyuis=found.is_comfyuis), tensor.data
+    return parameters.of_tensor(tensor.shape, tensor.dtype, is_from_comfyui=found.is_from_comfyui), tensor.data
 
 
 def sound_in(data: bytes | bytearray) -> RawTensor | None:

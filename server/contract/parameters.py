@@ -54,18 +54,18 @@ class Parameters:
         body: the `parameters` of a JSON body. A parameter that is also in the query is taken from the query.
         """
         self._values: dict[str, list[str]] = {}
-        self._are_latents_comfyuis = False
+        self._is_from_comfyui = False
         for key, value in _with_plain_shape(query):
             self._values.setdefault(key, []).append(value)
         for key, value in (body or {}).items():
             if key in KNOWN:
                 self._values.setdefault(key, _as_texts(key, value))
 
-    def of_tensor(self, shape: tuple[int, ...], dtype: str, *, is_comfyuis: bool) -> Parameters:
+    def of_tensor(self, shape: tuple[int, ...], dtype: str, *, is_from_comfyui: bool) -> Parameters:
         """Return a copy with the shape and the dtype of a file's tensor.
 
-        is_comfyuis: the latents are those of a ComfyUI .latent file. The model's family knows whether they are scaled,
-            so `do_scaling` is ignored.
+        is_from_comfyui: the latents are those of a ComfyUI .latent file. The model's family knows whether they are
+            scaled, so `do_scaling` is ignored.
 
         Raises BadRequest if another dtype was sent, or scaling factors for a ComfyUI .latent file.
         """
@@ -74,13 +74,13 @@ class Parameters:
             raise BadRequest(f"dtype={_quoted(sent)} was sent, but the file's tensor is {dtype}; leave dtype out")
         found = Parameters(())
         found._values = {**self._values, "shape": list(map(str, shape)), "dtype": [dtype]}
-        if is_comfyuis:
+        if is_from_comfyui:
             if self.has("scaling_factor") or self.has("shift_factor"):
                 raise BadRequest(
                     "the server knows how the latents of a ComfyUI .latent file are scaled; "
                     "leave scaling_factor and shift_factor out"
                 )
-            found._are_latents_comfyuis = True
+            found._is_from_comfyui = True
         return found
 
     def of_sound(self, shape: tuple[int, ...], dtype: str) -> Parameters:
@@ -187,8 +187,8 @@ class Parameters:
 
     def scaling(self) -> Scaling:
         """Return `scaling_factor`, `shift_factor` and `do_scaling`. A scaling factor below 1e-6 is an error."""
-        if self._are_latents_comfyuis:
-            return Scaling(is_comfyuis=True)
+        if self._is_from_comfyui:
+            return Scaling(is_from_comfyui=True)
         factor = self.number("scaling_factor", -1e6, 1e6)
         if factor is not None and abs(factor) < 1e-6:
             raise BadRequest(

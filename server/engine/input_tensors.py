@@ -29,7 +29,7 @@ def input_tensor(model: LoadedModel[Any], request: Request) -> torch.Tensor | Ba
 def _latents(model: LoadedModel[Any], request: Request) -> torch.Tensor | BadRequest:
     job = request.job
     sent = to_device(request.tensor, model.device)
-    if job.scaling.is_comfyuis:
+    if job.scaling.is_from_comfyui:
         latents = model.family.comfyui_latents_in(sent, model.spec, job.geometry).to(model.dtype)
     else:
         latents = model.family.latents_in(sent, model.spec, job.geometry, job.scaling).to(model.dtype)

@@ -30,12 +30,12 @@ class NoSuchTensor(FileError):
 class TensorFile:
     """One tensor of a file.
 
-    is_comfyuis: the file is a .latent of ComfyUI, and the tensor its latents.
+    is_from_comfyui: the file is a .latent of ComfyUI, and the tensor its latents.
     has_sound: the file also has the latents of a video's sound, under the name SOUND.
     """
 
     tensor: RawTensor
-    is_comfyuis: bool
+    is_from_comfyui: bool
     has_sound: bool = False
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..errors import Impossible
 from ..values import RawTensor, Rendered, RenderOptions
-from .files import file_in_memory
+from .memory_file import file_in_memory
 from .png import encode_png
 
 CHANNELS = (1, 3, 4)
