@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jsonschema import Draft202012Validator
 from server.config import ServerOptions
 from server.config.paths import RESERVED
 from server.web.openapi import DESCRIPTION
+from server.web.origins import EXPOSED
 from server.web.routes import all_routes
 from tests.conftest import Serve
 
@@ -166,3 +168,13 @@ def test_every_way_to_send_a_key_is_described_and_works(serve: Serve, scheme: st
     for path, item in DESCRIPTION["paths"].items():
         if item.get("get", {}).get("security") == []:
             assert requests.get(url + path[1:], timeout=300).status_code == 200
+
+
+def test_every_header_of_the_contract_is_described() -> None:
+    text = json.dumps(DESCRIPTION)
+    for name in EXPOSED.split(", "):
+        assert f'"{name}": {{' in text, f"{name} of an answer"
+    for path in ("/", "/encode"):
+        parameters = [resolved(each) for each in DESCRIPTION["paths"][path]["post"]["parameters"]]
+        sent = {each["name"] for each in parameters if each["in"] == "header"}
+        assert sent == {"X-Request-Id", "X-Request-Timeout", "Prefer", "Idempotency-Key"}
