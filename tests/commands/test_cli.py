@@ -404,8 +404,8 @@ def test_a_server_on_this_machine_with_a_certificate_is_used_if_that_is_trusted(
     assert_one_sentence(refused, "not trusted here.* set REQUESTS_CA_BUNDLE to .*; without this server: --no-server", 2)
     assert_one_sentence(invoke("decode", latents_file, out, "--server", address), "set REQUESTS_CA_BUNDLE", 2)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
-    for flags in ((), ("--server", address)):
-        unread = invoke("decode", latents_file, out, *flags)
+    for named in ((), ("--server", address)):
+        unread = invoke("decode", latents_file, out, *named)
         assert_one_sentence(unread, "REQUESTS_CA_BUNDLE: set it to a file with certificates, or unset it", 2)
     monkeypatch.setenv("VAE_SERVER_PORT", "1")
     assert invoke("decode", latents_file, out).returncode == 0, "where no server runs, it does not matter"
