@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -31,6 +31,7 @@ MEDIA_TYPES = {
     ".css": "text/css",
     ".js": "text/javascript",
     ".jpg": "image/jpeg",
+    ".svg": "image/svg+xml",
     ".safetensors": "application/octet-stream",
 }
 PAGE_FILES = {path.name: path for folder in (PAGE, EXAMPLES) for path in folder.iterdir() if path.suffix in MEDIA_TYPES}
@@ -63,7 +64,8 @@ async def models(request: Request) -> Response:
     sent = Parameters(request.query_params.multi_items())
     names = chosen(service.settings, service.infos, sent.word("kind", KINDS), sent.text("name"))
     known = [_listed(service, name) for name in names]
-    return JSONResponse({"default": service.settings.default, "models": known})
+    needs_key = bool(service.settings.api_keys)
+    return JSONResponse({"default": service.settings.default, "needs_key": needs_key, "models": known})
 
 
 def _listed(service: Service, name: str) -> dict[str, Any]:
@@ -77,12 +79,31 @@ def _listed(service: Service, name: str) -> dict[str, Any]:
 async def root(request: Request) -> Response:
     """Answer GET / with `Ok`, or with a page for a browser."""
     if "text/html" in request.headers.get("accept", ""):
-        return FileResponse(PAGE / "index.html", media_type="text/html")
+        return _page(request, "/", "index.html")
     return PlainTextResponse("Ok")
 
 
+def _page(request: Request, path: str, file: str) -> Response:
+    """Return a page, or a redirect to its path if the path that was sent ends in more slashes.
+
+    A page has relative addresses, which more slashes would make wrong. The redirect is relative too, because a proxy
+    may have removed the beginning of the path.
+
+    path: of the page. file: its name in the folder `page`.
+    """
+    sent = request.scope.get("raw_path", b"").decode("latin-1")  # RequestScope has removed the slashes from `path`
+    more = _slashes_after(sent) - _slashes_after(path)
+    if more > 0:
+        return RedirectResponse("../" * more + path.lstrip("/"))
+    return FileResponse(PAGE / file, media_type="text/html")
+
+
+def _slashes_after(path: str) -> int:
+    return len(path) - len(path.rstrip("/"))
+
+
 async def page_file(request: Request) -> Response:
-    """Answer GET /page/{file}: the page's style and script, and the examples that it shows."""
+    """Answer GET /page/{file}: the page's style, script and icon, and the examples that it shows."""
     file = PAGE_FILES.get(request.path_params["file"])
     if file is None:
         raise NotFound("no such file of the page")
@@ -96,7 +117,7 @@ async def openapi(request: Request) -> Response:
 
 async def docs(request: Request) -> Response:
     """Answer GET /docs with a page that shows the description of the HTTP contract."""
-    return FileResponse(PAGE / "docs.html", media_type="text/html")
+    return _page(request, paths.DOCS, "docs.html")
 
 
 class ModelName(StringConvertor):

@@ -48,6 +48,7 @@ REAL = [
     ("/models", "get", "models", {"kind": "smell"}, "*/*"),
     ("/page/{file}", "get", "page/page.css", {}, "*/*"),
     ("/page/{file}", "get", "page/coffee.jpg", {}, "*/*"),
+    ("/page/{file}", "get", "page/icon.svg", {}, "*/*"),
     ("/page/{file}", "get", "page/nothing", {}, "*/*"),
     ("/jobs/{id}", "get", "jobs/unknown", {}, "*/*"),
     ("/jobs/{id}", "delete", "jobs/unknown", {}, "*/*"),
