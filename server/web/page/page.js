@@ -9,7 +9,17 @@ const STREAM = 'video/mp4; codecs="avc1.640028"'; // the profile that the server
 const LOOK_EVERY_MS = 500, REFRESH_EVERY_MS = 15000;
 // The page's address without the key that it may contain, because a browser refuses to fetch from an address with a key.
 const here = `${location.origin}${location.pathname.replace(/[^/]*$/, "")}`;
-let models = [], working = null, isTaking = false, isChosenByHand = false;
+// The bytes at the beginning of the images and videos that the server encodes, by which it knows them too. AVIF and HEIC
+// have the same container as MP4.
+const PIXELS = [
+  ["image", /^(\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF[^]{4}WEBP)/],
+  ["video", /^[^]{4}ftyp(?!avi[fs]|hei[cxms]|mif1|msf1)/],
+];
+const FEW_SECONDS = 5;
+let models = [], defaultModel = "", needsKey = false, isChosenByHand = false;
+let working = null; // aborts the request that runs
+let taking = null; // resolves when what is taken is done
+let dismiss = null; // takes back the question that is shown
 
 // ---- what the server says ----
 
@@ -29,7 +39,7 @@ async function list() {
   if (!answer.ok) throw await errorOf(answer);
   const listed = await answer.json();
   const chosen = by("model").value || listed.default;
-  models = listed.models;
+  [models, defaultModel, needsKey] = [listed.models, listed.default, listed.needs_key];
   by("model").replaceChildren(...models.map(({ name, state }) => new Option(`${name} (${state})`, name)));
   by("model").value = models.some(({ name }) => name === chosen) ? chosen : listed.default;
   by("state").textContent = `${models.length} model${models.length > 1 ? "s" : ""}, default ${listed.default}.`;
@@ -38,18 +48,29 @@ async function list() {
 
 // ---- what a file is ----
 
-// The shape of the latents in a safetensors file: of the tensor `latents` (ComfyUI: `latent_tensor`), or of the only one.
-async function latentsIn(file) {
+// Whether the file is an image or a video that the server reads; null for anything else.
+async function pixelsIn(file) {
+  const head = String.fromCharCode(...new Uint8Array(await file.slice(0, 12).arrayBuffer()));
+  return PIXELS.find(([, begin]) => begin.test(head))?.[0] ?? null;
+}
+
+// The header of a safetensors file: the tensors by name. null for any other file.
+async function tensorsIn(file) {
   try {
     const length = new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true);
     if (length > 1n << 20n) return null;
     const { __metadata__: _, ...tensors } = JSON.parse(await file.slice(8, 8 + Number(length)).text());
-    const names = Object.keys(tensors);
-    const found = tensors.latents ?? tensors.latent_tensor ?? (names.length === 1 ? tensors[names[0]] : null);
-    return found && { shape: found.shape, isUnscaled: "latent_format_version_0" in tensors, hasSound: "audio_latents" in tensors };
+    return tensors;
   } catch {
     return null;
   }
+}
+
+// The latents among the tensors of a file: the tensor `latents` (ComfyUI: `latent_tensor`), or the only one.
+function latentsAmong(tensors) {
+  const names = Object.keys(tensors);
+  const found = tensors.latents ?? tensors.latent_tensor ?? (names.length === 1 ? tensors[names[0]] : null);
+  return found && { shape: found.shape, isUnscaled: "latent_format_version_0" in tensors, hasSound: "audio_latents" in tensors };
 }
 
 const runs = (model, direction) => (model.directions ?? ["decode", "encode"]).includes(direction);
@@ -72,36 +93,82 @@ function suggested(tokens, model) {
 
 const modelNamed = (name) => models.find((each) => each.name === name);
 
-async function take(file) {
-  if (working || isTaking) return say("One request at a time: cancel the one that runs, or wait for it.", true);
-  isTaking = true;
-  await handle(file).finally(() => { isTaking = false; });
+// Models in the order in which they are offered: loaded ones, downloaded ones, the one that the form shows, the default, full models.
+function ranked(fitting) {
+  const merits = (model) => [near(model), model.name === by("model").value, model.name === defaultModel, !model.latents.is_preview];
+  return [...fitting].sort((a, b) => merits(b).map((merit, index) => merit - merits(a)[index]).find((difference) => difference) ?? 0);
 }
 
-async function handle(file) {
-  by("choice").hidden = true;
-  if (file.type.startsWith("image/") || file.type.startsWith("video/")) return reconstruct(file);
-  const found = await latentsIn(file);
-  if (!found) return decode(file, modelNamed(by("model").value), null); // the server says what is wrong with it
-  const fitting = models.filter((model) => fits(model, found.shape));
-  const chosen = fitting.find(({ name }) => name === by("model").value);
-  if (chosen && isChosenByHand) return decode(file, chosen, found);
-  if (fitting.length <= 1) return decode(file, fitting[0] ?? modelNamed(by("model").value), found);
-  offer(`${file.name} fits ${fitting.length} models. Which one made it?`, fitting, chosen, (model) => decode(file, model, found));
+const near = ({ weights, state }) => (state === "loaded" ? 2 : weights?.is_here ? 1 : 0);
+
+// Run one task at a time, and say why it failed. A question that is not answered gives way to the next task.
+async function alone(task) {
+  if (dismiss) {
+    dismiss();
+    await taking;
+  }
+  if (taking) return say("One request at a time: cancel the one that runs, or wait for it.", true);
+  say("");
+  taking = task().catch(tell).finally(() => { taking = null; });
+  await taking;
 }
 
-function offer(question, fitting, first, go) {
-  const near = ({ weights, state }) => (state === "loaded" ? 2 : weights?.is_here ? 1 : 0);
-  const order = [...fitting].sort((a, b) => (b === first) - (a === first) || near(b) - near(a));
+// Take files one after the other. A file that fails does not stop the others; cancelling does.
+async function takeAll(files) {
+  if (files.length === 1) return take(files[0]);
+  const failures = [];
+  let before = null;
+  for (const [index, file] of files.entries()) {
+    try {
+      before = await take(file, ` (${index + 1} of ${files.length})`, before);
+    } catch (error) {
+      if (error.name === "AbortError") {
+        const left = files.slice(index + 1).map(({ name }) => name).join(", ");
+        return say(`Cancelled.${left && ` Not taken: ${left}.`}`);
+      }
+      failures.push(error.message);
+    }
+  }
+  say([`${files.length - failures.length} of ${files.length} files are done.`, ...failures].join(" "), failures.length > 0);
+}
+
+// Decode or encode a file, and return the model that did it. place: of the file among those that were dropped with it.
+// before: the model of the file before it, which is used again if it fits.
+async function take(file, place = "", before = null) {
+  const kind = await pixelsIn(file).catch(() => null);
+  if (kind) return reconstruct(file, kind, place);
+  const tensors = await tensorsIn(file);
+  if (!tensors) {
+    throw new Error(`${file.name} is none of the files that this page takes: latents (.safetensors, ComfyUI's .latent), photos (PNG, JPEG, WebP) and MP4.`);
+  }
+  const found = latentsAmong(tensors), selected = modelNamed(by("model").value);
+  if (!found?.shape) return decode(file, selected, null, place); // the server says what is wrong with it
+  const fitting = ranked(models.filter((model) => fits(model, found.shape)));
+  const known = fitting.find(({ name }) => name === before?.name) ?? (isChosenByHand && fitting.includes(selected) ? selected : null);
+  if (known || fitting.length <= 1) return decode(file, known ?? fitting[0] ?? selected, found, place);
+  const others = place && " It also decodes the files after it that fit.";
+  const model = await offer(`${file.name}${place} fits ${fitting.length} models. Which one made it?${others}`, fitting);
+  return decode(file, model, found, place);
+}
+
+// Let the user choose a model. Rejects with an AbortError if the question is dismissed.
+function offer(question, offered) {
   by("choice-title").textContent = question;
-  by("choice").querySelector(".choices").replaceChildren(...order.map((model) => {
-    const button = document.createElement("button");
-    button.textContent = model.weights?.is_here === false ? `${model.name} (not downloaded)` : model.name;
-    button.addEventListener("click", () => { by("choice").hidden = true; go(model); });
-    return button;
-  }));
+  const chosen = new Promise((resolve, reject) => {
+    dismiss = () => reject(new DOMException(question, "AbortError"));
+    by("choice").querySelector(".choices").replaceChildren(...offered.map((model) => {
+      const button = document.createElement("button");
+      button.textContent = model.weights?.is_here === false ? `${model.name} (not downloaded)` : model.name;
+      button.addEventListener("click", () => resolve(model));
+      return button;
+    }));
+  });
   by("choice").hidden = false;
   by("choice").focus();
+  return chosen.finally(() => {
+    dismiss = null;
+    by("choice").hidden = true;
+  });
 }
 
 // ---- one request ----
@@ -119,7 +186,8 @@ async function send(what, path, query, body, accept, read) {
   say(`${what} …`);
   by("cancel").hidden = by("progress").hidden = false;
   by("progress").removeAttribute("value");
-  const looking = setInterval(() => look(id, what, abort), LOOK_EVERY_MS);
+  const shown = { seconds: Infinity };
+  const looking = setInterval(() => look(id, what, abort, shown), LOOK_EVERY_MS);
   try {
     const headers = { "Content-Type": body.type || "application/octet-stream", Accept: accept, "X-Request-Id": id };
     const response = await ask(`${path}?${query}`, { method: "POST", body, headers, signal: abort.signal });
@@ -133,19 +201,25 @@ async function send(what, path, query, body, accept, read) {
   }
 }
 
-async function look(id, what, request) {
+// shown: the seconds that the page has shown for this request. A new estimate may be longer, but the page never shows more.
+async function look(id, what, request, shown) {
   const answer = await ask(`requests/${id}/progress`).catch(() => null);
   if (!answer?.ok || working !== request) return;
   const { state, position, progress, seconds_left: left } = await answer.json();
   if (working !== request) return; // it was answered meanwhile
-  const soon = left === null ? "" : `, about ${Math.max(1, Math.round(left))} s left`;
+  shown.seconds = Math.min(shown.seconds, left === null ? Infinity : Math.round(left));
+  const time = shown.seconds > FEW_SECONDS ? `about ${shown.seconds} s` : "a few seconds";
+  const soon = left === null ? "" : `, ${time} left`;
   say(state === "queued" ? `${what}: ${position} before it in the queue${soon} …` : `${what}${soon} …`);
   if (state === "running" && progress > 0) by("progress").value = progress;
 }
 
-function failed(what, error) {
-  say(error.name === "AbortError" ? "Cancelled." : `${what}: ${error.message}`, error.name !== "AbortError");
+function tell(error) {
+  const isCancelled = error.name === "AbortError";
+  say(isCancelled ? "Cancelled." : error.message, !isCancelled);
 }
+
+const because = (what, error) => (error.name === "AbortError" ? error : new Error(`${what}: ${error.message}`));
 
 const isPacked = (found) => found?.shape.length === 3 && modelNamed(by("model").value)?.latents?.kind !== "audio";
 
@@ -160,14 +234,14 @@ function decodeQuery(found) {
   return query;
 }
 
-async function decode(file, model, found) {
+async function decode(file, model, found, place = "") {
   by("model").value = model.name;
   if (isPacked(found) && !sizeFits(found.shape[1], model)) {
     [by("height").value, by("width").value] = suggested(found.shape[1], model);
     choose(true);
     say("The latents are packed, so their file does not say the size. This is a guess; correct it if the picture looks cut.");
   } else choose(isPacked(found));
-  const what = `Decoding ${file.name}`;
+  const what = `Decoding ${file.name}${place}`;
   try {
     const [, accept] = by("answer").value.split(" ");
     const query = decodeQuery(found), isVideo = !found?.hasSound && accept.startsWith("video/") && "MediaSource" in window && MediaSource.isTypeSupported(STREAM);
@@ -179,8 +253,9 @@ async function decode(file, model, found) {
       throw error;
     });
     finish(figure ?? add(file.name), file.name, model, made, ms, timing);
+    return model;
   } catch (error) {
-    failed(`Cannot decode ${file.name}`, error);
+    throw because(`Cannot decode ${file.name}`, error);
   }
 }
 
@@ -189,28 +264,30 @@ function sizeFits(tokens, model) {
   return (by("height").value / pixels) * (by("width").value / pixels) === tokens && !document.querySelector(".packed").hidden;
 }
 
-async function reconstruct(file) {
-  const kind = file.type.startsWith("video/") ? "video" : "image";
-  const fitting = models.filter((model) => runs(model, "encode") && model.latents?.kind === kind && model.latents.has_encoder);
-  const chosen = fitting.find(({ name }) => name === by("model").value) ?? fitting[0];
-  if (!chosen) return say(`No model of this server encodes ${kind === "video" ? "videos" : "images"}.`, true);
+async function reconstruct(file, kind, place) {
+  const fitting = ranked(models.filter((model) => runs(model, "encode") && model.latents?.kind === kind && model.latents.has_encoder));
+  if (!fitting.length) throw new Error(`No model of this server encodes ${kind}s.`);
+  const selected = isChosenByHand && fitting.find(({ name }) => name === by("model").value);
+  const question = `No model that encodes ${kind}s is downloaded. Which one shall the server download for ${file.name}${place}?`;
+  const chosen = selected || (near(fitting[0]) || fitting.length === 1 ? fitting[0] : await offer(question, fitting));
   by("model").value = chosen.name;
   choose();
   try {
     const read = async (response) => [await response.blob(), JSON.parse(response.headers.get("shape")), response.headers.get("dtype")];
-    const encoded = await send(`Encoding ${file.name}`, `${chosen.name}/encode`, new URLSearchParams(), file, "tensor/binary", read);
+    const encoded = await send(`Encoding ${file.name}${place}`, `${chosen.name}/encode`, new URLSearchParams(), file, "tensor/binary", read);
     const [latents, shape, dtype] = encoded.made;
     const [outputType, accept] = by("answer").value.split(" ");
     const query = new URLSearchParams({ output_type: outputType, dtype });
     shape.forEach((size) => query.append("shape", size));
     const body = new Blob([latents], { type: "tensor/binary" });
-    const { made, ms, timing } = await send(`Decoding it again`, chosen.name, query, body, accept, (response) => response.blob());
+    const { made, ms, timing } = await send(`Decoding ${file.name}${place} again`, chosen.name, query, body, accept, (response) => response.blob());
     const figure = add(file.name, "single");
     finish(figure, `${file.name}, encoded to ${shape.join("x")} and decoded`, chosen, made, encoded.ms + ms, timing);
     figure.classList.remove("single");
-    figure.querySelector(".pictures").prepend(shown(file, `${file.name}, the original`), "");
+    figure.querySelector(".pictures").prepend(shown(file, `${file.name}, the original`, kind), "");
+    return chosen;
   } catch (error) {
-    failed(`Cannot encode ${file.name}`, error);
+    throw because(`Cannot encode ${file.name}`, error);
   }
 }
 
@@ -224,8 +301,7 @@ function add(name) {
   return figure;
 }
 
-function shown(blob, label) {
-  const kind = blob.type.split("/")[0];
+function shown(blob, label, kind = blob.type.split("/")[0]) {
   const element = document.createElement(kind === "image" ? "img" : kind);
   element.src = URL.createObjectURL(blob);
   const playing = kind === "video" && { loop: true, autoplay: true, muted: true };
@@ -259,7 +335,7 @@ function finish(figure, name, model, blob, milliseconds, timing) {
   figure.querySelector(".pictures").replaceChildren(shown(blob, `${name}, decoded by ${model.name}`));
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
-  link.download = `${name.replace(/\.[^.]*$|,.*/g, "")}.${blob.type.split("/")[1].replace("jpeg", "jpg")}`;
+  link.download = `${name.replace(/\.[^.]*$|,.*/g, "")}.${suffixOf(blob.type)}`;
   link.textContent = "Download";
   const text = `${name}, ${model.name}: ${(milliseconds / 1000).toFixed(2)} s, ${Math.ceil(blob.size / 1024)} KiB `;
   figure.querySelector("figcaption").append(text, link);
@@ -269,51 +345,72 @@ function finish(figure, name, model, blob, milliseconds, timing) {
 
 // ---- the form and the snippets ----
 
+const suffixOf = (type) => type.split("/")[1].replace("jpeg", "jpg");
+
+const kindOf = (model) => model?.latents?.kind ?? "image";
+
 function choose(isPacked = false) {
-  const model = modelNamed(by("model").value);
-  const kind = model?.latents?.kind ?? "image";
+  const answers = ANSWERS[kindOf(modelNamed(by("model").value))];
   const chosen = by("answer").value;
-  by("answer").replaceChildren(...ANSWERS[kind].map(([type, accept, label]) => new Option(label, `${type} ${accept}`)));
-  if (ANSWERS[kind].some(([type, accept]) => `${type} ${accept}` === chosen)) by("answer").value = chosen;
+  by("answer").replaceChildren(...answers.map(([type, accept, label]) => new Option(label, `${type} ${accept}`)));
+  if (answers.some(([type, accept]) => `${type} ${accept}` === chosen)) by("answer").value = chosen;
   document.querySelectorAll(".packed").forEach((field) => { field.hidden = !isPacked; });
+  writeSnippets();
+}
+
+// Write the snippets, which ask for what the form says.
+function writeSnippets() {
+  const model = modelNamed(by("model").value);
   if (!model) return;
-  by("python").textContent = python(model, kind);
-  by("curl").textContent = curl(model, kind);
-  by("javascript").textContent = javascript(model, kind);
+  const [outputType, accept] = by("answer").value.split(" ");
+  const asked = { model, kind: kindOf(model), address: here + model.name, outputType, suffix: suffixOf(accept), isUnscaling: by("scaling").value === "True" };
+  by("python").textContent = python(asked);
+  by("curl").textContent = curl(asked);
+  by("javascript").textContent = javascript(asked);
 }
 
 // Python code with diffusers' own client. Its do_scaling is deprecated, so the code sends the model's factors; for a model
-// without a factor, the address asks the server to unscale with the model's statistics.
-function python(model, kind) {
+// without a factor, the address asks the server to unscale with the model's statistics. The client sends no headers, so the
+// address has the key.
+function python(asked) {
+  const { model, kind, address, suffix, isUnscaling } = asked;
   if (kind === "audio") { // which diffusers' client does not know
     return [
+      ...(needsKey ? ["import os"] : []),
       "from pathlib import Path",
       "",
       "import requests",
       "",
       'latents = Path("latents.safetensors").read_bytes()',
-      `answer = requests.post("${here}${model.name}?${fileQuery(model, kind)}", data=latents)`,
+      `url = "${address}?${fileQuery(asked)}"`,
+      `answer = requests.post(url, data=latents${needsKey ? ', headers={"X-API-Key": os.environ["VAE_SERVER_KEY"]}' : ""})`,
       "answer.raise_for_status()",
-      'Path("audio.wav").write_bytes(answer.content)',
+      `Path("audio.${suffix}").write_bytes(answer.content)`,
     ].join("\n");
   }
   const { scaling_factor: factor, shift_factor: shift, latents_mean: mean } = model.latents ?? {};
   const hasFactor = typeof factor === "number" && factor !== 1 && !mean; // with 1, the statistics may be stored in the weights
-  const scaling = !hasFactor ? "do_scaling=False" : `scaling_factor=${factor}` + (shift ? `, shift_factor=${shift}` : "");
+  const scaling = isUnscaling && hasFactor ? `scaling_factor=${factor}` + (shift ? `, shift_factor=${shift}` : "") : "do_scaling=False";
   const size = model.latents?.is_usually_packed ? `, height=${by("height").value}, width=${by("width").value}` : "";
-  const output = kind === "video" ? ', output_type="mp4", return_type="mp4"' : "";
+  const output = kind === "video" ? ', output_type="mp4", return_type="mp4"' : `, image_format="${suffix}"`;
+  const url = address + (isUnscaling && !hasFactor ? "?do_scaling=True" : "");
   return [
+    ...(needsKey ? ["import os"] : []),
     ...(kind === "video" ? ["from pathlib import Path"] : []),
+    ...(needsKey ? ["from urllib.parse import quote"] : []),
+    ...(needsKey || kind === "video" ? [""] : []),
     "from diffusers.utils.remote_utils import remote_decode",
     "",
-    `url = "${here}${model.name}${hasFactor ? "" : "?do_scaling=True"}"`,
+    ...(needsKey ? ['key = quote(os.environ["VAE_SERVER_KEY"], safe="")'] : []),
+    needsKey ? `url = f"${url.replace("://", "://user:{key}@")}"` : `url = "${url}"`,
     `${kind} = remote_decode(url, latents.cpu().contiguous(), ${scaling}${size}${output})`,
-    kind === "video" ? 'Path("video.mp4").write_bytes(video)' : 'image.save("image.jpg")',
+    kind === "video" ? 'Path("video.mp4").write_bytes(video)' : `image.save("image.${suffix}")`,
   ].join("\n");
 }
 
-function fileQuery(model, kind) {
-  const query = new URLSearchParams({ do_scaling: "True", ...(kind === "video" && { output_type: "mp4" }) });
+function fileQuery({ model, kind, outputType, suffix, isUnscaling }) {
+  const query = new URLSearchParams({ do_scaling: isUnscaling ? "True" : "False" });
+  query.append(...(kind === "image" ? ["image_format", suffix] : ["output_type", outputType]));
   if (model.latents?.is_usually_packed) {
     query.append("height", by("height").value);
     query.append("width", by("width").value);
@@ -321,19 +418,23 @@ function fileQuery(model, kind) {
   return query;
 }
 
-function curl(model, kind) {
-  const out = { image: "image.jpg", video: "video.mp4", audio: "audio.wav" }[kind];
-  return `curl --fail-with-body --data-binary @latents.safetensors \\\n  -H "Content-Type: application/octet-stream" -o ${out} \\\n  "${here}${model.name}?${fileQuery(model, kind)}"`;
+function curl(asked) {
+  return [
+    "curl --fail-with-body --data-binary @latents.safetensors",
+    ...(needsKey ? ['-H "X-API-Key: $VAE_SERVER_KEY"'] : []),
+    `-H "Content-Type: application/octet-stream" -o ${asked.kind}.${asked.suffix}`,
+    `"${asked.address}?${fileQuery(asked)}"`,
+  ].join(" \\\n  ");
 }
 
-function javascript(model, kind) {
+function javascript(asked) {
   return [
-    "// latents: a Blob or the bytes of a .safetensors file",
-    `const response = await fetch("${here}${model.name}?${fileQuery(model, kind)}", {`,
-    '  method: "POST", body: latents, headers: { "Content-Type": "application/octet-stream" },',
+    `// latents: a Blob or the bytes of a .safetensors file${needsKey ? "; key: an API key of the server" : ""}`,
+    `const response = await fetch("${asked.address}?${fileQuery(asked)}", {`,
+    `  method: "POST", body: latents, headers: { "Content-Type": "application/octet-stream"${needsKey ? ', "X-API-Key": key' : ""} },`,
     "});",
     "if (!response.ok) throw new Error((await response.json()).error);",
-    `const ${kind} = await response.blob();`,
+    `const ${asked.kind} = await response.blob();`,
   ].join("\n");
 }
 
@@ -354,23 +455,23 @@ by("samples").querySelector(".samples").append(...SAMPLES.map((name) => {
   button.type = "button";
   Object.assign(image, { src: `${here}page/${name}.jpg`, alt: "", width: 96, height: 96 });
   button.append(image, name);
-  button.addEventListener("click", async () => {
-    if (working) return;
+  button.addEventListener("click", () => alone(async () => {
     const answer = await ask(`page/${name}.safetensors`);
-    if (!answer.ok) return failed(`Cannot fetch ${name}`, await errorOf(answer));
+    if (!answer.ok) throw because(`Cannot fetch ${name}`, await errorOf(answer));
     const latents = await answer.blob();
     by("scaling").value = "True";
     const file = new File([latents], `${name}.safetensors`);
-    decode(file, modelNamed("demo"), await latentsIn(file));
-  });
+    await decode(file, modelNamed("demo"), latentsAmong(await tensorsIn(file)));
+  }));
   return button;
 }));
 by("model").addEventListener("change", () => { isChosenByHand = true; });
-["model", "height", "width"].forEach((id) => by(id).addEventListener("change", () => choose(id !== "model")));
+by("model").addEventListener("change", () => choose());
+["answer", "scaling", "height", "width"].forEach((id) => by(id).addEventListener("change", writeSnippets));
 by("file").addEventListener("change", ({ target }) => {
-  const [file] = target.files;
-  if (file) take(file);
-  target.value = ""; // so that the same file can be chosen again
+  const files = [...target.files];
+  if (files.length) alone(() => takeAll(files));
+  target.value = ""; // so that the same files can be chosen again
 });
 by("cancel").addEventListener("click", () => working?.abort());
 by("how").addEventListener("submit", (event) => event.preventDefault());
@@ -397,7 +498,8 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   overs = 0;
   document.body.classList.remove("over");
-  if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+  const files = [...event.dataTransfer.files];
+  if (files.length) alone(() => takeAll(files));
 });
 
 async function start() {
