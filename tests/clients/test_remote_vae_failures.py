@@ -201,7 +201,7 @@ def test_a_wrong_key_is_told(
     monkeypatch.setenv("VAE_SERVER_API_KEY", "right")
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}})
     for given in (None, "wrong"):
-        with pytest.raises(RemoteVAEError, match="401: a key is required") as raised:
+        with pytest.raises(RemoteVAEError, match="401: this server does not know the key") as raised:
             RemoteVAE(address + "sd", key=given)
         assert raised.value.status == 401
     RemoteVAE(address + "sd", key="right").decode(latents)
