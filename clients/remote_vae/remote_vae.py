@@ -11,9 +11,11 @@ This file needs torch and requests. `RemoteDecodeStep` and `RemoteEncodeStep` ne
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import queue
+import re
 import sys
 import tempfile
 import threading
@@ -42,6 +44,8 @@ CANCEL_S = 2.0  # how long the end of a job may take, and the answer that says w
 PASSING = (None, 408, 429, 502, 503, 504)  # statuses of a connection or a proxy that failed; the job goes on
 SERVICE_TYPE = "_vae-server._tcp.local."
 """Under which servers advertise themselves on the local network."""
+ACCEPT_S = 1.0  # how long a server on the local network may take to accept a connection
+HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 # Classes whose statistics are in their weights. The server knows those only once it has loaded the model.
 KEEP_STATISTICS = (
@@ -222,36 +226,98 @@ class FoundServer(NamedTuple):
     version: str
 
     @staticmethod
-    def of(info: Any) -> FoundServer | None:
-        """Read a zeroconf.ServiceInfo. Return None if it does not describe a server."""
+    def all_of(info: Any) -> list[FoundServer]:
+        """Return the server of a zeroconf.ServiceInfo at each address that it may have; an empty list if it has none.
+
+        The name of the record is used, if it has one, and otherwise all its IP addresses, IPv4 first.
+        """
         told = {(key or b"").decode(errors="replace"): (value or b"").decode(errors="replace")
                 for key, value in info.properties.items()}  # fmt: skip
-        host = told.get("host") or next(iter(info.parsed_addresses()), "")
-        host = f"[{host}]" if ":" in host else host
-        address = f"http{'s' * (told.get('tls') == '1')}://{host}:{info.port}{told.get('path', '/')}"
-        parts = urlsplit(address)
-        if not host or parts.netloc != f"{host}:{info.port}" or "@" in host:
-            return None
-        name = info.name.removesuffix(f".{SERVICE_TYPE}")
-        return FoundServer(name, address, told.get("key") == "1", told.get("version", ""))
+        name, scheme, path = info.name.removesuffix(f".{SERVICE_TYPE}"), "http", told.get("path", "/")
+        if told.get("tls") == "1":
+            scheme = "https"
+        if not info.port or not path.startswith("/"):
+            return []
+        hosts = [told["host"]] if told.get("host") else sorted(info.parsed_addresses(), key=lambda each: ":" in each)
+        addresses = [f"{scheme}://{_bracketed(host)}:{info.port}{path}" for host in hosts if _is_usable(host)]
+        return [FoundServer(name, each, told.get("key") == "1", told.get("version", "")) for each in addresses]
 
 
-def _browse(seconds: float, interfaces: Sequence[str] | None) -> list[FoundServer]:
-    """Listen for servers. It may not run in the thread of an event loop, which zeroconf would use."""
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_usable(host: str) -> bool:
+    """Return whether an address can have this host: a name, or an IP address that does not need an interface's name."""
+    address = _ip_address(host)
+    if address is None:
+        return HOST_NAME.fullmatch(host) is not None
+    return "%" not in host and not (address.version == 6 and address.is_link_local)
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        from zeroconf import InterfaceChoice, ServiceBrowser, ServiceStateChange, Zeroconf
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+async def _is_here(address: str) -> bool | None:
+    """Return whether an address is one of this machine; None if nothing there accepts a connection.
+
+    An address with a name is not tried, because the search for the name could take long.
+    """
+    parts = urlsplit(address)
+    if _ip_address(parts.hostname or "") is None:
+        return False
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, parts.port), ACCEPT_S)
+    except (OSError, asyncio.TimeoutError):  # noqa: UP041  # in Python 3.10 it is not TimeoutError
+        return None
+    writer.close()
+    return bool(
+        writer.get_extra_info("sockname")[0] == parts.hostname
+    )  # the system chooses the same address for both ends
+
+
+async def _reachable(servers: list[FoundServer]) -> FoundServer | None:
+    """Return the first of these that accepts a connection, preferably on another machine.
+
+    The address of a server's Docker bridge is often also one of this machine, where something else may listen.
+    """
+    are_here = await asyncio.gather(*(_is_here(server.address) for server in servers))
+    found = [(is_here, server) for is_here, server in zip(are_here, servers, strict=True) if is_here is not None]
+    return min(found, key=lambda pair: pair[0], default=(None, None))[1]
+
+
+async def _browse(seconds: float, interfaces: Sequence[str] | None) -> list[FoundServer]:
+    """Listen for servers, and return those of which an address was found that accepts a connection in that time."""
+    try:
+        from zeroconf import Error, InterfaceChoice, ServiceStateChange
+        from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
     except ModuleNotFoundError:
         raise ModuleNotFoundError("to find servers, install the package zeroconf: pip install zeroconf") from None
-    names: set[str] = set()
+    looks: dict[str, asyncio.Task[FoundServer | None]] = {}
+
+    async def look(zeroconf: Any, name: str) -> FoundServer | None:
+        try:
+            info = AsyncServiceInfo(SERVICE_TYPE, name)
+            is_complete = await info.async_request(zeroconf, 1000 * seconds)
+        except Error:  # another program published something that is not a name of a server
+            return None
+        return await _reachable(FoundServer.all_of(info)) if is_complete else None
 
     def on_change(zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
-        (names.discard if state_change is ServiceStateChange.Removed else names.add)(name)
+        if name in looks:
+            looks.pop(name).cancel()
+        if state_change is not ServiceStateChange.Removed:
+            looks[name] = asyncio.create_task(look(zeroconf, name))
 
-    with Zeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
-        ServiceBrowser(network, SERVICE_TYPE, handlers=[on_change])
-        time.sleep(seconds)
-        infos = [network.get_service_info(SERVICE_TYPE, name) for name in sorted(names)]
-    found = [FoundServer.of(info) for info in infos if info is not None]
+    async with AsyncZeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
+        browser = AsyncServiceBrowser(network.zeroconf, SERVICE_TYPE, handlers=[on_change])
+        await asyncio.sleep(seconds)
+        await browser.async_cancel()
+        found = [looks[name].result() for name in sorted(looks) if looks[name].done()]
     return [server for server in found if server is not None]
 
 
@@ -677,14 +743,16 @@ class RemoteVAE(torch.nn.Module):
     def servers(timeout: float = 2.0, interfaces: Sequence[str] | None = None) -> list[FoundServer]:
         """Return the servers that advertise themselves on the local network (`serve --advertise`), by name.
 
-        timeout: how long to listen for them, in seconds. interfaces: IP addresses of this machine, on whose networks to
+        timeout: how long to search for them, in seconds. interfaces: IP addresses of this machine, on whose networks to
             listen; default: on all.
 
+        A server with several IP addresses is returned with one that accepts a connection from this machine, and is left
+        out if there is none.
         Any machine of the network can advertise a server, so check the address before you send it a key.
         Raises ModuleNotFoundError if the package zeroconf is not installed, and OSError if the network cannot be used.
         """
         with ThreadPoolExecutor(1) as own_thread:
-            return own_thread.submit(_browse, timeout, interfaces).result()
+            return own_thread.submit(lambda: asyncio.run(_browse(timeout, interfaces))).result()
 
     # Decode and encode.
 
