@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.datastructures import Headers
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.config import paths
-from server.errors import Unavailable
-from server.web.failures import as_json
+from server.errors import ServerError, Unavailable
+from server.scheduling.service import Service
+from server.web.failures import failure
 from server.web.jobs import wants_job
+from server.web.receive import check_declared, declared_length, receive_whole
+from server.web.work import peer_of
 
 LOST = Unavailable(
     "the process that has the jobs ended; ask for the job again, and if it is not found, send the request"
@@ -45,57 +49,56 @@ class Answered(msgspec.Struct, frozen=True):
 
 
 class ToJobs:
-    """Middleware of a front that passes requests for jobs on."""
+    """Middleware of a front that passes requests for jobs on. It is inside all other middleware of the application.
 
-    def __init__(self, app: ASGIApp, jobs: DeploymentHandle[Any], max_body_bytes: int) -> None:
-        """Wrap an application.
+    A body is received within the limits of the front, as for a request that the front answers itself.
+    """
 
-        jobs: the handle of the process with the jobs. max_body_bytes: a request with a larger `Content-Length` is not
-            passed on, and the application refuses it.
-        """
+    def __init__(self, app: ASGIApp, jobs: DeploymentHandle[Any]) -> None:
+        """Wrap an application. jobs: the handle of the process with the jobs."""
         self.app = app
         self._jobs = jobs
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http" or not is_for_jobs(scope) or self._is_too_large(scope):
+        if scope["type"] != "http" or not is_for_jobs(scope):
             await self.app(scope, receive, send)
             return
-        body = await whole_body(receive)
-        if body is None:  # the client has left
-            return
-        asked = Asked({part: scope.get(part) for part in PASSED_ON}, body)
+        request = Request(scope, receive, send)
         try:
-            told = await self._jobs.answer.remote(msgspec.msgpack.encode(asked))
-        except (RayError, RayServeException):
-            await as_json(LOST, Headers(scope=scope).get("x-request-id", ""))(scope, receive, send)
+            answer = await self._asked(request)
+        except ServerError as error:
+            await failure(request, error)(scope, receive, send)
             return
-        answer = msgspec.msgpack.decode(told, type=Answered)
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body})
 
-    def _is_too_large(self, scope: Scope) -> bool:
-        length = Headers(scope=scope).get("content-length", "")
-        return length.isdecimal() and int(length) > self._max_body_bytes
+    async def _asked(self, request: Request) -> Answered:
+        """Return what the process with the jobs answers. Raises ServerError."""
+        service: Service = request.app.state.service
+        # Both processes log the request with the id that this one gave it.
+        headers = MutableHeaders(raw=list(request.scope["headers"]))
+        headers["X-Request-Id"] = request.state.request_id
+        about = {part: request.scope.get(part) for part in PASSED_ON} | {"headers": headers.raw}
+        with ExitStack() as counted:
+            body = b""
+            if request.method == "POST":
+                options = service.settings.options
+                check_declared(declared_length(request), options.max_body_mb << 20)
+                admission = counted.enter_context(service.admitted(peer_of(request)))
+                async with service.in_time(admission):
+                    body = bytes(await receive_whole(request, admission, options))
+            try:
+                told = await self._jobs.answer.remote(msgspec.msgpack.encode(Asked(about, body)))
+            except (RayError, RayServeException):
+                raise LOST from None
+        return msgspec.msgpack.decode(told, type=Answered)
 
 
 def is_for_jobs(scope: Scope) -> bool:
     """Return whether a request is for a job, or is to become one."""
     is_below = scope["path"].startswith(f"{paths.JOBS}/")
     return is_below or (scope["method"] == "POST" and wants_job(Request(scope)))
-
-
-async def whole_body(receive: Receive) -> bytes | None:
-    """Return the body of a request; None if the client left before it was complete."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 async def answer(app: ASGIApp, message: bytes) -> bytes:

@@ -20,6 +20,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 
 from deploy.ray_devices import Ask, RayDevices, Reply, coder_of, id_of
 from deploy.ray_jobs import ToJobs, answer
@@ -207,7 +208,7 @@ class Front:
         """Return the application that Ray serves."""
         started = asyncio.Event()
         app = create_app(self._service, started.set)
-        app.add_middleware(ToJobs, jobs=self._jobs, max_body_bytes=self._service.settings.options.max_body_mb << 20)
+        app.user_middleware.append(Middleware(ToJobs, jobs=self._jobs))  # inside, so that keys and hosts are checked
         app.add_middleware(BehindProxy, started=started)
         return app
 

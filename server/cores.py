@@ -21,3 +21,8 @@ def usable_cores() -> int:
         quota, period = map(int, CGROUP_LIMIT.read_text().split())
         cores = min(cores, max(1, round(quota / period)))
     return cores
+
+
+def usual_render_threads(workers: int = 1) -> int:
+    """Return how many threads of each worker render images, and as many videos: half of its cores, 2 to 8."""
+    return min(8, max(2, usable_cores() // (2 * workers)))

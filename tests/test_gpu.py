@@ -203,17 +203,22 @@ def test_requests_that_wait_for_a_gpu_are_decoded_in_one_batch(everything: str, 
     latents = [locals_["kl"].latents(1, 24, 24, seed) for seed in range(16)]
     expected = [locals_["kl"].decode(each) for each in latents]
 
+    def counted() -> tuple[float, float]:
+        """How many requests ran alone, and how many ran at all."""
+        metrics = requests.get(everything + "metrics", timeout=PATIENCE_S).text
+        found = [re.search(rf"^vae_batch_size_{which} (.+)$", metrics, re.M) for which in ('bucket{le="1.0"}', "count")]
+        alone, all_ = (float(each[1]) if each else 0.0 for each in found)
+        return alone, all_
+
+    alone_before, all_before = counted()
+
     def a_batch_was_formed() -> bool:
         with ThreadPoolExecutor(len(latents)) as clients:
             made = list(clients.map(lambda each: tensor_of(ask(everything + "kl", each)), latents))
         for got, each in zip(made, expected, strict=True):
             torch.testing.assert_close(got, each, atol=1e-3, rtol=1e-3)
-        metrics = requests.get(everything + "metrics", timeout=PATIENCE_S).text
-        alone, all_ = (
-            float(re.search(rf"^vae_batch_size_{which} (.+)$", metrics, re.M)[1])
-            for which in ('bucket{le="1.0"}', "count")
-        )
-        return alone < all_
+        alone, all_ = counted()
+        return alone - alone_before < all_ - all_before
 
     until(a_batch_was_formed)
 

@@ -15,7 +15,7 @@ SERVER = REPOSITORY / "server"
 # What the front process imports. `engine` owns a device; `inprocess` and two of the commands run one in their process.
 WITHOUT_TORCH = (
     *("config", "contract", "families", "ffmpeg", "inputs", "outputs", "scheduling", "web", "workers"),
-    *("cores", "errors", "listing", "logs", "metrics", "model_info", "own_thread", "values"),
+    *("cores", "errors", "listing", "logs", "memory_file", "metrics", "model_info", "own_thread", "values"),
     # The command line, as far as a command does not need torch, and what it reads models with.
     *("commands.cli", "commands.model_table", "commands.coding", "engine.weights.config_json"),
 )

@@ -276,9 +276,8 @@ def decode(
     }
     is_with_sound = found.has_sound and key is None and output_type == "mp4"
     if is_with_sound or found.is_from_comfyui:
-        data = (
-            latents.read_bytes()
-        )  # the whole file, for a video with its sound, or latents that are scaled as in ComfyUI
+        # The whole file, for a video with its sound, or for latents that are scaled as in ComfyUI.
+        data = latents.read_bytes()
     else:
         data = bytes(tensor.data)
         parameters |= {"shape": list(tensor.shape), "dtype": tensor.dtype}

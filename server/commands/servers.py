@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -20,7 +22,7 @@ from .status_line import StatusLine
 
 CONNECT_S, WATCH_S = 10, 1
 FIND_S = (1, 5)  # to connect, and to answer
-OTHERWISE = "; without this server: --no-server"
+NO_SERVER_HINT = "; without this server: --no-server"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Place:
             raise ConfigError(self.not_trusted()) from None
         except requests.RequestException as error:
             raise ConfigError(f"{self.shown}: no answer ({type(error).__name__}); is the server running?") from None
+        except OSError as error:  # by requests, before it connects
+            raise ConfigError(unreadable_bundle(error)) from None
         if not response.ok:
             raise ConfigError(f"{self.shown}: {self._sentence(response)}")
         return response
@@ -82,7 +86,7 @@ class Place:
         return (
             f"{self.shown}: its certificate is not trusted here, or is for another name; set REQUESTS_CA_BUNDLE to the "
             "file of its issuer's certificate (a self-signed one is its own issuer's), and give the address with the "
-            "certificate's name: --server https://NAME:PORT/" + OTHERWISE * self.is_found
+            "certificate's name: --server https://NAME:PORT/" + NO_SERVER_HINT * self.is_found
         )
 
     def session(self) -> requests.Session:
@@ -98,7 +102,7 @@ class Place:
             sentence = str(response.json()["error"])
         except (json.JSONDecodeError, KeyError, TypeError):
             sentence = f"it answered with status {response.status_code}; is this a VAE decode server?"
-        return sentence + OTHERWISE * self.is_found
+        return sentence + NO_SERVER_HINT * self.is_found
 
     def _progress(self, request_id: str) -> str:
         """Return how far a request is, as text; empty if the server does not tell."""
@@ -133,8 +137,26 @@ def find(port: int, model: str | None) -> Place | None:
                 return None
             except requests.RequestException:
                 continue  # nothing listens there, or not with this scheme
+            except OSError as error:  # by requests, before it connects
+                if _listens(port):
+                    raise ConfigError(unreadable_bundle(error)) from None
+                return None
         return replace(place, model=name) if name else None
     return None
+
+
+def unreadable_bundle(error: OSError) -> str:
+    """Return what to do when the certificates to trust cannot be read. requests raises the error for their file."""
+    names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    name = next((name for name in names if os.environ.get(name)), names[0])
+    return f"{name}: set it to a file with certificates, or unset it ({error})"
+
+
+def _listens(port: int) -> bool:
+    """Return whether a program listens on a port of this machine."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), FIND_S[0]):
+        return True
+    return False
 
 
 def _name_of(model: str | None, session: requests.Session, place: Place) -> str | None:

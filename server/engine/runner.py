@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from ..config import Settings
-from ..cores import usable_cores
+from ..cores import usual_render_threads
 from ..errors import ServerError, TooLargeForDevice
 from ..model_info import CoderId
 from ..outputs import format_named
@@ -115,7 +115,7 @@ class Runner:
         self.steps = 0
         self._models = models
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        renders = settings.options.render_threads or min(8, max(2, usable_cores() // 2))
+        renders = settings.options.render_threads or usual_render_threads()
         self._renders = ThreadPoolExecutor(renders, thread_name_prefix="render")
         # Threads of their own, because they are busy as long as the decode, and other answers must not wait for them.
         self._video_renders = ThreadPoolExecutor(renders, thread_name_prefix="video")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -54,7 +55,7 @@ class Worker:
     def serve(self) -> None:
         """Receive messages until the front process closes the connection."""
         os.environ.pop(ASKS_NVML, None)
-        if self._settings.options.device != "cpu" and torch.cuda._is_in_bad_fork():
+        if self._settings.options.device != "cpu" and torch.cuda._is_in_bad_fork() and has_cuda_driver():
             os._exit(UNUSABLE_FORK_STATUS)  # torch would find no CUDA device, or raise
         try:
             device = choose_device(self._settings.options.device)
@@ -115,6 +116,15 @@ class Worker:
             self.send(make())
         except Exception as error:  # noqa: BLE001  # the border of a call: it is answered
             self.send(messages.Replied(call, failure=failure_of(error)))
+
+
+def has_cuda_driver() -> bool:
+    """Return whether this machine has the driver of CUDA devices, without which there is none."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 class BatchListener:

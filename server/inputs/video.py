@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import ffmpeg
 from ..errors import BadRequest
+from ..memory_file import memory_file
 from ..values import RawTensor
 from .boxes import SKIPPED, Movie, read_movie
 
@@ -121,18 +121,8 @@ def _run(command: list[str], path: Path, memory_bytes: int, cpu_s: float) -> byt
 
 @contextmanager
 def _file(data: bytes | bytearray, movie: Movie) -> Iterator[Path]:
-    """Write the file, without the boxes that ffmpeg does not need, to a place where ffmpeg can seek.
-
-    On Linux this is in memory, so that it fills no disk and nothing is left behind if this process is killed.
-    """
-    with ExitStack() as stack:
-        if hasattr(os, "memfd_create"):
-            file = stack.enter_context(os.fdopen(os.memfd_create("video"), "wb", buffering=0))
-            path = Path(f"/proc/self/fd/{file.fileno()}")
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vae-video-"))
-            path = Path(folder) / "video.mp4"
-            file = stack.enter_context(path.open("wb", buffering=0))
+    """Write the file, without the boxes that ffmpeg does not need, to a place where ffmpeg can seek."""
+    with memory_file() as (file, path, _):
         written = 0
         while written < len(data):
             written += file.write(memoryview(data)[written:])

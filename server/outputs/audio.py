@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import ffmpeg
+from ..memory_file import memory_file
 from ..values import RawTensor, Rendered, RenderOptions
-from .video import output_file
 
 SAMPLE_BYTES = 2
 LARGEST = 32767
@@ -34,8 +34,7 @@ def render_flac(waveform: RawTensor, options: RenderOptions) -> Rendered:
     ffmpeg writes to a file in which it can seek, so that the number of samples is in the header.
     """
     wav = render_wav(waveform, options).body
-    with output_file() as path:
-        inherited = [int(path.name)] if path.parent.name == "fd" else []
+    with memory_file() as (_, path, inherited):
         command = ["-v", "error", "-f", "wav", "-i", "pipe:0", "-c:a", "flac", "-y", "-f", "flac", str(path)]
         with ffmpeg.start(command, stdin=subprocess.PIPE, files=inherited) as running:
             try:

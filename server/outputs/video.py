@@ -6,14 +6,14 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import IO
 
 from .. import ffmpeg
 from ..errors import Impossible
+from ..memory_file import memory_file
 from ..own_thread import in_own_thread
 from ..values import RawTensor, Rendered, RenderOptions
 
@@ -47,8 +47,8 @@ def render_mp4_frames(chunks: Iterable[RawTensor], options: RenderOptions) -> Re
     Raises Impossible unless there are 3 channels, RuntimeError if ffmpeg fails, and whatever `chunks` raises.
     """
     command, chunks = _command(chunks, options)
-    with output_file() as path, tempfile.TemporaryFile() as errors:
-        inherited = [int(path.name)] if path.parent.name == "fd" else []
+    # ffmpeg seeks back in it at the end, to move the index to the start.
+    with memory_file() as (_, path, inherited), tempfile.TemporaryFile() as errors:
         command += ["-y", "-movflags", "+faststart", "-f", "mp4", str(path)]
         with ffmpeg.start(command, stdin=subprocess.PIPE, stderr=errors, files=inherited) as running:
             try:
@@ -67,10 +67,11 @@ def with_sound(mp4: memoryview, wav: memoryview) -> memoryview:
     It is as long as the longer one of both. Raises RuntimeError if ffmpeg fails.
     """
     with ExitStack() as files, tempfile.TemporaryFile() as errors:
-        video, sound, out = (files.enter_context(output_file()) for _ in range(3))
+        made = [files.enter_context(memory_file()) for _ in range(3)]
+        video, sound, out = (each.path for each in made)
         video.write_bytes(mp4)
         sound.write_bytes(wav)
-        inherited = [int(path.name) for path in (video, sound, out) if path.parent.name == "fd"]
+        inherited = [number for each in made for number in each.descriptors]
         # fmt: off
         command = [
             "-v", "error", "-f", "mp4", "-i", str(video), "-f", "wav", "-i", str(sound),
@@ -153,23 +154,6 @@ def _check(running: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
         errors.seek(0)
         tail = errors.read()[-500:].decode(errors="replace")
         raise RuntimeError(f"ffmpeg ended with status {running.returncode}: {tail}")
-
-
-@contextmanager
-def output_file() -> Iterator[Path]:
-    """Create the output file, in which ffmpeg seeks back at the end to move the index to the start.
-
-    On Linux it is in memory, so that it fills no disk and nothing is left behind if this process is killed.
-    """
-    if hasattr(os, "memfd_create"):
-        file = os.memfd_create("video")
-        try:
-            yield Path(f"/proc/self/fd/{file}")
-        finally:
-            os.close(file)
-    else:
-        with tempfile.TemporaryDirectory(prefix="vae-mp4-") as folder:
-            yield Path(folder) / "video.mp4"
 
 
 def _filters(height: int, width: int) -> str:

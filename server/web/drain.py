@@ -6,6 +6,7 @@ While it drains, the server answers the accepted requests and refuses new ones.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,6 +18,8 @@ from starlette.applications import Starlette
 
 from ..scheduling.service import Service
 from .protocol import uvicorn_config
+
+log = logging.getLogger(__name__)
 
 # How long uvicorn waits for open connections when it stops. All answers have been sent by then, so only idle
 # connections and incomplete uploads are open.
@@ -76,5 +79,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain_and_stop(self) -> None:
         waited = [self._service.drain(), *([self._on_drain()] if self._on_drain else [])]
-        await asyncio.gather(*waited)
+        for outcome in await asyncio.gather(*waited, return_exceptions=True):
+            if isinstance(outcome, Exception):  # whatever failed, the server must still end
+                log.error("a part of the shutdown failed", exc_info=outcome)
         self.should_exit = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import Settings
-from ..cores import allowed_cores, usable_cores
+from ..cores import allowed_cores, usable_cores, usual_render_threads
 from ..metrics import Metrics
 from .process import ProcessEngine, full_name
 
@@ -31,7 +31,9 @@ def engines_for(settings: Settings, metrics: Metrics) -> list[ProcessEngine]:
     others = sorted({full_name(device) for device in own if device} - {full_name(device) for device in shared})
     on_cpu = shared if "auto" in shared else [*shared, *others]  # auto may be the same CPU that a model names
     threads = settings.options.threads or threads_for(on_cpu)
-    settings = settings.model_copy(update={"options": settings.options.model_copy(update={"threads": threads})})
+    renders = settings.options.render_threads or usual_render_threads(len(shared) + len(others))
+    options = settings.options.model_copy(update={"threads": threads, "render_threads": renders})
+    settings = settings.model_copy(update={"options": options})
     first, *rest = shared
     return [
         ProcessEngine(settings, first, metrics, others=others),

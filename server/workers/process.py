@@ -54,6 +54,7 @@ class ProcessEngine:
         takes_any: bool = True,
         others: Sequence[str] = (),
         worker: str = WORKER,
+        processes: BaseContext = FORKED,
     ) -> None:
         """Make an engine that has not started.
 
@@ -64,6 +65,7 @@ class ProcessEngine:
         others: devices that models name but `--device` does not. `start` returns an engine for each that is not this
             device.
         worker: the name of the module whose `main` the process runs.
+        processes: how processes are started at first.
         """
         self.device = device
         self.is_alive = False
@@ -89,7 +91,7 @@ class ProcessEngine:
         self._has_answered = False  # whether the current worker has answered a request; if not, the pauses get longer
         self._ended_because: str | None = None  # why this process killed the worker
         self._beats_missed = 0
-        self._processes: BaseContext = FORKED
+        self._processes = processes
 
     @property
     def pid(self) -> int | None:
@@ -113,7 +115,14 @@ class ProcessEngine:
         further = [f"cuda:{index}" for index in range(1, self._devices)] if takes_all else []
         pinned = [device for device in self._others if device not in (self.device, *further)]
         return [
-            ProcessEngine(self._settings, device, self._metrics, takes_any=device in further, worker=self._worker)
+            ProcessEngine(
+                self._settings,
+                device,
+                self._metrics,
+                takes_any=device in further,
+                worker=self._worker,
+                processes=self._processes,
+            )
             for device in (*further, *pinned)
         ]
 

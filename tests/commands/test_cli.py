@@ -403,6 +403,13 @@ def test_a_server_on_this_machine_with_a_certificate_is_used_if_that_is_trusted(
     refused = invoke("decode", latents_file, out)
     assert_one_sentence(refused, "not trusted here.* set REQUESTS_CA_BUNDLE to .*; without this server: --no-server", 2)
     assert_one_sentence(invoke("decode", latents_file, out, "--server", address), "set REQUESTS_CA_BUNDLE", 2)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
+    for named in ((), ("--server", address)):
+        unread = invoke("decode", latents_file, out, *named)
+        assert_one_sentence(unread, "REQUESTS_CA_BUNDLE: set it to a file with certificates, or unset it", 2)
+    monkeypatch.setenv("VAE_SERVER_PORT", "1")
+    assert invoke("decode", latents_file, out).returncode == 0, "where no server runs, it does not matter"
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
     assert find(int(port_of(address)), "another-model") is None, "then its certificate does not matter"
 
 

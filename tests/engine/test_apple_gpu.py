@@ -53,6 +53,27 @@ def kernels_of_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, name, lambda _device, dtype, chosen=chosen: chosen(APPLE, dtype))
 
 
+class Recorded(TorchDispatchMode):
+    """Notes the dtype and the device of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[torch.dtype, str]] = []
+
+    def __torch_dispatch__(self, run: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = run(*args, **(kwargs or {}))
+        self.made += [(each.dtype, each.device.type) for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        return made
+
+
+def test_folded_weights_are_rounded_before_they_leave_the_cpu() -> None:
+    """`meta` stands for the device without float64."""
+    folded, like = torch.ones(2, 2, dtype=torch.float64), torch.empty(2, 2, dtype=torch.float16, device="meta")
+    with Recorded() as recorded:
+        layers.rounded(folded, like)
+    assert recorded.made == [(torch.float16, "cpu"), (torch.float16, "meta")]
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("direction", Direction)
 def test_nothing_is_computed_in_float64(name: str, direction: Direction) -> None:

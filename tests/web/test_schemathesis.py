@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 
 import pytest
+import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis.checks import not_a_server_error
@@ -49,6 +50,22 @@ def test_the_server_answers_as_described(url: str, path: str, method: str, mode:
         if is_number(case.headers.get("X-Request-Timeout", "")):
             case.headers["X-Request-Timeout"] = "300"  # a short one, which is allowed, rightly gives 504
         case.validate_response(case.call(timeout=300), checks=checks)
+
+    ask()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["", "encode"])
+@pytest.mark.parametrize("media_type", ["image/png", "image/jpeg", "image/webp", "video/mp4", "tensor/binary"])
+def test_any_bytes_of_these_types_are_answered(url: str, path: str, media_type: str) -> None:
+    """openapi.json names no types of files, so that nothing above sends them."""
+
+    @settings(max_examples=50, deadline=None, derandomize=True, database=None)
+    @given(strategies.binary(max_size=2048))
+    def ask(body: bytes) -> None:
+        answer = requests.post(url + path, data=body, headers={"Content-Type": media_type}, timeout=300)
+        assert 400 <= answer.status_code < 500, answer.text
+        assert answer.json()["error"]
 
     ask()
 

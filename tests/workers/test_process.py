@@ -84,3 +84,9 @@ def test_cuda_devices_and_pinned_models_get_engines_of_their_own(tmp_path: Path)
         return [(engine.device, [name for name in models if engine.can_run(name)]) for engine in engines]
 
     assert asyncio.run(grown()) == [("cuda:0", ["any"]), ("cuda:1", ["any", "second"]), ("cpu", ["cpu"])]
+
+
+@pytest.mark.parametrize(("quota", "workers", "expected"), [("max", 1, 4), ("max", 4, 2), ("200000", 1, 2)])
+def test_workers_share_the_cores_for_rendering(eight_cores: Path, quota: str, workers: int, expected: int) -> None:
+    eight_cores.write_text(f"{quota} 100000")
+    assert cores.usual_render_threads(workers) == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -121,14 +122,21 @@ def test_a_killed_worker_loses_nothing(start: Start) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto would choose the CUDA device")
-def test_where_cuda_is_unusable_in_forked_processes_workers_are_new_ones(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_driver", [True, False])
+def test_where_cuda_is_unusable_in_forked_processes_workers_are_new_ones(
+    start: Start, tmp_path: Path, has_driver: bool
+) -> None:
+    """Without a driver there is no CUDA device to use, so that forked processes will do."""
     (tmp_path / "front").write_text(str(os.getpid()))
+    if not has_driver:
+        (tmp_path / "no-driver").touch()
     served = start("tests.workers.unusable_fork", "auto")
     expected = served.post(0.5)
     assert expected.status_code == requests.codes.ok
     assert "vae_worker_restarts_total{" not in requests.get(served.url + "metrics", timeout=PATIENCE_S).text
     pid = served.engine.pid
     assert pid
+    assert (psutil.Process(pid).ppid() == os.getpid()) == has_driver
     os.kill(pid, signal.SIGKILL)
     served.until(lambda: served.engine.is_alive and served.engine.pid != pid)
     assert served.post(0.5).content == expected.content
