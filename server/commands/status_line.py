@@ -83,7 +83,7 @@ class StatusLine:
 def can_encode(text: str, stream: TextIO) -> bool:
     """Return whether a stream can write a text as it is."""
     try:
-        text.encode(stream.encoding or "ascii")
+        text.encode(stream.encoding or "utf-8")
     except UnicodeEncodeError:
         return False
     return True
