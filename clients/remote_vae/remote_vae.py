@@ -95,6 +95,10 @@ class RemoteVAEError(RuntimeError):
         """Whether the same request would fail anywhere: a wrong key, model, shape or value."""
         return self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
 
+    def add(self, sentence: str) -> None:
+        """Add a sentence to the text."""
+        self.args = (f"{self.args[0]} {sentence}",)
+
     def __str__(self) -> str:
         """Return the sentence, and where the latents are."""
         saved = f" The latents are saved in {self.latents_file}." if self.latents_file else ""
@@ -401,7 +405,9 @@ class KeyAuth(requests.auth.AuthBase):
     """Sends the key. An `auth` object keeps requests from taking another password from ~/.netrc."""
 
     def __init__(self, key: str | None) -> None:
-        """Keep the key; None sends none."""
+        """Keep the key; None sends none. Raises ValueError, which does not show it, if no header can hold it."""
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ValueError("key: it has characters that are not printable ASCII; check for a line break at its end")
         self._key = key
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -611,6 +617,8 @@ class Pool:
                     report("receive", len(content), total)
         except requests.RequestException as error:
             sentence = f"{server.label} cannot be reached or broke off ({_reason(error)})."
+            if isinstance(error, requests.exceptions.SSLError):
+                sentence += " Set REQUESTS_CA_BUNDLE to the file of its issuer's certificate, or check the address."
             raise Attempt(RemoteVAEError(sentence, code="unreachable"), 1.0) from error
         if response.ok:
             return Answer(response.status_code, content, response.headers)
@@ -796,7 +804,12 @@ class RemoteVAE(torch.nn.Module):
             if not self._falls_back(error):
                 self._keep(error, z)
                 raise
-            sample = self._local_vae(error, z).decode(z, **_set(given), return_dict=False)[0]
+            try:
+                sample = self._local_vae(error, z).decode(z, **_set(given), return_dict=False)[0]
+            except Exception as problem:  # whatever a local VAE raises, the latents are kept
+                error.add(f"The local VAE failed too ({type(problem).__name__}: {str(problem)[:200]}).")
+                self._keep(error, z)
+                raise error from problem
         return Decoded(sample) if return_dict else (sample,)
 
     def encode(self, x: torch.Tensor, *positional: Any, return_dict: bool = True, **others: Any) -> Any:
@@ -1029,7 +1042,7 @@ class RemoteVAE(torch.nn.Module):
         return self._fallback is not None and not error.is_of_the_request
 
     def _local_vae(self, error: RemoteVAEError, tensor: torch.Tensor) -> Any:
-        """Return the local VAE, on the device and in the dtype of the tensor, with a warning."""
+        """Return the local VAE, on the device and in the dtype of the tensor, with a warning. Raises whatever fails."""
         warnings.warn(f"{error} The local VAE is used.", stacklevel=3)
         if not self._local:
             self._local.append(self._load_local())
@@ -1043,6 +1056,8 @@ class RemoteVAE(torch.nn.Module):
         repo, where = self._fallback, {}
         if repo == "local":
             repo = self._entry["repo"]
+            if repo.startswith("a local "):  # which the server says instead of the path
+                raise ValueError("the server loads this model from a folder; give fallback one of this machine")
             where = _set({"subfolder": self._entry["subfolder"], "revision": self._entry["revision"]})
         return getattr(diffusers, self._entry["class"]).from_pretrained(repo, **where).eval()
 
