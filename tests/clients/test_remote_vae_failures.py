@@ -244,7 +244,7 @@ def test_a_wrong_key_is_told(
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}})
     for given in (None, "wrong"):
         with pytest.raises(
-            RemoteVAEError, match="401: (a key is required|this server does not know the key)"
+            RemoteVAEError, match=r"401: (a key is required|this server does not know the key)"
         ) as raised:
             RemoteVAE(address + "sd", key=given)
         assert raised.value.status == 401
