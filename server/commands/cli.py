@@ -214,7 +214,8 @@ def where_options(verb: str) -> Callable[[Function], Function]:
             metavar="URL",
             group=group,
             help=f"{verb} at this server; default: one that runs on port 8000 (VAE_SERVER_PORT) of this machine and "
-            "has the model, unless options for this process are given",
+            "has the model (HTTP or HTTPS, without an API key), unless --config, --vae-config, --device or "
+            "--allow-custom-decoders is given",
         )(function)
 
     return add

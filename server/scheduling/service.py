@@ -285,9 +285,9 @@ class Service:
         self._note(request, result, pending.emitted_bytes)
         return result
 
-    def progress(self, known_as: str) -> Progress | None:
+    def progress(self, request_id: str) -> Progress | None:
         """Return how far a request is that waits or is computed; None if there is none with this id."""
-        pending = self._watched.get(known_as)
+        pending = self._watched.get(request_id)
         if pending is None:
             return None
         return progress_of(pending, *self._devices.place_of(pending), asyncio.get_running_loop().time())

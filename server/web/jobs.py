@@ -1,7 +1,7 @@
 """Requests whose client does not wait: `Prefer: respond-async` is answered with 202 and the address of a job.
 
 Jobs are kept in memory. They end with the server, when they are deleted, some time after they are done, and, the oldest
-first, when the answers together exceed `--job-results-mb`.
+first, when the answers together exceed `--job-results-mb` or a new job needs the place of one that is done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GONE = (
     "the server was restarted; send the request again"
 )
 NOT_YET_S = 1  # when to ask again for the result of a job that is not done
-UNFETCHED_S = 60.0  # so long an answer that nobody has fetched keeps its place
+UNFETCHED_S = 60.0  # how long an unfetched answer is kept when there are too many jobs
 
 
 class Digest(Protocol):
@@ -48,7 +48,7 @@ class AsyncJob:
     """A request that is computed while no client waits.
 
     fingerprint: of the request, to compare those with the same `Idempotency-Key`. working: computes the response.
-    ended: when that was done, as the event loop's time. is_fetched: its answer was asked for since.
+    ended: when that was done, as the event loop's time. is_fetched: a client has fetched its answer.
     """
 
     id: str
@@ -124,7 +124,8 @@ class Jobs:
         old = asyncio.get_running_loop().time() - UNFETCHED_S
         if not self._drop_oldest(lambda job: job.ended is not None and job.ended < old):
             raise QueueFull(
-                f"{len(self._jobs)} jobs are waiting, in progress or not fetched yet; try again in {NOT_YET_S} s",
+                f"{len(self._jobs)} jobs are waiting, in progress or not fetched yet; fetch or DELETE those that are "
+                f"done, and try again in {NOT_YET_S} s",
                 NOT_YET_S,
             )
 
@@ -138,7 +139,7 @@ class Jobs:
     ) -> AsyncJob:
         """Begin to compute the answer to a request.
 
-        job_id: of `new_id`. digest: of the body. held: what is released once the answer is computed.
+        job_id: the id of the new job. digest: of the body. held: what is released once the answer is computed.
         """
 
         async def run() -> InPieces | Streamed | ServerError:
