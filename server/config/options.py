@@ -115,8 +115,8 @@ class ServerOptions(BaseSettings):
     max_jobs: int = Field(
         64,
         ge=1,
-        description="maximum number of jobs (`Prefer: respond-async`); a new one takes the place of a finished one that "
-        "was fetched, or that nobody fetched for 60 s; otherwise: 429",
+        description="maximum number of jobs (`Prefer: respond-async`); a new one takes the place of a finished one "
+        "that was fetched, or that nobody fetched for 60 s; otherwise: 429",
     )
     job_ttl_s: float = Field(600, gt=0, description="how long the answer of a job is kept, in seconds")
     job_results_mb: int = Field(

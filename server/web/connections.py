@@ -63,7 +63,8 @@ class Tls(SSLProtocol):
         """Prepare for a connection, on the running event loop.
 
         http: the HTTP protocol, which receives the decrypted bytes. connections: all open connections of the server.
-        most: how many there may be. timeout_s: the time for the handshake. shutdown_timeout_s: the time for the end of the TLS connection.
+        most: how many there may be. timeout_s: the time for the handshake. shutdown_timeout_s: the time for the end of
+        the TLS connection.
         """
         self._connections, self._most = connections, most
         super().__init__(
