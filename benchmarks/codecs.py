@@ -1,7 +1,7 @@
 """Compare this server's image and video encoders with others, alternating, on a photograph with sensor noise.
 
-Beside the time, it measures how long another thread of Python waits at most: an encoder that keeps Python's global lock
-also stops the thread that gives the device its work.
+Besides the time, it measures how long another thread of Python waits at most: an encoder that holds the GIL also stops
+the thread that gives the device its work.
 
 `python -m benchmarks.codecs [--size 1024] [--frames 61] [--repeats 7]`. Other libraries are measured if they are
 installed; `make bench` installs them with `pip install -r benchmarks/requirements.txt`.

@@ -2,57 +2,126 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
-from .remote import RemoteError, read_address
+from .remote import LOOK_S, RemoteError
 
 SERVICE_TYPE = "_vae-server._tcp.local."
 LISTEN_S = 2.0
+ACCEPT_S = 1.0  # how long a server may take to accept a connection
+HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 NO_PACKAGE = "to find servers, install zeroconf in ComfyUI's Python: python -m pip install zeroconf"
 
 
-def address_of(info: Any) -> str | None:
-    """Return the address in a zeroconf.ServiceInfo; None if it has none."""
+def addresses_of(info: Any) -> list[str]:
+    """Return the addresses that the server of a zeroconf.ServiceInfo may have; an empty list if it has none.
+
+    The name of the record is used, if it has one, and otherwise all its IP addresses, IPv4 first.
+    """
     told = {
         (key or b"").decode(errors="replace"): (value or b"").decode(errors="replace")
         for key, value in info.properties.items()
     }
-    host = told.get("host") or next(iter(info.parsed_addresses()), "")
-    host = f"[{host}]" if ":" in host else host
-    address = f"http{'s' * (told.get('tls') == '1')}://{host}:{info.port}"
+    scheme = "https" if told.get("tls") == "1" else "http"
+    hosts = [told["host"]] if told.get("host") else sorted(info.parsed_addresses(), key=lambda each: ":" in each)
+    return [f"{scheme}://{_bracketed(host)}:{info.port}" for host in hosts if info.port and _is_usable(host)]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_usable(host: str) -> bool:
+    """Return whether an address can have this host: a name, or an IP address that does not need an interface's name."""
+    address = _ip_address(host)
+    if address is None:
+        return HOST_NAME.fullmatch(host) is not None
+    return "%" not in host and not (address.version == 6 and address.is_link_local)
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        is_plain = read_address(address).base == address.lower()
-    except RemoteError:
-        is_plain = False
-    return address if is_plain else None
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+async def _is_here(address: str) -> bool | None:
+    """Return whether an address is one of this machine; None if nothing there accepts a connection.
+
+    An address with a name is not tried, because the search for the name could take long.
+    """
+    parts = urlsplit(address)
+    if _ip_address(parts.hostname or "") is None:
+        return False
+    try:
+        async with asyncio.timeout(ACCEPT_S):
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    except OSError:
+        return None
+    writer.close()
+    return bool(writer.get_extra_info("sockname")[0] == parts.hostname)  # the system chooses it for both ends
+
+
+async def _reachable(addresses: list[str]) -> str | None:
+    """Return the first of these that accepts a connection, preferably on another machine.
+
+    The address of a server's Docker bridge is often also one of this machine, where something else may listen.
+    """
+    are_here = await asyncio.gather(*map(_is_here, addresses))
+    found = [(is_here, address) for is_here, address in zip(are_here, addresses, strict=True) if is_here is not None]
+    return min(found, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def browse(interfaces: Sequence[str] | None = None) -> dict[str, str]:
-    """Return the addresses of the servers by their names, after it has listened for them.
+    """Return the addresses of the servers by their names, after it has searched for them for `LISTEN_S`.
 
     interfaces: IP addresses of this machine, on whose networks to listen; None for all. It may not run in the thread of
-    an event loop, which zeroconf would use. Raises RemoteError without zeroconf, or if the network cannot be used.
+    an event loop. A server with several IP addresses has one that accepts a connection from this machine, and is left
+    out if there is none. Raises RemoteError without zeroconf, or if the network cannot be used.
     """
     try:
-        from zeroconf import InterfaceChoice, ServiceBrowser, ServiceStateChange, Zeroconf
-    except ModuleNotFoundError:
-        raise RemoteError(NO_PACKAGE) from None
-    names: set[str] = set()
-
-    def on_change(zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
-        (names.discard if state_change is ServiceStateChange.Removed else names.add)(name)
-
-    try:
-        with Zeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
-            ServiceBrowser(network, SERVICE_TYPE, handlers=[on_change])
-            time.sleep(LISTEN_S)
-            infos = [network.get_service_info(SERVICE_TYPE, name) for name in sorted(names)]
+        return asyncio.run(_browse(interfaces))
     except OSError as error:
         raise RemoteError(f"servers cannot be searched on the local network ({error})") from error
-    found = {info.name.removesuffix(f".{SERVICE_TYPE}"): address_of(info) for info in infos if info is not None}
+
+
+async def _browse(interfaces: Sequence[str] | None) -> dict[str, str]:
+    try:
+        from zeroconf import Error, InterfaceChoice, ServiceStateChange
+        from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+    except ModuleNotFoundError:
+        raise RemoteError(NO_PACKAGE) from None
+    looks: dict[str, asyncio.Task[str | None]] = {}
+
+    async def look(zeroconf: Any, name: str) -> str | None:
+        try:
+            info = AsyncServiceInfo(SERVICE_TYPE, name)
+            is_complete = await info.async_request(zeroconf, 1000 * LISTEN_S)
+        except Error:  # another program published something that is not a name of a server
+            return None
+        return await _reachable(addresses_of(info)) if is_complete else None
+
+    def on_change(zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
+        if name in looks:
+            looks.pop(name).cancel()
+        if state_change is not ServiceStateChange.Removed:
+            looks[name] = asyncio.create_task(look(zeroconf, name))
+
+    async with AsyncZeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
+        browser = AsyncServiceBrowser(network.zeroconf, SERVICE_TYPE, handlers=[on_change])
+        await asyncio.sleep(LISTEN_S)
+        await browser.async_cancel()
+        found = {
+            name.removesuffix(f".{SERVICE_TYPE}"): looks[name].result() for name in sorted(looks) if looks[name].done()
+        }
     return {name: address for name, address in found.items() if address}
 
 
@@ -64,6 +133,7 @@ class Neighbors:
     """
 
     FRESH_S = 10.0
+    LONGEST_S = 10.0  # of a wait for a server of this name
 
     def __init__(self, search: Callable[[], dict[str, str]] = browse) -> None:
         """Make the menu. search: as `browse`."""
@@ -79,12 +149,18 @@ class Neighbors:
         self._begin()
         return list(self._known) or [str(self._error or "no server found yet: reload this page")]
 
-    def address(self, name: str) -> str:
-        """Return the address of a server. Raises RemoteError if none of this name is found."""
+    def address(self, name: str, look: Callable[[], None] = lambda: None) -> str:
+        """Return the address of a server. Raises RemoteError if none of this name is found in time.
+
+        look: called about ten times a second. It may raise, which ends the wait.
+        """
+        deadline = time.monotonic() + self.LONGEST_S
         for _ in range(2):
             self._begin(is_urgent=name not in self._known)
-            if name not in self._known and self._thread is not None:
-                self._thread.join()
+            thread = self._thread
+            while name not in self._known and thread and thread.is_alive() and time.monotonic() < deadline:
+                thread.join(LOOK_S)
+                look()
             if name in self._known:
                 return self._known[name]
         raise self._error or RemoteError(

@@ -210,8 +210,8 @@ class Find:
         return neighbors.address(server)
 
     def run(self, server: str) -> tuple[str]:
-        """Return the address. Raises RemoteError."""
-        return (neighbors.address(server),)
+        """Return the address. Raises RemoteError, and ComfyUI's exception if the user cancels."""
+        return (neighbors.address(server, host.check_cancelled),)
 
 
 class Preview(Node):

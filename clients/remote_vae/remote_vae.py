@@ -11,9 +11,11 @@ This file needs torch and requests. `RemoteDecodeStep` and `RemoteEncodeStep` ne
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import queue
+import re
 import sys
 import tempfile
 import threading
@@ -38,9 +40,12 @@ SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHUNK_BYTES = 1 << 18
 POLL_S = (0.1, 2.0)  # the shortest and the longest pause between two questions for the progress of a job
-CANCEL_S = 2.0
+CANCEL_S = 2.0  # how long the end of a job may take, and the answer that says which job it is
+PASSING = (None, 408, 429, 502, 503, 504)  # statuses of a connection or a proxy that failed; the job goes on
 SERVICE_TYPE = "_vae-server._tcp.local."
 """Under which servers advertise themselves on the local network."""
+ACCEPT_S = 1.0  # how long a server on the local network may take to accept a connection
+HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 # Classes whose statistics are in their weights. The server knows those only once it has loaded the model.
 KEEP_STATISTICS = (
@@ -53,7 +58,7 @@ KEEP_STATISTICS = (
 Progress = Callable[[str, float, float | None], None]
 """Called with the stage, what is done, and the total or None.
 
-`send` and `receive` count bytes, `wait` seconds; `compute` is the share of a job that is done, of 1.
+`send` and `receive` count bytes, `wait` seconds; `compute` is the fraction of a job that is done, 0 to 1.
 """
 
 
@@ -89,6 +94,10 @@ class RemoteVAEError(RuntimeError):
     def is_of_the_request(self) -> bool:
         """Whether the same request would fail anywhere: a wrong key, model, shape or value."""
         return self.status is not None and 400 <= self.status < 500 and self.status not in (408, 429)
+
+    def add(self, sentence: str) -> None:
+        """Add a sentence to the text."""
+        self.args = (f"{self.args[0]} {sentence}",)
 
     def __str__(self) -> str:
         """Return the sentence, and where the latents are."""
@@ -221,36 +230,98 @@ class FoundServer(NamedTuple):
     version: str
 
     @staticmethod
-    def of(info: Any) -> FoundServer | None:
-        """Read a zeroconf.ServiceInfo. Return None if it does not describe a server."""
+    def all_of(info: Any) -> list[FoundServer]:
+        """Return the server of a zeroconf.ServiceInfo at each address that it may have; an empty list if it has none.
+
+        The name of the record is used, if it has one, and otherwise all its IP addresses, IPv4 first.
+        """
         told = {(key or b"").decode(errors="replace"): (value or b"").decode(errors="replace")
                 for key, value in info.properties.items()}  # fmt: skip
-        host = told.get("host") or next(iter(info.parsed_addresses()), "")
-        host = f"[{host}]" if ":" in host else host
-        address = f"http{'s' * (told.get('tls') == '1')}://{host}:{info.port}{told.get('path', '/')}"
-        parts = urlsplit(address)
-        if not host or parts.netloc != f"{host}:{info.port}" or "@" in host:
-            return None
-        name = info.name.removesuffix(f".{SERVICE_TYPE}")
-        return FoundServer(name, address, told.get("key") == "1", told.get("version", ""))
+        name, scheme, path = info.name.removesuffix(f".{SERVICE_TYPE}"), "http", told.get("path", "/")
+        if told.get("tls") == "1":
+            scheme = "https"
+        if not info.port or not path.startswith("/"):
+            return []
+        hosts = [told["host"]] if told.get("host") else sorted(info.parsed_addresses(), key=lambda each: ":" in each)
+        addresses = [f"{scheme}://{_bracketed(host)}:{info.port}{path}" for host in hosts if _is_usable(host)]
+        return [FoundServer(name, each, told.get("key") == "1", told.get("version", "")) for each in addresses]
 
 
-def _browse(seconds: float, interfaces: Sequence[str] | None) -> list[FoundServer]:
-    """Listen for servers. It may not run in the thread of an event loop, which zeroconf would use."""
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_usable(host: str) -> bool:
+    """Return whether an address can have this host: a name, or an IP address that does not need an interface's name."""
+    address = _ip_address(host)
+    if address is None:
+        return HOST_NAME.fullmatch(host) is not None
+    return "%" not in host and not (address.version == 6 and address.is_link_local)
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        from zeroconf import InterfaceChoice, ServiceBrowser, ServiceStateChange, Zeroconf
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+async def _is_here(address: str) -> bool | None:
+    """Return whether an address is one of this machine; None if nothing there accepts a connection.
+
+    An address with a name is not tried, because the search for the name could take long.
+    """
+    parts = urlsplit(address)
+    if _ip_address(parts.hostname or "") is None:
+        return False
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(parts.hostname, parts.port), ACCEPT_S)
+    except (OSError, asyncio.TimeoutError):  # noqa: UP041  # in Python 3.10 it is not TimeoutError
+        return None
+    writer.close()
+    return bool(
+        writer.get_extra_info("sockname")[0] == parts.hostname
+    )  # the system chooses the same address for both ends
+
+
+async def _reachable(servers: list[FoundServer]) -> FoundServer | None:
+    """Return the first of these that accepts a connection, preferably on another machine.
+
+    The address of a server's Docker bridge is often also one of this machine, where something else may listen.
+    """
+    are_here = await asyncio.gather(*(_is_here(server.address) for server in servers))
+    found = [(is_here, server) for is_here, server in zip(are_here, servers, strict=True) if is_here is not None]
+    return min(found, key=lambda pair: pair[0], default=(None, None))[1]
+
+
+async def _browse(seconds: float, interfaces: Sequence[str] | None) -> list[FoundServer]:
+    """Listen for servers, and return those of which an address was found that accepts a connection in that time."""
+    try:
+        from zeroconf import Error, InterfaceChoice, ServiceStateChange
+        from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
     except ModuleNotFoundError:
         raise ModuleNotFoundError("to find servers, install the package zeroconf: pip install zeroconf") from None
-    names: set[str] = set()
+    looks: dict[str, asyncio.Task[FoundServer | None]] = {}
+
+    async def look(zeroconf: Any, name: str) -> FoundServer | None:
+        try:
+            info = AsyncServiceInfo(SERVICE_TYPE, name)
+            is_complete = await info.async_request(zeroconf, 1000 * seconds)
+        except Error:  # another program published something that is not a name of a server
+            return None
+        return await _reachable(FoundServer.all_of(info)) if is_complete else None
 
     def on_change(zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
-        (names.discard if state_change is ServiceStateChange.Removed else names.add)(name)
+        if name in looks:
+            looks.pop(name).cancel()
+        if state_change is not ServiceStateChange.Removed:
+            looks[name] = asyncio.create_task(look(zeroconf, name))
 
-    with Zeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
-        ServiceBrowser(network, SERVICE_TYPE, handlers=[on_change])
-        time.sleep(seconds)
-        infos = [network.get_service_info(SERVICE_TYPE, name) for name in sorted(names)]
-    found = [FoundServer.of(info) for info in infos if info is not None]
+    async with AsyncZeroconf(InterfaceChoice.All if interfaces is None else list(interfaces)) as network:
+        browser = AsyncServiceBrowser(network.zeroconf, SERVICE_TYPE, handlers=[on_change])
+        await asyncio.sleep(seconds)
+        await browser.async_cancel()
+        found = [looks[name].result() for name in sorted(looks) if looks[name].done()]
     return [server for server in found if server is not None]
 
 
@@ -274,15 +345,21 @@ class Answer(NamedTuple):
 
 
 class Job:
-    """A request that the server computes while the client asks for its progress.
+    """A request that one server computes while the client asks for its progress.
 
-    address: None until the server has accepted it. is_unwanted: nobody waits for it any more.
+    key: by which the server finds the job when the request is sent again. address: None until the server has told it.
+    unwanted: set when nobody waits for the job any more.
     """
 
     def __init__(self) -> None:
         """Note that there is no job yet."""
+        self.unwanted = threading.Event()
+        self.renew()
+
+    def renew(self) -> None:
+        """Note that the next request is another job."""
+        self.key = uuid.uuid4().hex
         self.address: str | None = None
-        self.is_unwanted = False
 
 
 class Attempt(Exception):
@@ -328,7 +405,9 @@ class KeyAuth(requests.auth.AuthBase):
     """Sends the key. An `auth` object keeps requests from taking another password from ~/.netrc."""
 
     def __init__(self, key: str | None) -> None:
-        """Keep the key; None sends none."""
+        """Keep the key; None sends none. Raises ValueError, which does not show it, if no header can hold it."""
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ValueError("key: it has characters that are not printable ASCII; check for a line break at its end")
         self._key = key
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -373,25 +452,29 @@ class Pool:
         """
         deadline, failures = time.monotonic() + self.timeout.total, 0
         servers = list(self.servers)
-        keys: dict[Server, str] = {}  # by which a server finds the job of an attempt whose connection was lost
-        while True:
-            notes: list[Attempt] = []
-            for server in list(servers):
-                try:
-                    call = Call(method, route(server), [*server.query, *params], tensor)
-                    answer = self._attempt(server, call, deadline, keys)
-                except Attempt as note:
-                    notes.append(note)
-                    if note.wait_s is None:
-                        servers.remove(server)
-                else:
-                    self._prefer(server)
-                    return answer
-            waits = [note.wait_s for note in notes if note.wait_s is not None]
-            failures += not any(note.is_busy for note in notes)
-            if not waits or failures > self.retries or time.monotonic() + min(waits) >= deadline:
-                raise notes[-1].error
-            self._wait(min(waits))
+        jobs = {server: Job() for server in servers} if self.has_jobs and tensor is not None else {}
+        try:
+            while True:
+                notes: list[Attempt] = []
+                for server in list(servers):
+                    try:
+                        call = Call(method, route(server), [*server.query, *params], tensor)
+                        answer = self._attempt(server, call, deadline, jobs.get(server))
+                    except Attempt as note:
+                        notes.append(note)
+                        if note.wait_s is None:
+                            servers.remove(server)
+                    else:
+                        self._prefer(server)
+                        return answer
+                waits = [note.wait_s for note in notes if note.wait_s is not None]
+                failures += not any(note.is_busy for note in notes)
+                if not waits or failures > self.retries or time.monotonic() + min(waits) >= deadline:
+                    raise notes[-1].error
+                self._wait(min(waits))
+        finally:
+            for job in jobs.values():
+                self._cancel(job)
 
     def _prefer(self, server: Server) -> None:
         """Ask this server first the next time."""
@@ -402,85 +485,112 @@ class Pool:
         time.sleep(seconds)
         self.progress("wait", seconds, seconds)
 
-    def _attempt(self, server: Server, call: Call, deadline: float, keys: dict[Server, str]) -> Answer:
-        """Ask one server, in a thread of its own, so that nothing takes longer than the deadline."""
+    def _attempt(self, server: Server, call: Call, deadline: float, job: Job | None) -> Answer:
+        """Ask one server, in a thread of its own, so that nothing takes longer than the deadline.
+
+        job: of this server, if the request is sent as a job.
+        """
         outcomes: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
-        job = Job()
 
         def work() -> None:
             try:
-                if self.has_jobs and call.tensor is not None:
-                    outcomes.put(self._as_job(server, call, deadline, keys, job))
-                else:
+                if job is None:
                     outcomes.put(self._exchange(server, call, deadline))
+                else:
+                    outcomes.put(self._as_job(server, call, deadline, job))
             except BaseException as error:  # noqa: BLE001  # it is raised again in the thread that waits
                 outcomes.put(error)
 
-        threading.Thread(target=work, daemon=True).start()
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
         try:
             outcome = outcomes.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            self._cancel(job)
             sentence = f"{server.label} did not answer within {self.timeout.total:g} s."
             raise Attempt(RemoteVAEError(sentence, code="timeout"), None) from None
         except BaseException:  # Ctrl-C
-            self._cancel(job)
+            if job is not None:
+                job.unwanted.set()
+                if job.address is None:  # perhaps the server has accepted the job, and its answer is on the way
+                    thread.join(CANCEL_S)
             raise
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    def _as_job(self, server: Server, call: Call, deadline: float, keys: dict[Server, str], job: Job) -> Answer:
+    def _as_job(self, server: Server, call: Call, deadline: float, job: Job) -> Answer:
         """Send a request as a job, follow it, and return its answer. Raises as `_exchange`.
 
-        If the connection is lost, the job goes on, and the next attempt finds it by its key in `keys`. In every other
-        case the server forgets it.
+        A job that the server has accepted is not sent again. A job whose answer is an error is over: the next attempt
+        is another job.
         """
-        wanted = {"Prefer": "respond-async", "Idempotency-Key": keys.setdefault(server, uuid.uuid4().hex)}
-        answer = self._exchange(server, call._replace(headers=wanted), deadline)
-        if answer.status != 202:  # a server without jobs has answered the request
-            return answer
-        is_lost = False
-        job.address = server.base + urlsplit(answer.headers.get("Location", "")).path
+        if job.address is None:
+            headers = {"Prefer": "respond-async", "Idempotency-Key": job.key}
+            answer = self._exchange(server, call._replace(headers=headers), deadline)
+            if answer.status != 202:  # a server without jobs has answered the request
+                return answer
+            job.address = server.base + urlsplit(answer.headers.get("Location", "")).path
+        code = self._follow(server, job, deadline)
         try:
-            self._follow(server, job, deadline)
-            return self._exchange(server, Call("GET", f"{job.address}/result"), deadline)
+            return self._ask_for(server, job, deadline, "/result", code)
         except Attempt as note:
-            is_lost = note.error.code == "unreachable"
+            if code is not None and note.error.code == code:
+                self._delete(job)
+                job.renew()
             raise
-        except RemoteVAEError as error:
-            if error.code == "not_found":  # the server was restarted, or had no room for its answer
-                raise Attempt(error, 0.0) from error
-            raise
-        finally:
-            if not is_lost:
-                del keys[server]
-                self._cancel(job)
 
-    def _follow(self, server: Server, job: Job, deadline: float) -> None:
-        """Report the progress of a job until it has ended. Raises as `_exchange`."""
-        began, failures = time.monotonic(), 0
-        while not job.is_unwanted:
+    def _follow(self, server: Server, job: Job, deadline: float) -> str | None:
+        """Report the progress of a job until it has ended, and return the code of its error, or None.
+
+        Raises as `_ask_for`.
+        """
+        began = time.monotonic()
+        while True:
+            answer = self._ask_for(server, job, deadline)
             try:
-                told = self._exchange(server, Call("GET", str(job.address), is_quiet=True), deadline)
-                known = json.loads(told.body)
-                state, share, failures = known["state"], float(known["progress"]), 0
-            except Attempt as note:
-                failures += 1
-                if failures > self.retries:
-                    raise
-                time.sleep(note.wait_s or 1.0)
-                continue
-            except (ValueError, KeyError, TypeError) as error:
-                raise RemoteVAEError(f"{server.label} sent something else than a job; check the address") from error
+                told = json.loads(answer.body)
+                state, share, code = told["state"], float(told["progress"]), told.get("code")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RemoteVAEError(f"{server.label} sent something other than a job; check the address") from error
             self.progress("compute", share, 1.0)
             if state not in ("queued", "running"):
-                return
-            time.sleep(min(POLL_S[1], max(POLL_S[0], (time.monotonic() - began) / 10)))
+                return code
+            job.unwanted.wait(min(POLL_S[1], max(POLL_S[0], (time.monotonic() - began) / 10)))
+
+    def _ask_for(self, server: Server, job: Job, deadline: float, route: str = "", code: str | None = None) -> Answer:
+        """Return the answer to a GET request for a job. Raises as `_exchange`.
+
+        A connection or a proxy that fails is tried `retries` times, and a busy server until the deadline.
+        code: of the error of the job, which is raised at once.
+        """
+        failures = 0
+        while True:
+            if job.unwanted.is_set():
+                self._delete(job)
+                raise RemoteVAEError("nobody waits for this job any more")
+            try:
+                return self._exchange(server, Call("GET", f"{job.address}{route}", is_quiet=not route), deadline)
+            except Attempt as note:
+                error, wait_s = note.error, 1.0 if note.wait_s is None else note.wait_s
+                if error.status not in PASSING or (code is not None and error.code == code):
+                    raise
+                failures += not note.is_busy
+                if failures > self.retries or time.monotonic() + wait_s >= deadline:
+                    raise Attempt(error, wait_s, is_busy=note.is_busy) from error
+            except RemoteVAEError as error:
+                if error.code != "not_found":
+                    raise
+                job.renew()  # the server was restarted, or had no room for the answer
+                raise Attempt(error, 0.0) from error
+            job.unwanted.wait(wait_s)
 
     def _cancel(self, job: Job) -> None:
-        """Make the server stop a job, or forget its answer. If that fails, it does so itself some time later."""
-        job.is_unwanted = True
+        """Make the server stop a job, or forget its answer."""
+        job.unwanted.set()
+        self._delete(job)
+
+    def _delete(self, job: Job) -> None:
+        """Delete a job on its server. If that fails, the server forgets it some time after it has ended."""
         if job.address is not None:
             with suppress(requests.RequestException):
                 self.session.delete(job.address, timeout=CANCEL_S).close()
@@ -507,6 +617,8 @@ class Pool:
                     report("receive", len(content), total)
         except requests.RequestException as error:
             sentence = f"{server.label} cannot be reached or broke off ({_reason(error)})."
+            if isinstance(error, requests.exceptions.SSLError):
+                sentence += " Set REQUESTS_CA_BUNDLE to the file of its issuer's certificate, or check the address."
             raise Attempt(RemoteVAEError(sentence, code="unreachable"), 1.0) from error
         if response.ok:
             return Answer(response.status_code, content, response.headers)
@@ -639,14 +751,16 @@ class RemoteVAE(torch.nn.Module):
     def servers(timeout: float = 2.0, interfaces: Sequence[str] | None = None) -> list[FoundServer]:
         """Return the servers that advertise themselves on the local network (`serve --advertise`), by name.
 
-        timeout: how long to listen for them, in seconds. interfaces: IP addresses of this machine, on whose networks to
+        timeout: how long to search for them, in seconds. interfaces: IP addresses of this machine, on whose networks to
             listen; default: on all.
 
+        A server with several IP addresses is returned with one that accepts a connection from this machine, and is left
+        out if there is none.
         Any machine of the network can advertise a server, so check the address before you send it a key.
         Raises ModuleNotFoundError if the package zeroconf is not installed, and OSError if the network cannot be used.
         """
         with ThreadPoolExecutor(1) as own_thread:
-            return own_thread.submit(_browse, timeout, interfaces).result()
+            return own_thread.submit(lambda: asyncio.run(_browse(timeout, interfaces))).result()
 
     # Decode and encode.
 
@@ -690,7 +804,12 @@ class RemoteVAE(torch.nn.Module):
             if not self._falls_back(error):
                 self._keep(error, z)
                 raise
-            sample = self._local_vae(error, z).decode(z, **_set(given), return_dict=False)[0]
+            try:
+                sample = self._local_vae(error, z).decode(z, **_set(given), return_dict=False)[0]
+            except Exception as problem:  # whatever a local VAE raises, the latents are kept
+                error.add(f"The local VAE failed too ({type(problem).__name__}: {str(problem)[:200]}).")
+                self._keep(error, z)
+                raise error from problem
         return Decoded(sample) if return_dict else (sample,)
 
     def encode(self, x: torch.Tensor, *positional: Any, return_dict: bool = True, **others: Any) -> Any:
@@ -848,7 +967,7 @@ class RemoteVAE(torch.nn.Module):
             return torch.frombuffer(answer.body, dtype=dtype).reshape(shape)
         except (KeyError, ValueError, RuntimeError) as error:
             label = self._pool.servers[0].label
-            raise RemoteVAEError(f"{label} sent something else than a tensor; check the address") from error
+            raise RemoteVAEError(f"{label} sent something other than a tensor; check the address") from error
 
     def _run_hook(self) -> None:
         """Run the hook of accelerate, which makes `enable_model_cpu_offload` unload the model before this one."""
@@ -923,7 +1042,7 @@ class RemoteVAE(torch.nn.Module):
         return self._fallback is not None and not error.is_of_the_request
 
     def _local_vae(self, error: RemoteVAEError, tensor: torch.Tensor) -> Any:
-        """Return the local VAE, on the device and in the dtype of the tensor, with a warning."""
+        """Return the local VAE, on the device and in the dtype of the tensor, with a warning. Raises whatever fails."""
         warnings.warn(f"{error} The local VAE is used.", stacklevel=3)
         if not self._local:
             self._local.append(self._load_local())
@@ -937,6 +1056,8 @@ class RemoteVAE(torch.nn.Module):
         repo, where = self._fallback, {}
         if repo == "local":
             repo = self._entry["repo"]
+            if repo.startswith("a local "):  # which the server says instead of the path
+                raise ValueError("the server loads this model from a folder; give fallback one of this machine")
             where = _set({"subfolder": self._entry["subfolder"], "revision": self._entry["revision"]})
         return getattr(diffusers, self._entry["class"]).from_pretrained(repo, **where).eval()
 

@@ -6,6 +6,7 @@ This is DNS-based service discovery over multicast DNS (RFC 6763, RFC 6762). The
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import secrets
 import socket
@@ -29,13 +30,17 @@ class Advertisement:
 
     The record has a name such as `box-8000`, made of the machine's name and the port, and the addresses. It also has
     `path` (of the default model), `tls` and `key` (1 if HTTPS or an API key is needed, else 0), `version`, and `host`
-    if `--allowed-hosts` has a name that clients must use in place of the address. It never has an API key.
+    if `--allowed-hosts` is set: a name or an address from it, which clients must use in place of the addresses. It
+    never has an API key.
     """
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
-        """Make the record without publishing it. Raises ConfigError if the package zeroconf is not installed.
+        """Make the record without publishing it.
 
         listener: the socket on which the server listens.
+
+        Raises ConfigError if the package zeroconf is not installed, or if the listener has no address, or
+        `--allowed-hosts` no name, that other machines can use.
         """
         try:
             from zeroconf import InterfaceChoice
@@ -60,9 +65,8 @@ class Advertisement:
             "key": str(int(bool(settings.api_keys))),
             "version": __version__,
         }
-        allowed = [plain(name) for name in (options.allowed_hosts or "*").split(",")]
-        if "*" not in allowed:
-            told["host"] = allowed[0]
+        if name := name_for_clients(options.allowed_hosts, is_loopback(host)):
+            told["host"] = name
         machine = socket.gethostname().partition(".")[0].encode()[:LONGEST_NAME].decode(errors="ignore") or "server"
         self._info = AsyncServiceInfo(
             SERVICE_TYPE,
@@ -70,7 +74,7 @@ class Advertisement:
             port=port,
             properties=told,
             server=f"vae-server-{secrets.token_hex(8)}.local.",  # the machine's own name may be published by others
-            parsed_addresses=addresses_of_this_machine() if is_everywhere else [host],
+            parsed_addresses=addresses_of(listener),
         )
         self._publishing: asyncio.Task[None] | None = None
 
@@ -100,10 +104,53 @@ class Advertisement:
             log.warning("the server is not advertised on the local network (%s: %s)", type(error).__name__, error)
 
 
-def addresses_of_this_machine() -> list[str]:
-    """Return the IP addresses of this machine that others can reach, IPv4 first; loopback ones if it has no others."""
-    families = (socket.AF_INET, socket.AF_INET6)
-    found = [each for addresses in psutil.net_if_addrs().values() for each in addresses if each.family in families]
-    found.sort(key=lambda each: families.index(each.family))
-    known = [each.address for each in found if "%" not in each.address]  # a link-local one needs the interface's name
-    return [address for address in known if not is_loopback(address)] or known
+def name_for_clients(allowed_hosts: str | None, is_local: bool) -> str | None:
+    """Return the first name of `--allowed-hosts` that clients can use, or None if they can use the server's addresses.
+
+    is_local: the server listens on a loopback address, so that its clients are on this machine.
+
+    Raises ConfigError if other machines can use none of the names.
+    """
+    allowed = [plain(name) for name in (allowed_hosts or "").split(",") if name.strip()]
+    if allowed_hosts is None or "*" in allowed:
+        return None
+    names = [name for name in allowed if is_local or not is_loopback(name)]
+    if not names and not is_local:
+        raise ConfigError(
+            f"--advertise needs a name that other machines can use, but --allowed-hosts is {allowed_hosts!r}; add the "
+            "name or the IP address of this machine to --allowed-hosts"
+        )
+    return names[0] if names else None
+
+
+def addresses_of(listener: socket.socket) -> list[str]:
+    """Return the IP addresses at which clients reach a listening socket, IPv4 first.
+
+    A socket on all interfaces has those of this machine, except loopback addresses unless there are no others. An IPv6
+    socket takes IPv4 connections too if the system allows it. Link-local IPv6 addresses are left out, because they mean
+    nothing without the name of the client's interface.
+
+    Raises ConfigError if there is none.
+    """
+    host, families = listener.getsockname()[0], {listener.family}
+    if host in ("0.0.0.0", "::"):  # noqa: S104  # it is compared
+        if host == "::" and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            families.add(socket.AF_INET)
+        interfaces = psutil.net_if_addrs().values()
+        known = [each.address for addresses in interfaces for each in addresses if each.family in families]
+    else:
+        known = [host]
+    usable = [address for address in known if not is_link_local(address)]
+    usable.sort(key=lambda address: ":" in address)
+    if not usable:
+        raise ConfigError(
+            f"--advertise: the server listens on {host}, and other machines can use no such address (a link-local one "
+            "needs the name of an interface); choose another --host"
+        )
+    return [address for address in usable if not is_loopback(address)] or usable
+
+
+def is_link_local(address: str) -> bool:
+    """Return whether this is an IPv6 address that needs the name of an interface."""
+    found = ipaddress.ip_address(address)
+    return found.version == 6 and found.is_link_local

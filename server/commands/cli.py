@@ -5,7 +5,9 @@ Only the commands that decode or encode in this process, or check, import torch.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -43,6 +45,11 @@ class OneSentence(click.Group):
             fail(error.detail, 1)
         except ServerError as error:
             fail(error.told(to_operator=True), 1)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it exits
+            fail(f"the output cannot be written: {error.strerror}", 1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands in the order in which a user needs them."""
@@ -207,7 +214,8 @@ def where_options(verb: str) -> Callable[[Function], Function]:
             metavar="URL",
             group=group,
             help=f"{verb} at this server; default: one that runs on port 8000 (VAE_SERVER_PORT) of this machine and "
-            "has the model, unless options for this process are given",
+            "has the model (HTTP or HTTPS, without an API key), unless --config, --vae-config, --device or "
+            "--allow-custom-decoders is given",
         )(function)
 
     return add

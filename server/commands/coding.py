@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import requests
 
 from ..config import Settings, load_settings
 from ..config.options import read_options
@@ -18,9 +20,9 @@ from ..errors import ConfigError, ServerError
 from ..inputs import media_type_of, read_header
 from ..model_info import Direction
 from ..outputs.tensor import as_safetensors
-from ..values import RawTensor
+from ..values import ITEM_BYTES, RawTensor
 from .local_files import write
-from .servers import Place, find
+from .servers import NO_SERVER, Place, find, place_of
 from .status_line import StatusLine
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Where:
         if self.server:
             if self.is_here:
                 raise ConfigError("--server and --no-server exclude each other; leave one of them out")
-            return Place(self.server, self.model)
+            return place_of(self.server, self.model)
         if self.is_here or any(value is not None for value in self.flags.values()):
             return None
         return find(read_options({}).port, self.model)
@@ -79,8 +81,10 @@ def decode(where: Where, parameters: Mapping[str, Any], data: bytes, accept: str
     if place := where.place():
         headers = {"Content-Type": "tensor/binary", "Accept": accept}
         started = time.perf_counter()
-        body = place.ask("", parameters, data, headers, line).content
-        return Coded(body, time.perf_counter() - started, place.model, place.shown)
+        answer = place.ask("", parameters, data, headers, line)
+        if answer.headers.get("Content-Type", "").partition(";")[0] != accept:
+            raise ConfigError(f"{place.shown}: it did not answer with {accept}; {NO_SERVER}")
+        return Coded(answer.content, time.perf_counter() - started, place.model, place.shown)
     direct, request = _prepared(where, parameters, data, accept, Direction.DECODE, line)
     started = time.perf_counter()
     with line.doing(f"decoding with {request.job.model}"):
@@ -93,8 +97,7 @@ def encode(where: Where, parameters: Mapping[str, Any], data: bytes, line: Statu
     if place := where.place():
         started = time.perf_counter()
         answer = place.ask("/encode", parameters, data, {}, line)
-        shape, dtype = tuple(json.loads(answer.headers["shape"])), answer.headers["dtype"]
-        latents, name, server = RawTensor(shape, dtype, memoryview(answer.content)), place.model, place.shown
+        latents, name, server = _tensor(answer, place), place.model, place.shown
     else:
         direct, request = _prepared(where, parameters, data, "*/*", Direction.ENCODE, line)
         started, name, server = time.perf_counter(), request.job.model, None
@@ -102,6 +105,17 @@ def encode(where: Where, parameters: Mapping[str, Any], data: bytes, line: Statu
             latents = direct.run(request).body
     seconds = time.perf_counter() - started
     return Coded(as_safetensors(latents), seconds, name, server, latents.shape, latents.dtype)
+
+
+def _tensor(answer: requests.Response, place: Place) -> RawTensor:
+    """Return the latents that a server answered. Raises ConfigError if they are none."""
+    try:
+        shape, dtype = tuple(map(int, json.loads(answer.headers["shape"]))), answer.headers["dtype"]
+        if len(answer.content) != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise ValueError
+    except (KeyError, ValueError, TypeError):
+        raise ConfigError(f"{place.shown}: it did not answer with a tensor; {NO_SERVER}") from None
+    return RawTensor(shape, dtype, memoryview(answer.content))
 
 
 def _prepared(

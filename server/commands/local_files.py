@@ -30,7 +30,7 @@ def output_of(path: Path) -> tuple[str, str]:
     Raises ConfigError for an unknown suffix.
     """
     suffix = path.suffix.removeprefix(".").lower()
-    encoded = [entry for entry in FORMATS if entry.is_encoded]
+    encoded = [entry for entry in FORMATS if entry.is_encoded and entry.output_types]
     chosen = next((entry for entry in encoded if suffix in entry.names), None)
     if chosen is None:
         known = ", ".join(f".{name}" for entry in encoded for name in entry.names)

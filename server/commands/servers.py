@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,11 +19,15 @@ from urllib3.exceptions import InsecureRequestWarning
 
 from ..config import paths
 from ..errors import ConfigError
+from ..own_thread import in_own_thread
 from .status_line import StatusLine
 
 CONNECT_S, WATCH_S = 10, 1
 FIND_S = (1, 5)  # to connect, and to answer
+MOST_BYTES = 16 << 20  # of the list of models
 NO_SERVER_HINT = "; without this server: --no-server"
+NO_SERVER = "is this a VAE decode server?"
+NOT_TLS = ("WRONG_VERSION_NUMBER", "WRONG VERSION NUMBER", "RECORD LAYER FAILURE")  # OpenSSL of a plain answer
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,14 @@ class Place:
                     headers=headers,
                     timeout=(CONNECT_S, None),
                 )
-        except (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema):
-            raise ConfigError(f"{self.shown}: not a URL; write http://{self.shown}") from None
-        except requests.exceptions.SSLError:
-            raise ConfigError(self.not_trusted()) from None
+        except requests.exceptions.SSLError as error:
+            is_plain = any(word in str(error).upper() for word in NOT_TLS)
+            told = f"{self.shown}: it does not speak HTTPS; write http://" if is_plain else self.not_trusted()
+            raise ConfigError(told) from None
         except requests.RequestException as error:
-            raise ConfigError(f"{self.shown}: no answer ({type(error).__name__}); is the server running?") from None
+            told = f"{self.shown}: no answer ({type(error).__name__}); is the server running?"
+            is_plain = urlsplit(self.url).scheme == "http"
+            raise ConfigError(told + " If it speaks HTTPS, write https://" * is_plain) from None
         except OSError as error:  # by requests, before it connects
             raise ConfigError(unreadable_bundle(error)) from None
         if not response.ok:
@@ -101,7 +108,7 @@ class Place:
         try:
             sentence = str(response.json()["error"])
         except (json.JSONDecodeError, KeyError, TypeError):
-            sentence = f"it answered with status {response.status_code}; is this a VAE decode server?"
+            sentence = f"it answered with status {response.status_code}; {NO_SERVER}"
         return sentence + NO_SERVER_HINT * self.is_found
 
     def _progress(self, request_id: str) -> str:
@@ -116,6 +123,20 @@ class Place:
             return f"{known['progress']:.0%}" + ("" if left is None else f", about {left:.0f} s left")
         except (requests.RequestException, ValueError, KeyError, TypeError):
             return ""
+
+
+def place_of(url: str, model: str | None) -> Place:
+    """Return the server with this address. Raises ConfigError if that is no address of a server."""
+    if "://" not in url:
+        raise ConfigError(f"{url}: not a URL; write http://{url}")
+    try:
+        parts = urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise ConfigError(f"{url}: not the URL of a server, such as http://host:8000/")
+    return Place(url, model)
 
 
 def find(port: int, model: str | None) -> Place | None:
@@ -164,13 +185,25 @@ def _name_of(model: str | None, session: requests.Session, place: Place) -> str 
 
     Raises RequestException if it does not answer.
     """
-    answer = session.get(place.url.rstrip("/") + paths.MODELS, timeout=FIND_S)
+    # In a thread of its own, because no timeout of requests bounds an answer as a whole.
+    reading = in_own_thread("models", partial(_read, session, place.url.rstrip("/") + paths.MODELS))
     try:
-        known = answer.json()
+        known = json.loads(reading.result(sum(FIND_S)))
         names = {word: str(each["name"]) for each in known["models"] for word in (each["name"], *each["aliases"])}
         return names.get((model or known["default"]).lower())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (TimeoutError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _read(session: requests.Session, url: str) -> bytes:
+    """Return an answer; empty if it is larger than MOST_BYTES."""
+    body = bytearray()
+    with session.get(url, timeout=FIND_S, stream=True) as answer:
+        for piece in answer.iter_content(1 << 16):
+            body += piece
+            if len(body) > MOST_BYTES:
+                return b""
+    return bytes(body)
 
 
 def _has_untrusted(model: str | None, session: requests.Session, place: Place) -> bool:

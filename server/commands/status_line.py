@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -22,7 +23,8 @@ class StatusLine:
     def __init__(self, stream: TextIO | None = None) -> None:
         """Prepare a line. stream: where to write; stderr if None."""
         self._stream = stream or sys.stderr
-        self._is_terminal = self._stream.isatty()
+        self._is_terminal = self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+        self._dots = "…" if can_encode("…", self._stream) else "..."
         self._lock = threading.Lock()
         self._what: str | None = None
         self._detail: Callable[[], str] | None = None
@@ -68,10 +70,20 @@ class StatusLine:
         with self._lock:
             if self._is_terminal and self._what is not None:
                 seconds = time.monotonic() - self._began
-                self._stream.write(f"{START_OF_LINE}{self._what} … {seconds:.0f} s{detail and f', {detail}'}")
+                more = detail and f", {detail}"
+                self._stream.write(f"{START_OF_LINE}{self._what} {self._dots} {seconds:.0f} s{more}")
                 self._stream.flush()
 
     def _rewrite(self) -> None:
         while not self._done.wait(PERIOD_S):
             ask = self._detail
             self._write(ask() if ask else "")
+
+
+def can_encode(text: str, stream: TextIO) -> bool:
+    """Return whether a stream can write a text as it is."""
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

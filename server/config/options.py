@@ -54,7 +54,8 @@ class ServerOptions(BaseSettings):
     )
     advertise: bool = Field(
         False,
-        description="tell the local network the server's address, so that clients find it; needs the package zeroconf",
+        description="tell the local network the server's address by multicast DNS, so that clients find it; "
+        "needs the package zeroconf",
     )
     health_route: Route | None = Field(
         None,
@@ -90,15 +91,17 @@ class ServerOptions(BaseSettings):
     model_memory_mb: int | None = Field(
         None,
         ge=1,
-        description="maximum memory for the models of a device, in MiB; the least recently used are unloaded",
+        description="maximum memory for the models of a device, in MiB; the least recently used are unloaded; "
+        "default: no limit",
     )
     max_loaded: int | None = Field(
         None,
         ge=1,
-        description="maximum number of decoders and encoders on a device; the least recently used are unloaded",
+        description="maximum number of decoders and encoders on a device; the least recently used are unloaded; "
+        "default: no limit",
     )
     idle_unload_s: float | None = Field(
-        None, gt=0, description="unload a model that has not been used for so many seconds"
+        None, gt=0, description="unload a model that has not been used for so many seconds; default: never"
     )
     max_queue: int = Field(
         16, ge=1, description="maximum number of waiting and running requests per device; beyond it: 429"
@@ -110,7 +113,10 @@ class ServerOptions(BaseSettings):
         description="maximum memory for the bytes of accepted requests and their answers, in MiB; beyond it: 429",
     )
     max_jobs: int = Field(
-        64, ge=1, description="maximum number of jobs (`Prefer: respond-async`), done or not; beyond it: 429"
+        64,
+        ge=1,
+        description="maximum number of jobs (`Prefer: respond-async`); a new one takes the place of a finished one "
+        "that was fetched, or that nobody fetched for 60 s; otherwise: 429",
     )
     job_ttl_s: float = Field(600, gt=0, description="how long the answer of a job is kept, in seconds")
     job_results_mb: int = Field(
@@ -145,7 +151,7 @@ class ServerOptions(BaseSettings):
         None,
         ge=1,
         description="threads of each worker that render images, and as many that render videos; "
-        "default: half of the cores, 2 to 8",
+        "default: half of the worker's share of the cores, 2 to 8",
     )
     tls_cert: Path | None = Field(
         None, description="certificate chain in a PEM file; the server then speaks HTTPS and no HTTP"

@@ -16,7 +16,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device, own_bytes: int = 0) -> int:
     """Return how many bytes a run may plan to use on a device: a share of what is free, or cached by torch.
 
-    own_bytes: of CUDA graphs, memory that the run uses itself.
+    own_bytes: the memory that CUDA graphs hold and that this run may use again.
     """
     if device.type != "cuda":
         return int(FREE_MEMORY_SHARE * min(psutil.virtual_memory().available, container_bytes()))

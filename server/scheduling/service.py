@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -259,17 +259,17 @@ class Service:
         request: Request,
         admission: Admission,
         on_piece: Callable[[bytes], None] | None = None,
-        request_id: str = "",
+        known_as: Sequence[str] = (),
     ) -> RenderedResult:
         """Queue a request, and return its result once it is decoded or encoded, and rendered.
 
         on_piece: receives the pieces of a streamed answer, which the result's body then lacks.
-        request_id: by which `progress` knows the request.
+        known_as: the ids by which `progress` knows the request.
         Raises what `Devices.answer` raises.
         """
         pending = self._pending(request, admission)
         pending.on_piece = on_piece
-        self._watched[request_id] = pending
+        self._watched |= dict.fromkeys(known_as, pending)
         try:
             result = await self._devices.answer(pending)
         except asyncio.CancelledError:
@@ -277,8 +277,9 @@ class Service:
                 self.metrics.cancelled.labels("queued" if pending.started is None else "running").inc()
             raise
         finally:
-            if self._watched.get(request_id) is pending:
-                del self._watched[request_id]
+            for each in known_as:
+                if self._watched.get(each) is pending:
+                    del self._watched[each]
         started = pending.arrived if pending.started is None else pending.started
         result = replace(result, queue_ms=(started - pending.arrived) * 1e3)
         self._note(request, result, pending.emitted_bytes)

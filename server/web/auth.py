@@ -40,12 +40,14 @@ class RequireKey:
         if scope["type"] != "http" or not self._keys or is_probe(scope, self._options):
             await self.app(scope, receive, send)
             return
-        caller = self._name_of(sent_key(scope))
+        sent = sent_key(scope)
+        caller = self._name_of(sent)
         if caller is not None:
             scope["state"]["caller"] = caller
             await self.app(scope, receive, send)
             return
-        sentence = "a key is required: send Authorization: Bearer KEY, X-API-Key: KEY, or http://user:KEY@host/"
+        wrong = "this server does not know the key that was sent" if sent else "a key is required"
+        sentence = wrong + ": send Authorization: Bearer KEY, X-API-Key: KEY, or http://user:KEY@host/"
         await failure(Request(scope), Unauthorized(sentence))(scope, receive, send)
 
     def _name_of(self, key: bytes) -> str | None:

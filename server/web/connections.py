@@ -1,4 +1,4 @@
-"""Which connection ends when there are too many, and TLS handshakes, which count as connections too.
+"""Choose which connection to close when there are too many, and count TLS handshakes as connections.
 
 With `create_server(ssl=…)`, a protocol learns of a TLS connection only after its handshake. Until then nothing would
 limit how many silent connections hold a file descriptor. `loop.start_tls` cannot replace it: uvloop reads and loses the
@@ -42,7 +42,7 @@ def close_longest_idle(connections: Iterable[object], newest: object) -> bool:
 
 
 class Tls(SSLProtocol):
-    """The TLS of a connection, which is a member of the server's connections during its handshake.
+    """The TLS of a connection, which counts as one of the server's connections during its handshake.
 
     It is then idle in the sense of `Open`, so a newer connection may take its place. After the handshake, the protocol
     of HTTP is the member.
@@ -62,8 +62,9 @@ class Tls(SSLProtocol):
     ) -> None:
         """Prepare for a connection, on the running event loop.
 
-        http: the protocol of what is encrypted. connections: all open connections of the server. most: how many there
-        may be. timeout_s: the time for the handshake. shutdown_timeout_s: the time for the end of the TLS connection.
+        http: the HTTP protocol, which receives the decrypted bytes. connections: all open connections of the server.
+        most: how many there may be. timeout_s: the time for the handshake. shutdown_timeout_s: the time for the end of
+        the TLS connection.
         """
         self._connections, self._most = connections, most
         super().__init__(

@@ -1,21 +1,23 @@
 """Requests whose client does not wait: `Prefer: respond-async` is answered with 202 and the address of a job.
 
 Jobs are kept in memory. They end with the server, when they are deleted, some time after they are done, and, the oldest
-first, when the answers together exceed `--job-results-mb`.
+first, when the answers together exceed `--job-results-mb` or a new job needs the place of one that is done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Message
 
 from ..config import ServerOptions, paths
 from ..errors import IdempotencyConflict, NotDone, NotFound, QueueFull, ServerError
@@ -30,14 +32,23 @@ GONE = (
     "the server was restarted; send the request again"
 )
 NOT_YET_S = 1  # when to ask again for the result of a job that is not done
+UNFETCHED_S = 60.0  # how long an unfetched answer is kept when there are too many jobs
+
+
+class Digest(Protocol):
+    """A digest of hashlib."""
+
+    def hexdigest(self) -> str:
+        """Return the digest of what was received so far."""
+        ...
 
 
 @dataclass(eq=False)
 class AsyncJob:
     """A request that is computed while no client waits.
 
-    request_id: under which the service knows it. fingerprint: of the request, to compare those with the same
-    `Idempotency-Key`. working: computes the response. ended: when that was done, as the event loop's time.
+    fingerprint: of the request, to compare those with the same `Idempotency-Key`. working: computes the response.
+    ended: when that was done, as the event loop's time. is_fetched: a client has fetched its answer.
     """
 
     id: str
@@ -48,6 +59,7 @@ class AsyncJob:
     key: tuple[str, str] | None = None
     ended: float | None = None
     size_bytes: int = field(default=0)
+    is_fetched: bool = False
 
     @property
     def state(self) -> str:
@@ -84,28 +96,51 @@ class Jobs:
             raise NotFound(GONE)
         return self._jobs[job_id]
 
-    def find(self, request: Request) -> AsyncJob | None:
+    def knows(self, request: Request) -> bool:
+        """Return whether an earlier request had the same `Idempotency-Key`."""
+        self._expire()
+        return key_of(request) in self._by_key
+
+    def find(self, request: Request, digest: Digest) -> AsyncJob | None:
         """Return the job of an earlier request with the same `Idempotency-Key`, if there is one.
 
-        Raises IdempotencyConflict if that was another request.
+        digest: of the body. Raises IdempotencyConflict if that was another request.
         """
         self._expire()
         key = key_of(request)
         job = self._jobs.get(self._by_key.get(key, "")) if key else None
-        if job is not None and job.fingerprint != fingerprint_of(request):
+        if job is not None and job.fingerprint != fingerprint_of(request, digest):
             raise IdempotencyConflict("this Idempotency-Key was used for another request; choose a new one")
         return job
 
     def check_room(self) -> None:
-        """Raise QueueFull if there are as many jobs as may be, none of which has ended."""
+        """Raise QueueFull if there are as many jobs as may be, and no answer that may be dropped for another job.
+
+        Those that were fetched go first, then those that nobody has fetched for UNFETCHED_S.
+        """
         self._expire()
-        if len(self._jobs) >= self._most and not self._drop_oldest():
-            raise QueueFull(f"{len(self._jobs)} jobs are waiting or in progress; try again in {NOT_YET_S} s", NOT_YET_S)
+        if len(self._jobs) < self._most or self._drop_oldest(lambda job: job.is_fetched):
+            return
+        old = asyncio.get_running_loop().time() - UNFETCHED_S
+        if not self._drop_oldest(lambda job: job.ended is not None and job.ended < old):
+            raise QueueFull(
+                f"{len(self._jobs)} jobs are waiting, in progress or not fetched yet; fetch or DELETE those that are "
+                f"done, and try again in {NOT_YET_S} s",
+                NOT_YET_S,
+            )
 
     def start(
-        self, request: Request, work: Callable[[], Coroutine[Any, Any, InPieces | Streamed]], held: ExitStack
+        self,
+        job_id: str,
+        request: Request,
+        digest: Digest,
+        work: Callable[[], Coroutine[Any, Any, InPieces | Streamed]],
+        held: ExitStack,
     ) -> AsyncJob:
-        """Begin to compute the answer to a request. held: what is released once that is done."""
+        """Begin to compute the answer to a request.
+
+        job_id: the id of the new job. digest: of the body. held: what is released once the answer is computed.
+        """
 
         async def run() -> InPieces | Streamed | ServerError:
             try:
@@ -118,10 +153,10 @@ class Jobs:
                 return ServerError()
 
         job = AsyncJob(
-            secrets.token_hex(16),
+            job_id,
             request.state.request_id,
             request.state.model,
-            fingerprint_of(request),
+            fingerprint_of(request, digest),
             asyncio.create_task(run()),
             key_of(request),
         )
@@ -152,7 +187,7 @@ class Jobs:
         ):
             pass
 
-    def _drop_oldest(self, may_go: Callable[[AsyncJob], object] = lambda _: True) -> bool:
+    def _drop_oldest(self, may_go: Callable[[AsyncJob], object]) -> bool:
         """Forget the job that ended first, of those that may go. Return whether there was one."""
         ended = [(job.ended, job) for job in self._jobs.values() if job.ended is not None and may_go(job)]
         if ended:
@@ -189,10 +224,27 @@ def key_of(request: Request) -> tuple[str, str] | None:
     return (getattr(request.state, "caller", host), key) if key else None
 
 
-def fingerprint_of(request: Request) -> tuple[str, ...]:
-    """Return what two requests with the same `Idempotency-Key` must have in common."""
-    compared = (request.headers.get(name, "") for name in ("accept", "content-type", "content-length"))
-    return request.url.path, request.url.query, *compared
+def fingerprint_of(request: Request, digest: Digest) -> tuple[str, ...]:
+    """Return what two requests with the same `Idempotency-Key` must have in common. digest: of the body."""
+    compared = (request.headers.get(name, "") for name in ("accept", "content-type"))
+    return request.url.path, request.url.query, *compared, digest.hexdigest()
+
+
+def hashed(request: Request) -> tuple[Request, Digest]:
+    """Return the request, and a digest that becomes that of its body while the body is received."""
+    digest, receive = hashlib.blake2b(digest_size=16), request.receive
+
+    async def receive_hashed() -> Message:
+        message = await receive()
+        digest.update(message.get("body", b""))
+        return message
+
+    return Request(request.scope, receive_hashed), digest
+
+
+def new_id() -> str:
+    """Return an id that nobody can guess."""
+    return secrets.token_hex(16)
 
 
 def described(job: AsyncJob, service: Service) -> dict[str, Any]:
@@ -200,7 +252,7 @@ def described(job: AsyncJob, service: Service) -> dict[str, Any]:
     place, answer = f"{paths.JOBS}/{job.id}", job.working.result() if job.state in ("done", "failed") else None
     known = {"id": job.id, "request_id": job.request_id, "model": job.model, "result": f"{place}/result"}
     if job.state == "pending":
-        progress = service.progress(job.request_id)
+        progress = service.progress(job.id)
         return known | (asdict(progress) if progress else {"state": "queued", "progress": 0.0})
     if isinstance(answer, ServerError):
         return known | {"state": "failed", "progress": 1.0, "error": str(answer), "code": answer.code}
@@ -224,6 +276,7 @@ async def result(request: Request) -> Response:
     job: AsyncJob = request.app.state.jobs.get(request.path_params["id"])
     if job.state not in ("done", "failed"):
         raise NotDone("this job is not done; ask again, or GET its Location for its progress", NOT_YET_S)
+    job.is_fetched = True
     answer = job.working.result()
     return failure(request, answer) if isinstance(answer, ServerError) else answer
 

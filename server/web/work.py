@@ -23,7 +23,7 @@ from ..model_info import Direction, ModelInfo
 from ..outputs import format_named, with_sound
 from ..scheduling.admission import Admission
 from ..scheduling.service import Service
-from .jobs import Jobs, accepted, wants_job
+from .jobs import Jobs, accepted, hashed, new_id, wants_job
 from .receive import BodyThreads, check_declared, declared_length, receive, receive_whole
 from .responses import BrokenAnswer, InPieces, Streamed, response_of, send_all, unless_client_left
 
@@ -73,23 +73,24 @@ class Work:
     async def _accept(self, request: Request, service: Service, patience_s: float | None, send: Send) -> Response:
         """Receive a request, begin to compute its answer, and return the response that names the job."""
         jobs: Jobs = request.app.state.jobs
-        job = jobs.find(request)
-        if job is None:
+        if not jobs.knows(request):
             jobs.check_room()
-            with ExitStack() as held:
-                admission = held.enter_context(service.admitted(peer_of(request), patience_s))
-                intake = Intake(request, service, admission, send, may_stream=False)
-                async with service.in_time(admission):
-                    received = await intake.receive(self._direction)
+        # Received again also for a key that is known: only the body tells whether it is the same request.
+        request, digest = hashed(request)
+        with ExitStack() as held:
+            admission = held.enter_context(service.admitted(peer_of(request), patience_s))
+            intake = Intake(request, service, admission, send, may_stream=False)
+            async with service.in_time(admission):
+                received = await intake.receive(self._direction)
+            job = jobs.find(request, digest)
+            if job is None:
                 held.enter_context(service.answering())
                 held.enter_context(service.place(admission))
-                # Others may have come while the body arrived.
-                again = jobs.find(request)
-                if again is not None:
-                    return accepted(again, service)
                 jobs.check_room()
+                job_id = new_id()
+                intake.known_as += (job_id,)
                 work = partial(_answer_in_time, intake, received)
-                job = jobs.start(request, work, held.pop_all())
+                job = jobs.start(job_id, request, digest, work, held.pop_all())
         return accepted(job, service)
 
 
@@ -100,7 +101,7 @@ async def _answer(intake: Intake, received: Received) -> InPieces | Streamed:
     request = received if isinstance(received, values.Request) else await intake.read_file(received)
     if intake.may_stream and format_named(request.job.format).stream_frames is not None:
         return await _stream(intake, request)
-    result = await intake.service.answer(request, intake.admission, request_id=intake.request_id)
+    result = await intake.service.answer(request, intake.admission, known_as=intake.known_as)
     intake.note(request.job, result)
     return response_of(request.job, result)
 
@@ -112,7 +113,7 @@ async def _answer_with_sound(intake: Intake, both: VideoWithSound) -> InPieces:
     except BadRequest as error:
         error.name_tensor(SOUND)
         raise
-    video = await intake.service.answer(both.video, intake.admission, request_id=intake.request_id)
+    video = await intake.service.answer(both.video, intake.admission, known_as=intake.known_as)
     started = time.perf_counter()
     body = await intake.join(video.body.body, sound.body.body)
     render_ms = video.render_ms + sound.render_ms + (time.perf_counter() - started) * 1e3
@@ -132,7 +133,7 @@ async def _stream(intake: Intake, request: values.Request) -> InPieces | Streame
     """Send the pieces of an answer while it is computed, and return the response once all are computed."""
     streamed = intake.streamed = Streamed(request.job, intake.send)
     try:
-        result = await intake.service.answer(request, intake.admission, streamed.put, intake.request_id)
+        result = await intake.service.answer(request, intake.admission, streamed.put, intake.known_as)
     except BaseException:  # also when it is cancelled: the client must see that the answer is not complete
         streamed.cancel()
         raise
@@ -184,6 +185,7 @@ Received = values.Request | VideoWithSound | EncodeFile
 class Intake:
     """Receives one request, and holds memory for it.
 
+    known_as: the ids by which its progress can be asked for.
     streamed: the answer, if it is sent while it is computed.
     """
 
@@ -195,7 +197,7 @@ class Intake:
         self.admission = admission
         self.send = send
         self.may_stream = may_stream
-        self.request_id: str = request.state.request_id
+        self.known_as: tuple[str, ...] = (request.state.request_id,)
         self.streamed: Streamed | None = None
         self._request = request
         self._options: ServerOptions = service.settings.options

@@ -65,7 +65,7 @@ class ProcessEngine:
         others: devices that models name but `--device` does not. `start` returns an engine for each that is not this
             device.
         worker: the name of the module whose `main` the process runs.
-        processes: how processes are started at first.
+        processes: the context of multiprocessing by which the first worker is started (fork server or spawn).
         """
         self.device = device
         self.is_alive = False

@@ -11,13 +11,15 @@ from typing import Any
 
 import requests
 
-SILENT, BROKEN, ENDLESS, LOST = "silent", "broken", "endless", "lost"
-"""In place of a status: no answer, an answer that ends early, one that never ends, and the loss of the server's answer."""
+SILENT, BROKEN, ENDLESS, LOST, LATE = "silent", "broken", "endless", "lost", "late"
+"""In place of a status: no answer, an answer that ends early, one that never ends, the loss of the server's answer, and
+the server's answer after `released` is set."""
 
 
 class Proxy:
     """script: what becomes of the next POSTs, each a status, with Retry-After or None, or one of the words above.
 
+    polls, results: the same of the next GETs for the progress and for the answer of a job.
     limit_s: the server must answer within it, else the proxy answers 504. hidden: headers that are not passed on.
     jobs: the addresses of the jobs that the server accepted.
     """
@@ -26,7 +28,9 @@ class Proxy:
         self.target, self.script, self.posts = target.rstrip("/"), [], []
         self.script: list[tuple[int, str | None] | str]
         self.posts: list[dict[str, str]]  # the headers of each
-        self.ended = threading.Event()
+        self.polls: list[tuple[int, str | None] | str] = []
+        self.results: list[tuple[int, str | None] | str] = []
+        self.ended, self.released = threading.Event(), threading.Event()
         self.limit_s, self.hidden, self.jobs = 300.0, {"Host", "Content-Length"}, []
         self.hidden: set[str]
         self.jobs: list[str]
@@ -39,7 +43,11 @@ class Proxy:
                 pass
 
             def do_GET(self) -> None:
-                proxy.forward(self, None)
+                script = proxy.results if self.path.endswith("/result") else proxy.polls
+                if "/jobs/" in self.path and script:
+                    proxy.perform(self, script.pop(0), None)
+                else:
+                    proxy.forward(self, None)
 
             def do_DELETE(self) -> None:
                 proxy.forward(self, None)
@@ -60,6 +68,9 @@ class Proxy:
         except requests.Timeout:
             self.perform(handler, (504, None), body)
             return
+        self.answer(handler, answer)
+
+    def answer(self, handler: BaseHTTPRequestHandler, answer: requests.Response) -> None:
         handler.send_response(answer.status_code)
         for key in ("shape", "dtype", "Content-Type", "Retry-After", "Location"):
             if key in answer.headers:
@@ -80,6 +91,11 @@ class Proxy:
         handler.close_connection = True
         if act == LOST:
             self.ask(handler, body)
+            return
+        if act == LATE:
+            answer = self.ask(handler, body)
+            self.released.wait()
+            self.answer(handler, answer)
             return
         if act == SILENT:
             self.ended.wait()
@@ -116,6 +132,7 @@ def scripted(target: str) -> Iterator[tuple[Proxy, str]]:
         yield proxy, f"http://127.0.0.1:{server.server_address[1]}/"
     finally:
         proxy.ended.set()
+        proxy.released.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -187,6 +188,47 @@ def test_a_local_vae_takes_over_with_a_warning(
     assert not list(tmp_path.iterdir()), "nothing was lost"
 
 
+class BrokenVAE(torch.nn.Module):
+    """A local VAE that cannot decode."""
+
+    def decode(self, *_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+
+def fails() -> Any:
+    raise ZeroDivisionError("no VAE")
+
+
+@pytest.mark.parametrize(
+    ("fallback", "words"),
+    [
+        (fails, "ZeroDivisionError: no VAE"),
+        ("/nonexistent/folder", "OSError"),
+        ("local", "the server loads this model from a folder"),
+        (BrokenVAE, "OutOfMemoryError: no memory"),
+    ],
+)
+def test_the_latents_are_kept_if_the_local_vae_fails_too(
+    proxy: tuple[Proxy, str], latents: torch.Tensor, tmp_path: Path, fallback: Any, words: str
+) -> None:
+    script, address = proxy
+    vae = RemoteVAE(address + "sd", fallback=fallback, save_latents=tmp_path)
+    script.script += [(500, None)]
+    with pytest.warns(UserWarning, match="The local VAE is used"), pytest.raises(RemoteVAEError) as raised:
+        vae.decode(latents)
+    assert "the sentence of 500 The local VAE failed too" in str(raised.value)
+    assert words in str(raised.value)
+    assert raised.value.latents_file is not None
+    torch.testing.assert_close(load_file(raised.value.latents_file)["latents"], latents)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "é€"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ValueError, match="not printable ASCII") as raised:
+        RemoteVAE("http://127.0.0.1:1/sd", key=key)
+    assert key not in str(raised.value)
+
+
 def test_a_wrong_request_is_not_given_to_the_local_vae(url: str, vaes: dict[str, LocalVae], tmp_path: Path) -> None:
     vae = RemoteVAE(url + "sd", fallback=lambda: vaes["sd"].module, save_latents=tmp_path)
     with warnings.catch_warnings():
@@ -201,7 +243,9 @@ def test_a_wrong_key_is_told(
     monkeypatch.setenv("VAE_SERVER_API_KEY", "right")
     address = serve({"sd": {"repo": str(vaes["sd"].folder)}})
     for given in (None, "wrong"):
-        with pytest.raises(RemoteVAEError, match="401: a key is required") as raised:
+        with pytest.raises(
+            RemoteVAEError, match=r"401: (a key is required|this server does not know the key)"
+        ) as raised:
             RemoteVAE(address + "sd", key=given)
         assert raised.value.status == 401
     RemoteVAE(address + "sd", key="right").decode(latents)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from remote_vae import RemoteVAE, RemoteVAEError, Timeout
 from safetensors.torch import save_file
 
-from tests.clients.scripted import LOST, Proxy, scripted
+from server.engine.runner import Runner
+from server.errors import QueueFull
+from tests.clients.scripted import LATE, LOST, Proxy, scripted
 from tests.conftest import REPOSITORY, Serve
 from tests.vaes import LocalVae
 from tests.waiting import PATIENCE_S, until
@@ -94,6 +97,67 @@ def test_a_lost_connection_does_not_decode_twice(
     assert len({headers["Idempotency-Key"] for headers in between.posts}) == 1
 
 
+@pytest.mark.parametrize("act", [(429, "0"), (429, None), (502, None), (503, "0"), (503, None), (504, None), LOST])
+@pytest.mark.parametrize("question", ["polls", "results"])
+def test_a_proxy_that_fails_once_does_not_end_the_job(
+    proxy: tuple[Proxy, str],
+    latents: torch.Tensor,
+    expected: torch.Tensor,
+    act: tuple[int, str | None] | str,
+    question: str,
+) -> None:
+    between, address = proxy
+    vae = RemoteVAE(address, jobs=True)
+    getattr(between, question).append(act)
+    decoded(vae.decode(latents).sample, expected)
+    assert not getattr(between, question)
+    assert len(between.posts) == 1
+
+
+@pytest.mark.parametrize("question", ["polls", "results"])
+def test_a_busy_server_is_asked_for_a_job_more_often_than_retries(
+    proxy: tuple[Proxy, str], latents: torch.Tensor, expected: torch.Tensor, question: str
+) -> None:
+    between, address = proxy
+    vae = RemoteVAE(address, jobs=True, retries=1)
+    getattr(between, question).extend([(503, "0")] * 9)
+    decoded(vae.decode(latents).sample, expected)
+    assert not getattr(between, question)
+    assert len(between.posts) == 1
+
+
+def test_a_job_whose_questions_fail_too_often_is_found_again(
+    proxy: tuple[Proxy, str], url: str, latents: torch.Tensor, expected: torch.Tensor
+) -> None:
+    between, address = proxy
+    vae = RemoteVAE(address, jobs=True, retries=1, save_latents=None)
+    between.results += [(502, None)] * 3
+    decoded(vae.decode(latents).sample, expected)
+    assert len(between.posts) == 1
+    vae._pool.retries = 0
+    between.results += [(502, None)]
+    with pytest.raises(RemoteVAEError, match="answered 502"):
+        vae.decode(latents)
+    assert jobs_of(url) == 0, "nobody will ask for it"
+
+
+def test_a_job_that_failed_because_the_server_was_busy_is_sent_again_as_another_one(
+    proxy: tuple[Proxy, str], latents: torch.Tensor, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between, address = proxy
+    vae = RemoteVAE(address, jobs=True, retries=0)
+    busy, compute = [QueueFull("busy", 0)] * 2, Runner._compute
+
+    def refuses(self: Any, *arguments: Any) -> Any:
+        if busy:
+            raise busy.pop()
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(Runner, "_compute", refuses)
+    decoded(vae.decode(latents).sample, expected)
+    assert len({headers["Idempotency-Key"] for headers in between.posts}) == len(between.posts) == 3
+
+
 def test_a_job_that_the_server_forgot_is_sent_again(
     proxy: tuple[Proxy, str], latents: torch.Tensor, expected: torch.Tensor, held_device: threading.Event
 ) -> None:
@@ -152,24 +216,83 @@ def test_an_exception_of_the_callback_ends_the_job(
     assert not held_device.is_set()
 
 
+def test_an_exception_between_two_attempts_ends_the_job(
+    proxy: tuple[Proxy, str], url: str, latents: torch.Tensor, held_device: threading.Event
+) -> None:
+    """Ctrl-C raises one there too."""
+    between, address = proxy
+
+    def progress(stage: str, done: float, total: Any) -> None:
+        if stage == "wait":
+            assert jobs_of(url) == 1
+            raise KeyboardInterrupt
+
+    vae = RemoteVAE(address, jobs=True, progress=progress, retries=1)
+    between.polls += [LOST] * 2
+    with pytest.raises(KeyboardInterrupt):
+        vae.decode(latents)
+    assert jobs_of(url) == 0
+    assert not held_device.is_set()
+
+
 SCRIPT = """
-import sys
-from remote_vae import RemoteVAE
+import signal, sys
+import remote_vae
 from safetensors.torch import load_file
-RemoteVAE(sys.argv[1], jobs=True).decode(load_file(sys.argv[2])["latents"])
+
+def on_interrupt(*_):
+    print("interrupted", flush=True)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, on_interrupt)
+remote_vae.CANCEL_S = float(sys.argv[3])
+vae = remote_vae.RemoteVAE(sys.argv[1], jobs=True, progress=lambda stage, *_: print(stage, flush=True))
+vae.decode(load_file(sys.argv[2])["latents"])
 """
+
+
+@contextmanager
+def client_of(address: str, latents: torch.Tensor, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that decodes, and prints each stage and `interrupted`."""
+    save_file({"latents": latents}, folder / "latents.safetensors")
+    command = [sys.executable, "-c", SCRIPT, address, str(folder / "latents.safetensors"), str(PATIENCE_S)]
+    where = REPOSITORY / "clients" / "remote_vae"
+    with subprocess.Popen(command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+        try:
+            yield client
+            _, log = client.communicate(timeout=PATIENCE_S)
+            assert "KeyboardInterrupt" in log
+        finally:
+            client.kill()
+
+
+def wait_for(line: str, client: subprocess.Popen[str]) -> None:
+    """Read the output of a process until it has printed a line."""
+    assert client.stdout
+    while (found := client.stdout.readline()) != f"{line}\n":
+        assert found, f"it never printed {line}"
 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_job(url: str, latents: torch.Tensor, held_device: threading.Event, tmp_path: Path) -> None:
-    save_file({"latents": latents}, tmp_path / "latents.safetensors")
-    folder = REPOSITORY / "clients" / "remote_vae"
-    command = [sys.executable, "-c", SCRIPT, url, str(tmp_path / "latents.safetensors")]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as client:
-        until(lambda: jobs_of(url) == 1, "the job")
-        time.sleep(1)  # so that the client knows its job
+    with client_of(url, latents, tmp_path) as client:
+        wait_for("compute", client)
+        assert jobs_of(url) == 1
         client.send_signal(signal.SIGINT)
-        _, log = client.communicate(timeout=PATIENCE_S)
-    assert "KeyboardInterrupt" in log
-    until(lambda: jobs_of(url) == 0, "the end of the job")
+    assert jobs_of(url) == 0
+    assert not held_device.is_set()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_job_that_the_client_does_not_know_yet(
+    proxy: tuple[Proxy, str], url: str, latents: torch.Tensor, held_device: threading.Event, tmp_path: Path
+) -> None:
+    between, address = proxy
+    between.script += [LATE]
+    with client_of(address, latents, tmp_path) as client:
+        until(lambda: jobs_of(url) == 1, "the job")
+        client.send_signal(signal.SIGINT)
+        wait_for("interrupted", client)
+        between.released.set()
+    assert jobs_of(url) == 0
     assert not held_device.is_set()

@@ -278,13 +278,6 @@ def test_download_of_a_local_folder_says_where_it_is(models_yaml: Path, vaes: Va
     assert invoke("download", "sd", "--config", models_yaml).stdout == f"sd: {vaes['sd'].folder}\n"
 
 
-@pytest.fixture
-def latents_file(vaes: Vaes, tmp_path: Path) -> Path:
-    path = tmp_path / "latents.safetensors"
-    save_file({"latents": vaes["sd"].latents(8, 12).half()}, path)
-    return path
-
-
 def expected_pixels(vaes: Vaes, factor: float) -> np.ndarray:
     sample = vaes["sd"].decode(vaes["sd"].latents(8, 12).half().float() / factor)[0]
     return (sample / 2 + 0.5).clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()

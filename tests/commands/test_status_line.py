@@ -87,3 +87,12 @@ def test_a_failure_leaves_an_empty_line() -> None:
         raise ValueError("broken")
     assert "working" in terminal.getvalue()
     assert last_line(terminal.getvalue()) == ""
+
+
+@pytest.mark.parametrize("kind", ["", "dumb"])
+def test_a_terminal_that_cannot_erase_a_line_gets_none(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", kind)
+    terminal = Terminal()
+    with StatusLine(terminal) as line, line.doing("decoding"):
+        pass
+    assert terminal.getvalue() == ""

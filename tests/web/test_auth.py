@@ -81,7 +81,12 @@ def test_the_address_of_an_unmodified_client_may_hold_the_key(locked: str) -> No
     ids=str,
 )
 def test_what_is_no_key_opens_nothing(locked: str, headers: dict[str, str]) -> None:
-    assert_refused(post(locked, headers={**BINARY, **headers}), 401, "unauthorized", "a key is required")
+    assert_refused(
+        post(locked, headers={**BINARY, **headers}),
+        401,
+        "unauthorized",
+        "does not know the key that was sent: send|a key is required: send",
+    )
 
 
 def test_the_log_names_the_caller_and_shows_no_key(locked: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import requests
 from jsonschema import Draft202012Validator
 
 from server.engine import runner
+from server.web import jobs
 from server.web.openapi import DESCRIPTION
 from tests.conftest import Serve, write_models_yaml
 from tests.load import process
@@ -115,6 +116,36 @@ def test_an_idempotency_key_names_the_same_job(url: str) -> None:
     assert first.headers["location"] == again.headers["location"] != other.headers["location"]
     conflict = post(url, headers, side=16)
     assert (conflict.status_code, conflict.json()["code"]) == (409, "idempotency_conflict")
+    for body in (bytes(4 * 256), iter([bytes(4 * 256)])):  # as many bytes, with and without a Content-Length
+        params = {"shape": [1, 4, 8, 8], "dtype": "float32"}
+        conflict = requests.post(url, data=body, params=params, headers=headers, timeout=PATIENCE_S)
+        assert (conflict.status_code, conflict.json()["code"]) == (409, "idempotency_conflict")
+
+
+def test_jobs_with_one_request_id_have_their_own_progress(url: str, held_device: threading.Event) -> None:
+    headers = {**ASYNC, "X-Request-Id": "same"}
+    answers = [post(url, headers, side=side) for side in (8, 16)]
+    until(lambda: state_of(url, answers[0]) == "running", "the first job")
+    assert state_of(url, answers[1]) == "queued"
+    held_device.set()
+    assert all(result_of(url, answer).ok for answer in answers)
+
+
+def test_an_answer_that_nobody_has_fetched_is_not_dropped_for_another_job(
+    serve: Serve, vaes: dict[str, LocalVae], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = serve({"sd": {"repo": str(vaes["sd"].folder)}}, max_jobs=1)
+    first = post(url)
+    until(lambda: state_of(url, first) == "done", "the first job")
+    full = post(url, side=16)
+    assert (full.status_code, full.json()["code"]) == (429, "queue_full")
+    assert result_of(url, first).ok
+    second = post(url, side=16)
+    assert second.status_code == 202
+    assert get(url, first.headers["location"]).status_code == 404
+    until(lambda: state_of(url, second) == "done", "the second job")
+    monkeypatch.setattr(jobs, "UNFETCHED_S", 0.0)
+    assert post(url, side=24).status_code == 202
 
 
 def test_every_state_is_as_the_description_says(url: str, held_device: threading.Event) -> None:

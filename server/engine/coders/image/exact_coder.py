@@ -52,7 +52,7 @@ class ExactCoder(Generic[N]):
         """Plan a run for inputs of height x width.
 
         budget_bytes: the memory limit of the activations; None means the memory that is free now.
-        own_bytes: memory that is not free but that this run uses all the same.
+        own_bytes: the memory that CUDA graphs hold and that this run may use again.
         """
         need = footprint(self.network, height, width)
         free = free_bytes(self.network.device, own_bytes) if budget_bytes is None else budget_bytes
@@ -60,7 +60,7 @@ class ExactCoder(Generic[N]):
 
     def compute(
         self, run: Run, x: Tensor, pixels: int, budget_bytes: int | None, check: Check, *key: Hashable
-    ) -> tuple[Tensor, Tensor]:  # [B, C, h, w]
+    ) -> tuple[Tensor, Tensor]:  # [B, C, h, w] of latents or pixels
         """Run with a plan that fits the memory, by a CUDA graph if the images are small.
 
         pixels: of all images together. key: what else `run` depends on.
@@ -70,9 +70,9 @@ class ExactCoder(Generic[N]):
         if self.graphs is None or pixels > GRAPH_PIXELS:
             return run(plan, x, check)
         # A recording runs in memory that the recordings hold already. Without that memory the plan may be a slower one.
-        ampler = self.plan(*size, budget_bytes, self.graphs.recorder.held_bytes)
-        if self.graphs.has((x.shape, *key, ampler)):
-            plan = ampler
+        with_graph_memory = self.plan(*size, budget_bytes, self.graphs.recorder.held_bytes)
+        if self.graphs.has((x.shape, *key, with_graph_memory)):
+            plan = with_graph_memory
         # `check` must not raise while a graph is recorded, and nothing in Python runs while it is replayed.
         return self.graphs.run((x.shape, *key, plan), partial(run, plan, check=go_on), x)
 

@@ -273,7 +273,7 @@ def precise(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor in the dtype of another one and on its device. It is rounded before it gets there."""
+    """Return a tensor in the dtype and on the device of another one. It is cast first: some devices have no float64."""
     return x.to(like.dtype).to(like.device)
 
 
