@@ -117,6 +117,7 @@ def test_the_page_and_its_files_are_found_below_a_path(trusting: str) -> None:
     assert page.headers["content-type"].startswith("text/html")
     for file in re.findall(r'(?:src|href)="(page/[^"]+)"', page.text):
         assert requests.get(f"{trusting}vae/{file}", timeout=300).status_code == 200
+    assert requests.get(f"{trusting}vae/docs/", timeout=300).url == f"{trusting}vae/docs", "the redirect keeps the path"
     origin = trusting.rstrip("/")  # what a browser sends with the page's own requests
     headers = {"Origin": origin, "Sec-Fetch-Site": "same-origin"}
     assert requests.post(f"{trusting}vae/", headers=headers, timeout=300).json()["code"] != "cross_site"
