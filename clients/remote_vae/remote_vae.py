@@ -279,9 +279,8 @@ async def _is_here(address: str) -> bool | None:
     except (OSError, asyncio.TimeoutError):  # noqa: UP041  # in Python 3.10 it is not TimeoutError
         return None
     writer.close()
-    return bool(
-        writer.get_extra_info("sockname")[0] == parts.hostname
-    )  # the system chooses the same address for both ends
+    # To an address of its own, the system chooses the same address for both ends.
+    return bool(writer.get_extra_info("sockname")[0] == parts.hostname)
 
 
 async def _reachable(servers: list[FoundServer]) -> FoundServer | None:
