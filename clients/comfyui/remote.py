@@ -173,7 +173,7 @@ class Answer:
             shape, dtype = json.loads(self.headers["shape"]), DTYPES[self.headers["dtype"]]
             return torch.frombuffer(self.body, dtype=dtype).reshape(shape)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise RemoteError("the server sent something else than a tensor; check its address") from error
+            raise RemoteError("the server sent something other than a tensor; check its address") from error
 
 
 class Connection:

@@ -272,7 +272,7 @@ def test_an_answer_that_is_no_tensor_is_told(proxy: tuple[Proxy, str], latents: 
     script, address = proxy
     vae = RemoteVAE(address + "sd", save_latents=tmp_path)
     script.script += [(200, None)]
-    with pytest.raises(RemoteVAEError, match="sent something else than a tensor") as raised:
+    with pytest.raises(RemoteVAEError, match="sent something other than a tensor") as raised:
         vae.decode(latents)
     assert raised.value.latents_file
 
