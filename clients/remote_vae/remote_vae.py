@@ -550,7 +550,7 @@ class Pool:
                 told = json.loads(answer.body)
                 state, share, code = told["state"], float(told["progress"]), told.get("code")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise RemoteVAEError(f"{server.label} sent something other than a job; check the address") from error
+                raise RemoteVAEError(f"{server.label} sent something other than a job; check the address.") from error
             self.progress("compute", share, 1.0)
             if state not in ("queued", "running"):
                 return code
@@ -966,7 +966,7 @@ class RemoteVAE(torch.nn.Module):
             return torch.frombuffer(answer.body, dtype=dtype).reshape(shape)
         except (KeyError, ValueError, RuntimeError) as error:
             label = self._pool.servers[0].label
-            raise RemoteVAEError(f"{label} sent something other than a tensor; check the address") from error
+            raise RemoteVAEError(f"{label} sent something other than a tensor; check the address.") from error
 
     def _run_hook(self) -> None:
         """Run the hook of accelerate, which makes `enable_model_cpu_offload` unload the model before this one."""
