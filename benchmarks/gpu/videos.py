@@ -45,7 +45,7 @@ def measure(
     dtypes: Sequence[str],
     references: dict[tuple[str, Direction], Tensor],
 ) -> None:
-    """Measure diffusers and ours in some dtypes, with one clip.
+    """Measure diffusers and ours in some dtypes, with one video.
 
     references: what diffusers makes in float32, on the CPU; gets that of this case if float32 is one of the dtypes and
         the memory suffices.

@@ -1,4 +1,8 @@
-"""Servers that advertise themselves on the local network (`serve --advertise`), which the package zeroconf finds."""
+"""Servers that advertise themselves on the local network (`serve --advertise`), which the package zeroconf finds.
+
+`clients/remote_vae` finds them in the same way. It is installed by itself, as these nodes are, so each has its own
+copy.
+"""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class Previews:
 def video_of(latents: torch.Tensor, shapes: Sequence[Sequence[int]] | None) -> torch.Tensor:
     """Return the latents of the images or the video.
 
-    ComfyUI samples a video with its sound as one tensor `[B, 1, N]`. shapes: of the latents that it consists of, those
-    of the video first.
+    ComfyUI samples a video with its sound as one tensor `[B, 1, N]`. shapes: the shapes of its parts, the video's
+    first.
     """
     if shapes is None or len(shapes) < 2:
         return latents

@@ -221,7 +221,7 @@ class FoundServer(NamedTuple):
     """A server that advertises itself on the local network.
 
     address: for RemoteVAE, with the server's default model; append the name of another one. needs_key: whether it
-    refuses requests without an API key. version: of the server.
+    refuses requests without an API key. version: the server's version.
     """
 
     name: str
@@ -347,7 +347,7 @@ class Job:
     """A request that one server computes while the client asks for its progress.
 
     key: by which the server finds the job when the request is sent again. address: None until the server has told it.
-    unwanted: set when nobody waits for the job any more.
+    unwanted: set when the client has stopped waiting for the job.
     """
 
     def __init__(self) -> None:
@@ -560,13 +560,13 @@ class Pool:
         """Return the answer to a GET request for a job. Raises as `_exchange`.
 
         A connection or a proxy that fails is tried `retries` times, and a busy server until the deadline.
-        code: of the error of the job, which is raised at once.
+        code: the code of the job's error, which is raised at once.
         """
         failures = 0
         while True:
             if job.unwanted.is_set():
                 self._delete(job)
-                raise RemoteVAEError("nobody waits for this job any more")
+                raise RemoteVAEError("the client has stopped waiting for this job")
             try:
                 return self._exchange(server, Call("GET", f"{job.address}{route}", is_quiet=not route), deadline)
             except Attempt as note:

@@ -90,7 +90,7 @@ class Advertisement:
                 await self._publishing
 
     async def _publish(self) -> None:
-        """Publish the record until this is cancelled. An error of the network is logged and ends nothing else."""
+        """Publish the record until this is cancelled. An error of the network is only logged; the server goes on."""
         from zeroconf import Error
         from zeroconf.asyncio import AsyncZeroconf
 

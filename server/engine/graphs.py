@@ -105,7 +105,7 @@ class CudaRecorder:
 class Recorder(Protocol):
     """Records functions on one device, as `CudaRecorder` does.
 
-    held_bytes: the memory that its recordings hold, which nothing else can use.
+    held_bytes: the memory that is reserved for its recordings.
     """
 
     device: torch.device

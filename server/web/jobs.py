@@ -47,7 +47,7 @@ class Digest(Protocol):
 class AsyncJob:
     """A request that is computed while no client waits.
 
-    fingerprint: of the request, to compare those with the same `Idempotency-Key`. working: computes the response.
+    fingerprint: what requests with the same `Idempotency-Key` must have in common. working: computes the response.
     ended: when that was done, as the event loop's time. is_fetched: a client has fetched its answer.
     """
 

@@ -249,8 +249,8 @@ class ProcessEngine:
         ours, theirs = socket.socketpair()
         arguments = theirs, self._settings, self._worker
         name = f"worker-{self.device}"
-        # BaseContext has no Process for the type checker, but each context has one.
-        process = self._processes.Process(target=run_worker, args=arguments, name=name, daemon=True)  # type: ignore[attr-defined]
+        new_process = self._processes.Process  # type: ignore[attr-defined]  # each context has one, BaseContext has none
+        process = new_process(target=run_worker, args=arguments, name=name, daemon=True)
         try:
             with theirs:
                 await asyncio.to_thread(start_process, process)

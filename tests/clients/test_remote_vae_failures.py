@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from tests.conftest import Serve, running
 from tests.vaes import LocalVae
 
 SOON = Timeout(connect=5, read=300, total=1.5)
-
-
-@pytest.fixture
-def proxy(url: str) -> Iterator[tuple[Proxy, str]]:
-    with scripted(url) as found:
-        yield found
 
 
 @pytest.fixture

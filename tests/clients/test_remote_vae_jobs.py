@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from server.engine.runner import Runner
 from server.errors import QueueFull
-from tests.clients.scripted import LATE, LOST, Proxy, scripted
+from tests.clients.scripted import LATE, LOST, Proxy
 from tests.conftest import REPOSITORY, Serve
 from tests.vaes import LocalVae
 from tests.waiting import PATIENCE_S, until
@@ -30,12 +30,6 @@ from tests.waiting import PATIENCE_S, until
 @pytest.fixture
 def url(serve: Serve, vaes: dict[str, LocalVae]) -> str:
     return serve({"hunyuan": {"repo": str(vaes["hunyuan"].folder), "dtype": "float32"}})
-
-
-@pytest.fixture
-def proxy(url: str) -> Iterator[tuple[Proxy, str]]:
-    with scripted(url) as found:
-        yield found
 
 
 @pytest.fixture

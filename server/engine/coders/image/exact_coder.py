@@ -63,7 +63,7 @@ class ExactCoder(Generic[N]):
     ) -> tuple[Tensor, Tensor]:  # [B, C, h, w] of latents or pixels
         """Run with a plan that fits the memory, by a CUDA graph if the images are small.
 
-        pixels: of all images together. key: what else `run` depends on.
+        pixels: the number of pixels of all images together. key: what else `run` depends on.
         """
         size = x.shape[0], x.shape[2], x.shape[3]  # B, h, w
         plan = self.plan(*size, budget_bytes)
